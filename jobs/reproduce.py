@@ -1,0 +1,74 @@
+"""Run the grid of a table and write it with intervals: `python jobs/reproduce.py TABLE [--workspace DIR] [flags of train.py]`.
+
+What stands is not run again, so an interrupted table goes on where it was.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from sellarec.artifacts import Place
+from sellarec.config import parse
+from sellarec.environment import check_environment
+from sellarec.errors import StageFailed, UserError
+from sellarec.evaluation.results import PAIR_SEPARATOR, format_table
+
+
+@dataclass(frozen=True)
+class Table:
+    """Recipes that are run with several seeds."""
+
+    recipes: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+TABLES = {
+    "world": Table(recipes=("demo", "longer"), seeds=(1, 2, 3)),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in TABLES:
+        print(f"{__doc__}\nTables: {', '.join(TABLES)}", file=sys.stderr)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    name, flags = arguments[0], arguments[1:]
+    table = TABLES[name]
+    try:
+        check_environment()
+        from sellarec.pipeline import Run, run
+
+        sections, records = [], []
+        for seed in table.seeds:
+            run_flags = [*flags, "--seed", str(seed), "--name", f"{name}-seed-{seed}"]
+            this = Run.of(parse([*table.recipes, *run_flags], program="reproduce.py"))
+            run(this)
+            found = this.place.read_json("results.json")
+            records += found
+            sections.append(f"Seed {seed}\n\n{format_table(found)}")
+        summary = summarise(records)
+        print(f"\n{summary}\n")
+        place = Place.of(this.config.workspace) / "tables"
+        place.write_text(f"{name}.txt", "\n\n".join([*sections, summary]) + "\n")
+        place.write_json(f"{name}.json", records)
+        print(f"table        {place}/{name}.txt")
+    except (UserError, StageFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+def summarise(records: list[dict]) -> str:
+    """For each paired difference of AUC, all rows and cold rows: mean over seeds, and the lowest bound of any seed."""
+    lines = [
+        "paired difference of AUC     rows   mean over seeds   lowest 95% bound of a seed   above zero in every seed"
+    ]
+    differences = [r for r in records if PAIR_SEPARATOR in r["model"] and r["metric"] == "auc"]
+    for model in dict.fromkeys(r["model"] for r in differences):
+        for rows in ("all", "cold"):
+            chosen = [r for r in differences if r["model"] == model and r["rows"] == rows]
+            mean, low = sum(r["value"] for r in chosen) / len(chosen), min(r["low"] for r in chosen)
+            lines.append(f"{model:<28} {rows:<6} {mean:>+15.4f}   {low:>+26.4f}   {'yes' if low > 0 else 'NO'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,225 @@
+"""Artifacts: directories that a stage writes whole or not at all, found by the fingerprint of what made them.
+
+The payload is written to its final place and `manifest.json` last: without a manifest there is no artifact. That works on
+object stores, where a directory can't be moved. A lease file keeps two writers apart.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+from sellarec.errors import UserError
+
+LEASE_SECONDS = 60
+"""A lease that its owner hasn't renewed for so long is up for taking."""
+
+
+def fingerprint(facts: dict[str, Any]) -> str:
+    """16 hexadecimal digits that stand for `facts` (plain JSON data, whatever the order of its keys)."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory on any file system that pyarrow knows: a local folder, s3://, gs://."""
+
+    uri: str
+
+    @property
+    def _resolved(self) -> tuple[pyarrow.fs.FileSystem, str]:
+        return pyarrow.fs.FileSystem.from_uri(self.uri)
+
+    @classmethod
+    def of(cls, path_or_uri: str) -> "Place":
+        if "://" in path_or_uri:
+            return cls(path_or_uri.rstrip("/"))
+        return cls(Path(path_or_uri).expanduser().absolute().as_uri())
+
+    def __truediv__(self, name: str) -> "Place":
+        return Place(f"{self.uri}/{name}")
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.is_local else self.uri
+
+    @property
+    def is_local(self) -> bool:
+        return self.uri.startswith("file://")
+
+    @property
+    def folder(self) -> Path:
+        """The local folder. Only for places on a local file system."""
+        assert self.is_local, self.uri
+        return Path(self._resolved[1])
+
+    def read_json(self, name: str) -> Any | None:
+        """The content of a JSON file in this directory; None where there is no such file."""
+        filesystem, path = self._resolved
+        if filesystem.get_file_info(f"{path}/{name}").type != pyarrow.fs.FileType.File:
+            return None
+        try:
+            with filesystem.open_input_stream(f"{path}/{name}") as stream:
+                return json.loads(stream.read())
+        except FileNotFoundError:  # deleted between the two calls, as a lease may be
+            return None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one small file; on a local file system a reader sees the old one or the new one, never a part."""
+        filesystem, path = self._resolved
+        filesystem.create_dir(path, recursive=True)
+        if self.is_local:
+            unfinished = f"{path}/.{name}.{uuid.uuid4().hex}"
+            with open(unfinished, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(unfinished, f"{path}/{name}")
+        else:
+            with filesystem.open_output_stream(f"{path}/{name}") as stream:
+                stream.write(text.encode())
+
+    def write_json(self, name: str, content: Any) -> None:
+        self.write_text(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def delete(self, *names: str) -> None:
+        """Delete files or directories in here; what isn't there is passed over."""
+        filesystem, path = self._resolved
+        for name in names:
+            kind = filesystem.get_file_info(f"{path}/{name}").type
+            if kind == pyarrow.fs.FileType.File:
+                filesystem.delete_file(f"{path}/{name}")
+            elif kind == pyarrow.fs.FileType.Directory:
+                filesystem.delete_dir(f"{path}/{name}")
+
+    def names(self) -> list[str]:
+        """Names of the files and directories in here."""
+        filesystem, path = self._resolved
+        selector = pyarrow.fs.FileSelector(path, allow_not_found=True)
+        return sorted(info.base_name for info in filesystem.get_file_info(selector))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A local folder whose files are in this place once the block has ended without an error."""
+        filesystem, path = self._resolved
+        filesystem.create_dir(path, recursive=True)
+        if self.is_local:
+            yield self.folder
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+            pyarrow.fs.copy_files(folder, path, destination_filesystem=filesystem)
+
+    def local(self) -> Path:
+        """A local folder with this place's files: itself, or a copy that is downloaded once a process."""
+        if self.is_local:
+            return self.folder
+        if self.uri not in _downloads:
+            filesystem, path = self._resolved
+            folder = tempfile.mkdtemp(prefix="sellarec-")
+            pyarrow.fs.copy_files(path, folder, source_filesystem=filesystem)
+            _downloads[self.uri] = Path(folder)
+        return _downloads[self.uri]
+
+
+_downloads: dict[str, Path] = {}
+
+
+@dataclass(frozen=True)
+class Store:
+    """All artifacts of a workspace, `WORKSPACE/artifacts/STAGE-FINGERPRINT`."""
+
+    workspace: Place
+
+    def place(self, stage: str, mark: str) -> Place:
+        return self.workspace / "artifacts" / f"{stage}-{mark}"
+
+    def manifest(self, stage: str, mark: str) -> dict[str, Any] | None:
+        """The manifest of an artifact that stands; None where there is none."""
+        return self.place(stage, mark).read_json("manifest.json")
+
+    def check_writable(self) -> None:
+        """Raises UserError where the workspace can't be written to."""
+        name = f".probe-{uuid.uuid4().hex}"
+        try:
+            self.workspace.write_text(name, "")
+            self.workspace.delete(name)
+        except OSError as error:
+            raise UserError(
+                f"the workspace {self.workspace} can't be written to ({error}): give another with --workspace"
+            ) from error
+
+    @contextlib.contextmanager
+    def lease(self, place: Place, waiting: Callable[[str], None]) -> Iterator[None]:
+        """Hold the right to write an artifact. While another process holds it, wait and say so through `waiting`."""
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+        told = False
+        while True:
+            held = place.read_json("lease.json")
+            if held is None or _is_stale(held):
+                place.write_json("lease.json", {**owner, "renewed": time.time()})
+                time.sleep(0.1)  # of two that wrote at the same moment, the later one finds itself here
+                now = place.read_json("lease.json")
+                if now is not None and now["token"] == owner["token"]:
+                    break
+                continue
+            if not told:
+                waiting(f"process {held['pid']} on {held['host']} is writing {place}; waiting for it")
+                told = True
+            time.sleep(1)
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(LEASE_SECONDS / 4):
+                with contextlib.suppress(OSError):  # a full disk, say: the next renewal is soon enough
+                    place.write_json("lease.json", {**owner, "renewed": time.time()})
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            place.delete("lease.json")
+
+
+def _is_stale(held: dict[str, Any]) -> bool:
+    if held["host"] == socket.gethostname() and not _is_alive(held["pid"]):
+        return True
+    return time.time() - held["renewed"] > LEASE_SECONDS
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def free_bytes(place: Place) -> int | None:
+    """Free bytes of the disk behind a local place; None where there is no such number."""
+    if not place.is_local:
+        return None
+    folder = place.folder
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,504 @@
+"""The one typed configuration: every field with its unit and default, recipes laid over it, checked before any work.
+
+A field marked `runtime` changes how a run is carried out, never what it computes, so fingerprints leave it out.
+"""
+
+import dataclasses
+import difflib
+import importlib.resources
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from sellarec.errors import UserError
+
+STAGES = ("prepare", "pretrain", "adapt", "collab", "distil", "align", "fuse", "evaluate")
+EMBEDDED = "embedded"
+
+
+def runtime(default: Any) -> Any:
+    """A dataclass field that doesn't affect any result."""
+    return field(default=default, metadata={"runtime": True})
+
+
+def alias(flag: str) -> Any:
+    return tyro.conf.arg(aliases=(flag,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The generated world: what `data.source: world` is made of."""
+
+    users: int = 800
+    """Users."""
+    items: int = 400
+    """Items in the catalog."""
+    interactions: int = 20_000
+    """Rows of the log, all splits together."""
+    genres: int = 6
+    """Genres; each title carries words of one, and each user's taste is over them."""
+    new_users: float = 0.3
+    """Fraction of users whose first row falls into the test period."""
+    new_items: float = 0.1
+    """Fraction of items whose first row falls into the test period."""
+    text_strength: float = 3.0
+    """Standard deviation, in log-odds, of the part of the taste that titles tell."""
+    behaviour_strength: float = 1.0
+    """Standard deviation, in log-odds, of the part of the taste that only other users' behaviour tells."""
+    quality_strength: float = 2.4
+    """Standard deviation, in log-odds, of an item's quality, which no title tells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the interactions come from and how they become the prepared log."""
+
+    source: Literal["world", "collm", "movielens"] = "world"
+    """Format of the source: a generated world, CoLLM's published split, or MovieLens' ratings.csv and movies.csv."""
+    path: Annotated[str | None, alias("--data")] = runtime(None)
+    """Folder or file of the source; not asked for where the prepared log already stands."""
+    history_cap: int = 50
+    """Most recent positives kept in a row's history (items)."""
+    split: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Fractions of rows by time for train, valid and test, where the source gives no split."""
+    split_seed: int = 0
+    """Seed of whatever is drawn while preparing, a generated world included."""
+    positive_rating: float = 4.0
+    """Lowest rating that counts as a positive, where the source gives ratings."""
+    noun: str = "movie"
+    """What an item is called in prompts."""
+    world: World = field(default_factory=World)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llm:
+    """The causal language model."""
+
+    model: Annotated[str, alias("--llm")] = runtime(EMBEDDED)
+    """Hugging Face folder or hub id; `embedded` is a small decoder pre-trained on the catalog's own text (stage pretrain)."""
+    revision: str | None = runtime(None)
+    """Revision of a hub id: a commit, branch or tag."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the language model (bfloat16 on GPUs; slow on CPUs). Trained weights stay float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """How a row becomes a prompt."""
+
+    template: Literal["auto", "full", "compact"] = "auto"
+    """Instruction: `full` as published, `compact` for short contexts; `auto` takes `full` where it fits."""
+    history: int = 10
+    """Most recent positives whose titles are shown (items); fewer where they don't fit."""
+    max_tokens: int = 256
+    """Longest prompt (tokens), never more than the model's context."""
+    title_tokens: int = 64
+    """Longest title (tokens); the rest of a longer one is cut, and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """How long a stage trains, and how often it saves."""
+
+    batch: int = 256
+    """Rows of the global batch of one optimizer step, all workers together."""
+    epochs: float = 1.0
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Optimizer steps at most; None leaves it to the epochs."""
+    checkpoint_every: float = runtime(60.0)
+    """Seconds between checkpoints to resume from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which state of a stage's training is kept: the best on the valid split."""
+
+    validate_every: float = 1.0
+    """Epochs between evaluations on the valid split."""
+    valid_rows: int = 4096
+    """Rows of the valid split that are scored for it, evenly spaced over time; all where it has no more."""
+    patience: int = 5
+    """Evaluations without a better metric before the stage stops early."""
+    select_on: Literal["auc", "uauc"] = "auc"
+    """Metric of the valid split by which the kept state is chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """AdamW over the dense weights, cosine schedule after a linear warm-up."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    warmup: float = 0.05
+    """Fraction of the steps over which the learning rate rises."""
+    clip: float = 1.0
+    """Largest norm of the dense gradient, all weights together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse:
+    """Row-wise Adagrad, fused into the backward pass of the embedding tables."""
+
+    table_learning_rate: float = 0.1
+    """Learning rate of the tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Language:
+    """What any stage needs that runs the language model."""
+
+    micro_batch: int = runtime(16)
+    """Rows of one worker that go through the language model at once; a step accumulates over as many as it needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Steps, Dense, Language):
+    """The embedded decoder and its pre-training on the catalog's own text."""
+
+    batch: int = 16
+    """Texts of the global batch of one optimizer step, all workers together."""
+    epochs: float = 48.0
+    """Passes over the catalog's texts."""
+    max_steps: int | None = 1200
+    """Optimizer steps at most; None leaves it to the epochs."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    vocabulary: int = 1024
+    """Largest size of the byte-level BPE vocabulary (tokens)."""
+    context: int = 256
+    """Longest sequence (tokens)."""
+    hidden: int = 64
+    """Width of the decoder."""
+    layers: int = 3
+    """Decoder layers."""
+    heads: int = 4
+    """Attention heads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapt(Steps, Selection, Dense, Language):
+    """LoRA tuning of the language model on text-only prompts."""
+
+    epochs: float = 2.0
+    """Passes over the training rows."""
+    max_steps: int | None = 500
+    """Optimizer steps at most; None leaves it to the epochs."""
+    validate_every: float = 1.0
+    """Epochs between evaluations on the valid split."""
+    batch: int = 64
+    """Rows of the global batch of one optimizer step, all workers together."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of AdamW."""
+    rank: int = 16
+    """Rank of the LoRA matrices."""
+    alpha: float = 32.0
+    """LoRA scale: the update is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the LoRA path."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers that get LoRA matrices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collab(Steps, Selection, Sparse):
+    """The collaborative model."""
+
+    model: Annotated[Literal["mf"], alias("--collab")] = "mf"
+    """mf: matrix factorisation with biases."""
+    dim: int = 32
+    """Width of an embedding row, its bias included (a multiple of 4)."""
+    init_std: float = 0.05
+    """Standard deviation of the initial rows."""
+    l2: float = 0.1
+    """Weight of half the squared norm of a training row's vectors in its loss."""
+    table_learning_rate: float = 0.2
+    """Learning rate of the tables."""
+    epochs: float = 20.0
+    """Passes over the training rows, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distil(Language):
+    """One semantic vector per item, from the adapted language model."""
+
+    text: Literal["title", "text"] = "title"
+    """What the language model reads of an item: its title, or its longer text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align(Steps, Selection, Dense, Sparse):
+    """Collaborative training with bidirectional contrastive alignment to the distilled vectors."""
+
+    init: Literal["scratch", "collab"] = "collab"
+    """Start from fresh tables (as published) or from the trained collaborative model."""
+    weight: float = 0.3
+    """Weight of the contrastive loss beside the collaborative one."""
+    temperature: float = 0.2
+    """Temperature of the contrastive loss (cosines are divided by it)."""
+    hidden: int = 128
+    """Width of the projection's hidden layer."""
+    epochs: float = 10.0
+    """Passes over the training rows, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fuse(Steps, Selection, Dense, Sparse, Language):
+    """Hybrid projection: three tokens (user, item, distilled item) in the prompt of the frozen, adapted model."""
+
+    epochs: float = 2.0
+    """Passes over the training rows."""
+    max_steps: int | None = 500
+    """Optimizer steps at most; None leaves it to the epochs."""
+    validate_every: float = 1.0
+    """Epochs between evaluations on the valid split."""
+    batch: int = 64
+    """Rows of the global batch of one optimizer step, all workers together."""
+    learning_rate: float = 8e-3
+    """Peak learning rate of AdamW over the projections."""
+    table_learning_rate: float = 0.1
+    """Learning rate of the tables."""
+    warm_start: bool = True
+    """Start the collaborative projection from the one that align trained, else from random weights."""
+    unseen_dropout: float = 0.35
+    """Share of training rows whose user (and, drawn apart, whose item) is treated as unseen, that is as a row of zeros."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Language):
+    """Scoring the test split, metrics and their intervals."""
+
+    batch: int = runtime(512)
+    """Rows scored at once, all workers together."""
+    replicates: int = 1000
+    """Bootstrap samples of users behind each 95% interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a SeLLa-Rec recommender: prepare, pretrain, adapt, collab, distil, align, fuse, evaluate."""
+
+    workers: int = runtime(2)
+    """Training processes; each holds 1/workers of every table and of the language model."""
+    seed: int = 1
+    """Seed of initial weights, order of rows and dropout. Never changes the prepared data."""
+    stages: tuple[str, ...] = runtime(())
+    """Stages to run, separated by commas (default: all); others must already stand in the workspace."""
+    workspace: str = runtime("runs")
+    """Folder or URI (s3://, gs://) for artifacts and runs."""
+    name: str | None = runtime(None)
+    """Name of the run (default: the names of the recipes)."""
+    data: Data = field(default_factory=Data)
+    llm: Llm = field(default_factory=Llm)
+    prompt: Prompt = field(default_factory=Prompt)
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    adapt: Adapt = field(default_factory=Adapt)
+    collab: Collab = field(default_factory=Collab)
+    distil: Distil = field(default_factory=Distil)
+    align: Align = field(default_factory=Align)
+    fuse: Fuse = field(default_factory=Fuse)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """(dotted name, value, field) of every setting below a config dataclass."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, f
+
+
+def result_settings(settings: Any) -> dict[str, Any]:
+    """The settings that affect results, by dotted name: what fingerprints and comparisons of runs are made of."""
+    return {name: value for name, value, f in leaves(settings) if not f.metadata.get("runtime")}
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as a recipe: `jobs/train.py THIS_FILE` runs it again."""
+    return yaml.safe_dump(dataclasses.asdict(config, dict_factory=_plain), sort_keys=False)
+
+
+def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
+
+
+def recipe_folder() -> Path:
+    return Path(str(importlib.resources.files("sellarec") / "recipes"))
+
+
+def built_in_recipes() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def read_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
+    """The name of a recipe and its settings by dotted name, from a built-in name or a YAML file.
+
+    Raises:
+        UserError: no such recipe, not YAML, or a name in it that is no setting.
+    """
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else recipe_folder() / f"{recipe}.yaml"
+    if not path.is_file():
+        near = difflib.get_close_matches(recipe, built_in_recipes(), n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise UserError(
+            f"there is no recipe '{recipe}': {hint}give a .yaml file that exists or one of {', '.join(built_in_recipes())}"
+        )
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe {path} is not readable YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"recipe {path} must hold settings by name, like 'align: {{temperature: 0.2}}', not {content!r}"
+        )
+    known = [name for name, _, _ in leaves(Config())]
+    sections = {name.rpartition(".")[0] for name in known} - {""}
+    settings: dict[str, Any] = {}
+
+    def flatten(mapping: dict[str, Any], prefix: str) -> None:
+        for key, value in mapping.items():
+            name = f"{prefix}{key}"
+            if name in sections and value is None:
+                continue
+            if name in sections and isinstance(value, dict):
+                flatten(value, f"{name}.")
+            elif name in known:
+                settings[name] = value
+            else:
+                near = difflib.get_close_matches(name, [*known, *sections], n=3, cutoff=0.5)
+                hint = f"did you mean {', '.join(near)}?" if near else "`--help` lists every setting"
+                raise UserError(f"recipe {path}: there is no setting '{name}'; {hint}")
+
+    flatten(content, "")
+    name = path.parent.name if path.name == "config.yaml" else path.stem
+    return name, settings
+
+
+def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
+    """The config of a command line `[RECIPE ...] [--flag value ...]`, checked.
+
+    Recipes are laid over the defaults from left to right, then the flags.
+
+    Raises:
+        UserError: an unknown recipe or setting, or settings that contradict each other.
+        SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
+    """
+    first_flag = next((i for i, text in enumerate(arguments) if text.startswith("-")), len(arguments))
+    recipes, flags = list(arguments[:first_flag]), list(arguments[first_flag:])
+    settings: dict[str, Any] = {}
+    names = []
+    for recipe in recipes or ["demo"]:
+        name, laid_over = read_recipe(recipe)
+        names.append(name)
+        settings.update(laid_over)
+    flags = [argument for name, value in settings.items() for argument in _as_flag(name, value)] + flags
+    description = (
+        f"usage: {program} [RECIPE ...] [OPTIONS]\n\n{Config.__doc__}\n\nA RECIPE is a .yaml file or one of: "
+        f"{', '.join(built_in_recipes())} (default: demo). Later ones are laid over earlier ones, then the flags."
+    )
+    config = tyro.cli(
+        Config, args=_split_stages(flags), prog=program, description=description, config=(tyro.conf.FlagConversionOff,)
+    )
+    if config.name is None:
+        config = dataclasses.replace(config, name="-".join(names))
+    check(config)
+    return config
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
+
+
+def _split_stages(flags: list[str]) -> list[str]:
+    """`--stages a,b` as `--stages a b`, which is how a tuple is given."""
+    out: list[str] = []
+    for flag in flags:
+        if flag.startswith("--stages="):
+            out += ["--stages", *flag.removeprefix("--stages=").split(",")]
+        elif out and out[-1] == "--stages":
+            out += [part for part in flag.split(",") if part]
+        else:
+            out.append(flag)
+    return out
+
+
+def check(config: Config) -> None:
+    """Refuse settings that are out of range or contradict each other, before any work.
+
+    Raises:
+        UserError: naming the settings and their values.
+    """
+    for name, value, _ in leaves(config):
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            low = _LOWEST.get(name.rpartition(".")[2], 0)
+            if not value >= low or value in (float("inf"),):
+                raise UserError(f"{name} is {value}, but must be a finite number, at least {low}")
+    for name, value, _ in leaves(config):
+        if name.rpartition(".")[2] == "warmup" and value > 1:
+            raise UserError(f"{name} is {value}: a fraction of the steps from 0 to 1 is needed")
+    if config.name is not None and not re.fullmatch(r"\w[\w.-]*", config.name, re.ASCII):
+        raise UserError(
+            f"name is '{config.name}', but it names a folder below runs/: letters, digits, '.', '_' and '-' are allowed, "
+            "beginning with a letter or digit; give --name"
+        )
+    for name in config.stages:
+        if name not in STAGES:
+            near = difflib.get_close_matches(name, STAGES, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"there is no stage '{name}': {hint}the stages are {', '.join(STAGES)}")
+    data = config.data
+    if data.source == "world" and data.path is not None:
+        raise UserError(
+            f"data.source is world, which is generated, but data.path is {data.path}: "
+            "leave the path out, or name the recipe of your data (for instance `train.py ml-latest-small --data ...`)"
+        )
+    if not (abs(sum(data.split) - 1) <= 1e-6 and min(data.split) > 0):
+        raise UserError(f"data.split is {data.split}: three fractions above 0 that add up to 1 are needed")
+    if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):
+        raise UserError(
+            f"llm.revision is {config.llm.revision}, but llm.model is {config.llm.model}: only a hub id has revisions"
+        )
+    if config.stages and "pretrain" in config.stages and config.llm.model != EMBEDDED:
+        raise UserError(
+            f"stages names pretrain, but llm.model is {config.llm.model}: only the embedded model is pre-trained here; "
+            "leave out one of the two"
+        )
+    if config.pretrain.hidden % (2 * config.pretrain.heads):
+        raise UserError(
+            f"pretrain.hidden is {config.pretrain.hidden} and pretrain.heads {config.pretrain.heads}: "
+            "the width must be a multiple of twice the heads (rotary embeddings take pairs)"
+        )
+    if config.collab.dim % 4:
+        raise UserError(f"collab.dim is {config.collab.dim}: the table kernels need a multiple of 4")
+    if not 0 <= config.fuse.unseen_dropout < 1:
+        raise UserError(f"fuse.unseen_dropout is {config.fuse.unseen_dropout}: a share from 0 to below 1 is needed")
+    if not 0 <= config.adapt.dropout < 1:
+        raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
+    if data.history_cap < config.prompt.history:
+        raise UserError(
+            f"prompt.history is {config.prompt.history}, but data.history_cap keeps only {data.history_cap} items a row: "
+            "raise data.history_cap or lower prompt.history"
+        )
+
+
+# Lowest values that make sense, by the last part of the name; 0 where a name isn't listed.
+_LOWEST: dict[str, float] = {
+    **dict.fromkeys(
+        ("workers", "batch", "micro_batch", "max_steps", "patience", "valid_rows", "history_cap", "history"), 1
+    ),
+    **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
+    **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
+    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip"), 1e-6),
+    "seed": 0,
+}

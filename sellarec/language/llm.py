@@ -1,0 +1,182 @@
+"""Causal language models: finding, checking, loading, and the adapters on them."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sellarec.artifacts import hash_file
+from sellarec.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class LlmSource:
+    """Where a language model comes from: a local folder, or a hub id with a commit.
+
+    Attributes:
+        identity: what fingerprints take for the model: hashes of its files, or the hub's commit.
+    """
+
+    name: str
+    revision: str | None
+    identity: str
+
+    def folder(self) -> Path:
+        """The local folder with the model; a hub id is downloaded once a machine."""
+        if self.revision is None:
+            return Path(self.name)
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
+
+
+def find_llm(model: str, revision: str | None) -> LlmSource:
+    """The source of `--llm`: a folder that exists, else a hub id, whose commit is looked up.
+
+    Raises:
+        UserError: a folder without config, weights or tokenizer; no such hub id, or no network.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        folder = folder.absolute()
+        check_folder(folder)
+        files = sorted(
+            path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja")
+        )
+        hashes = [(path.name, hash_file(path)) for path in files]
+        return LlmSource(str(folder), None, hashlib.sha256(json.dumps(hashes).encode()).hexdigest())
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or folder.exists():
+        raise UserError(f"there is no folder {model} to take the language model from: give --llm a Hugging Face folder")
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().model_info(model, revision=revision).sha
+    except Exception as error:  # the hub client raises many kinds, of several libraries
+        raise UserError(
+            f"--llm {model} is no folder here, and the Hugging Face hub gave no such model "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}): give a folder, or a hub id that can be reached"
+        ) from error
+    return LlmSource(model, commit, f"{model}@{commit}")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that isn't a whole Hugging Face causal model.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the model folder {folder} has no config.json: give the folder of a Hugging Face causal model")
+    if not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise UserError(
+            f"the model folder {folder} has no weights (*.safetensors; pickled .bin files aren't read), only {found}: "
+            "save the model with `model.save_pretrained(folder)`"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"the model folder {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}): "
+            "save it there with `tokenizer.save_pretrained(folder)`"
+        )
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder.
+
+    Raises:
+        UserError: its files can't be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the tokenizer in {folder} can't be read ({reason}): save it there anew") from error
+
+
+def load_model(folder: Path) -> "PreTrainedModel":
+    """The causal model of a folder, in float32.
+
+    Raises:
+        UserError: the folder holds something else than a causal language model, or its weights don't fit its config.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder}/config.json is no model's config ({str(error).splitlines()[0]})") from error
+    architecture = (getattr(config, "architectures", None) or ["?"])[0]
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except ValueError as error:
+        raise UserError(f"{folder} holds a {architecture}, which is no causal language model") from error
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"the weights in {folder} can't be read as those of its config.json ({str(error).splitlines()[0]}): "
+            "save config and weights together with `model.save_pretrained(folder)`"
+        ) from error
+    # an output layer that is tied to the input embeddings isn't counted as missing
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise UserError(
+            f"the weights in {folder}, saved from a {architecture}, lack {len(missing)} tensors of a causal language model, "
+            f"{missing[0]} first"
+        )
+    return model
+
+
+def context_length(config: Any) -> int:
+    """Longest sequence that the model was made for (tokens)."""
+    return config.max_position_embeddings
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The model's decoder layers: what FSDP2 gathers one at a time."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def with_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
+    """The model with a saved adapter on it, frozen.
+
+    Raises:
+        UserError: the folder's weights are not an adapter of this model; no tensor is silently left out.
+    """
+    from peft import PeftConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    try:
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = True
+        adapted = PeftModelForCausalLM(model, settings)
+    except ValueError as error:  # no adapter at all, or the model lacks the layers that it is for
+        raise UserError(f"the adapter in {folder} isn't one of this model: {error}") from error
+    saved = load_file(folder / "adapter_model.safetensors")
+    # compared before loading, which passes over what is missing or too much
+    found = {name: tuple(weight.shape) for name, weight in saved.items()}
+    needed = {name: tuple(weight.shape) for name, weight in get_peft_model_state_dict(adapted).items()}
+    odd = sorted(name for name in {*found, *needed} if found.get(name) != needed.get(name))
+    if odd:
+        raise UserError(
+            f"the adapter in {folder} isn't one of this model: {odd[0]} has shape {found.get(odd[0])} in the file and "
+            f"{needed.get(odd[0])} in the model (None: not there), and {len(odd) - 1} more differ"
+        )
+    set_peft_model_state_dict(adapted, saved)
+    return adapted.eval()

@@ -1,0 +1,558 @@
+"""The stages of a run: what each needs, what its fingerprint is made of, and how it is carried out.
+
+A stage reads artifacts and writes one. What stands already, by its fingerprint, is not run again.
+"""
+
+import dataclasses
+import errno
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sellarec.artifacts import Place, Store, fingerprint
+from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
+from sellarec.data.log import Log, read_log, write_log
+from sellarec.data.prepare import prepare
+from sellarec.data.sources import source_hashes
+from sellarec.errors import StageFailed, UserError
+from sellarec.language.templates import templates
+from sellarec.training.launch import Cluster, check_room, connect, run_task, run_workers, train
+from sellarec.training.progress import Console, duration
+
+VERSIONS = dict.fromkeys(STAGES, 1)
+"""Raised by hand when a stage's code gives other results than before."""
+
+PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
+
+BASELINES = ("item mean", "item + user mean")
+MODELS = ("collab", "text-only", "sella-rec")
+
+
+def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
+    """The stages whose artifacts a stage reads."""
+    embedded = ("pretrain",) if config.llm.model == EMBEDDED else ()
+    collab = ("collab",) if config.align.init == "collab" else ()
+    return {
+        "prepare": (),
+        "pretrain": ("prepare",),
+        "adapt": ("prepare", *embedded),
+        "collab": ("prepare",),
+        "distil": ("prepare", *embedded, "adapt"),
+        "align": ("prepare", *collab, "distil"),
+        "fuse": ("prepare", *embedded, "adapt", "align"),
+        "evaluate": ("prepare", *embedded, "adapt", "collab", "align", "fuse"),
+    }[stage]
+
+
+def settings_of(stage: str, config: Config) -> dict[str, Any]:
+    """What of the config a stage's result depends on, beside its inputs."""
+    sections = {
+        "prepare": (),
+        "pretrain": ("pretrain", "llm"),
+        "adapt": ("prompt", "adapt", "llm"),
+        "collab": ("collab",),
+        "distil": ("distil",),
+        "align": ("align", "collab"),
+        "fuse": ("prompt", "fuse", "llm"),
+        "evaluate": ("prompt", "evaluate", "llm"),
+    }[stage]
+    settings = {name: result_settings(getattr(config, name)) for name in sections}
+    if stage == "prepare":
+        data = result_settings(config.data)
+        if config.data.source != "world":
+            data = {name: value for name, value in data.items() if not name.startswith("world.")}
+        return {"data": data}
+    return {**settings, "seed": config.seed}
+
+
+@dataclass
+class Run:
+    """One run of the pipeline: its config, where things lie, and what stands so far."""
+
+    config: Config
+    store: Store
+    console: Console
+    cluster: Cluster | None = None
+    marks: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of each stage, known once its inputs' are."""
+    seconds: dict[str, float | None] = field(default_factory=dict)
+    """Wall time of each stage that this run carried out; None where the artifact stood already."""
+    writer: Any = None
+
+    @classmethod
+    def of(cls, config: Config) -> "Run":
+        return cls(config, Store(Place.of(config.workspace)), Console())
+
+    @property
+    def place(self) -> Place:
+        return self.store.workspace / "runs" / str(self.config.name)
+
+    def artifact(self, stage: str) -> Place:
+        return self.store.place(stage, self.marks[stage])
+
+    def manifest(self, stage: str) -> dict[str, Any]:
+        found = self.store.manifest(stage, self.marks[stage])
+        assert found is not None
+        return found
+
+    def log(self) -> Log:
+        return read_log(self.artifact("prepare").local())
+
+    def llm(self) -> Any:
+        """The source of the language model: `--llm`, or what stage pretrain made."""
+        from sellarec.language.llm import LlmSource, find_llm
+
+        if self.config.llm.model == EMBEDDED:
+            mark = self.marks["pretrain"]
+            return LlmSource(str(self.artifact("pretrain").local() / "model"), None, f"pretrain-{mark}")
+        return find_llm(self.config.llm.model, self.config.llm.revision)
+
+    def gpus(self) -> bool:
+        assert self.cluster is not None
+        return self.cluster.gpus
+
+
+def run(this: Run) -> None:
+    """Carry out the stages of a run's config and write its folder.
+
+    Raises:
+        UserError: a mistake in settings, data, model or place; nothing already computed is lost.
+        StageFailed: a stage failed for another reason.
+    """
+    config, console = this.config, this.console
+    wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.llm.model == EMBEDDED)
+    this.store.check_writable()
+    if wanted != ("prepare",) and "RAY_ADDRESS" not in os.environ:
+        check_room(config.workers)
+    settings = _check_name(this, _origins(this, wanted))
+    console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
+    recorded = this.place.read_json("artifacts.json") or {}
+    needed = _closure(wanted, config)
+    try:
+        for stage in STAGES:
+            if stage in needed:
+                _stage(this, stage, stage in wanted, recorded.get(stage))
+                if stage == "prepare":  # the data are good: from here on the name is taken
+                    this.place.write_json("settings.json", settings)
+                    this.place.write_text("config.yaml", to_yaml(this.config))
+        artifacts = {stage: f"{stage}-{mark}" for stage, mark in this.marks.items()}
+        this.place.write_json("artifacts.json", {**recorded, **artifacts})
+    finally:
+        if this.writer is not None:
+            this.writer.close()
+        if this.cluster is not None:
+            import ray
+
+            ray.shutdown()
+    if "evaluate" in wanted:
+        _finish(this)
+
+
+def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """What --llm and --data stand for, by content: a wrong one is refused before any stage runs."""
+    origins: dict[str, Any] = {}
+    if {"adapt", "distil", "fuse", "evaluate"} & set(wanted):
+        origins["llm"] = EMBEDDED if this.config.llm.model == EMBEDDED else this.llm().identity
+    if "prepare" in wanted and this.config.data.source != "world":
+        origins["data"] = source_hashes(_source_path(this.config), this.config.data.source)
+    return origins
+
+
+def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
+    """A name belongs to one config: the same one resumes, another one is refused. Returns what to record of it."""
+    mine = json.loads(json.dumps({**result_settings(this.config), **origins}))
+    earlier = this.place.read_json("settings.json") or {}
+    # stages that weren't run didn't ask where their data or model come from
+    names = [name for name in mine if name in earlier and earlier[name] != mine[name]]
+    if names:
+        shown = ", ".join(f"{name} {earlier[name]} then, {mine[name]} now" for name in names[:5])
+        raise UserError(
+            f"the run {this.config.name} in {this.store.workspace} was made with other settings ({shown}"
+            f"{', ...' if len(names) > 5 else ''}): choose another --name, or delete {this.place}"
+        )
+    return {**earlier, **mine}
+
+
+def _closure(wanted: tuple[str, ...], config: Config) -> set[str]:
+    """The wanted stages and all that they read, directly or not."""
+    needed: set[str] = set()
+    waiting = list(wanted)
+    while waiting:
+        stage = waiting.pop()
+        if stage not in needed:
+            needed.add(stage)
+            waiting += inputs_of(stage, config)
+    return needed
+
+
+def _source_path(config: Config) -> Path:
+    if config.data.path is None:
+        raise UserError(f"the data of source {config.data.source} are not given: name their folder or file with --data")
+    return Path(config.data.path).expanduser()
+
+
+def _facts(this: Run, stage: str) -> dict[str, Any]:
+    """All that a stage's result depends on."""
+    config = this.config
+    facts: dict[str, Any] = {
+        "stage": stage,
+        "version": VERSIONS[stage],
+        "settings": settings_of(stage, config),
+        "inputs": {name: this.marks[name] for name in inputs_of(stage, config)},
+    }
+    if stage == "prepare" and config.data.source != "world":
+        facts["sources"] = source_hashes(_source_path(config), config.data.source)
+    if stage in ("adapt", "fuse", "evaluate"):
+        facts["templates"] = fingerprint(templates())
+    if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
+        facts["llm"] = this.llm().identity
+    return json.loads(json.dumps(facts))
+
+
+def _stage(this: Run, stage: str, wanted: bool, recorded: str | None) -> None:
+    """Find the artifact of a stage, or make it where the stage is wanted."""
+    if not wanted and recorded is not None:
+        # its inputs aren't asked for: the run's own record says which artifact it is
+        this.marks[stage] = recorded.removeprefix(f"{stage}-")
+        if this.store.manifest(stage, this.marks[stage]) is not None:
+            this.seconds[stage] = None
+            return
+    if not wanted and stage == "prepare" and this.config.data.source != "world" and this.config.data.path is None:
+        raise UserError(
+            "no prepared log is recorded for this run: run stage prepare first, or name the data with --data"
+        )
+    facts = _facts(this, stage)
+    this.marks[stage] = fingerprint(facts)
+    place = this.artifact(stage)
+    if this.store.manifest(stage, this.marks[stage]) is not None:
+        this.console.line(f"{stage:<9} stands already: {place}")
+        this.seconds[stage] = None
+        return
+    if not wanted:
+        raise UserError(f"stage {stage} has not been run with these settings (no {place}): add it to --stages")
+    with this.store.lease(place, this.console.line):
+        if this.store.manifest(stage, this.marks[stage]) is not None:  # another process made it meanwhile
+            this.console.line(f"{stage:<9} stands now: {place}")
+            this.seconds[stage] = None
+            return
+        start = time.monotonic()
+        if stage != "prepare" and this.cluster is None:
+            this.cluster = connect(this.config.workers, this.console)
+        try:
+            found = RUN[stage](this)
+        except (OSError, StageFailed) as error:
+            if not _is_full_disk(error):
+                raise
+            raise UserError(
+                f"the disk behind {this.store.workspace} is full (stage {stage}): make room there, or give another --workspace; "
+                "finished stages are kept"
+            ) from error
+        this.seconds[stage] = time.monotonic() - start
+        place.write_text("config.yaml", to_yaml(this.config))
+        place.write_json(
+            "manifest.json",
+            {
+                **facts,
+                "fingerprint": this.marks[stage],
+                "seconds": round(time.monotonic() - start, 1),
+                "versions": {name: metadata.version(name) for name in ("sellarec", *PACKAGES)},
+                "facts": found,
+            },
+        )
+    this.console.line(f"{stage:<9} done in {duration(this.seconds[stage] or 0)}: {place}")
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or f"[Errno {errno.ENOSPC}]" in str(error)
+
+
+def _prepare(this: Run) -> dict[str, Any]:
+    from sellarec.data.sources.collm import read_collm
+    from sellarec.data.sources.movielens import read_movielens
+    from sellarec.data.world import generate_world
+
+    data = this.config.data
+    if data.source == "world":
+        raw = generate_world(data.world, data.split, data.split_seed)
+    elif data.source == "collm":
+        raw = read_collm(_source_path(this.config), noun=data.noun)
+    else:
+        raw = read_movielens(_source_path(this.config), positive_rating=data.positive_rating, noun=data.noun)
+    prepared = prepare(raw, history_cap=data.history_cap, split=data.split)
+    for split in ("train", "valid"):
+        count, positives = prepared.facts["rows"][split], prepared.facts["positives"][split]
+        if positives in (0, count):
+            raise UserError(
+                f"{positives} of the {count} rows of the {split} split are positives ({prepared.facts['label_rule']}): rows of "
+                "both labels are needed to train and to select; mend the label rule or the split"
+            )
+    with this.artifact("prepare").writing() as folder:
+        log = write_log(prepared, folder)
+    facts = log.facts
+    rows = facts["rows"]
+    this.console.line(
+        f"prepare   {facts['users']:,} users, {facts['items']:,} items; rows: {rows['train']:,} train, {rows['valid']:,} valid, "
+        f"{rows['test']:,} test ({facts['cold']['test']:,} cold)"
+    )
+    return facts
+
+
+def _order(this: Run, split: str, batch: int, seed: int | None) -> Any:
+    from sellarec.training.stream import Order, row_groups
+
+    return Order(tuple(row_groups([str(this.log().split_path(split))])), batch, seed)
+
+
+def _positive_rate(log: Log) -> float:
+    return log.facts["positives"]["train"] / log.facts["rows"]["train"]
+
+
+def _titles(log: Log) -> list[str]:
+    return log.items()["title"].to_pylist()
+
+
+def _train(this: Run, stage: str, build: Callable[[], Any], train_order: Any) -> dict[str, Any]:
+    from sellarec.training.loop import Training
+
+    settings = getattr(this.config, stage)
+    dtype = this.config.llm.dtype if isinstance(settings, Language) else "float32"
+    valid = None
+    if isinstance(settings, Selection):
+        valid = _order(this, "valid", this.config.evaluate.batch, None)
+        valid = dataclasses.replace(valid, every=-(-valid.rows // settings.valid_rows))
+    training = Training(stage, build, settings, this.config.seed, train_order, valid, this.artifact(stage), dtype=dtype)
+    train(training, this.config.workers, this.gpus(), this.console, partial(_to_tensorboard, this))
+    found = this.artifact(stage).read_json("training.json")
+    assert found is not None
+    return found
+
+
+def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
+    """Progress records as TensorBoard scalars, by stage. On remote workspaces the events stay with the run's manifest."""
+    if "step" not in record or not this.place.is_local:
+        return
+    if this.writer is None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        this.writer = SummaryWriter(str(this.place.folder / "tensorboard"))
+    for name, value in record.items():
+        if name in ("loss", "rows/s", "data wait %", "valid AUC", "valid UAUC"):
+            this.writer.add_scalar(
+                f"{record['stage']}/{name.replace('/s', ' per s').replace(' %', ' (%)')}", value, record["step"]
+            )
+
+
+def _pretrain(this: Run) -> dict[str, Any]:
+    from sellarec.language.pretrain import build_decoder
+    from sellarec.training.stream import Order, row_groups
+
+    log = this.log()
+    items = log.directory / "items.parquet"
+    words = [text for template in templates().values() for text in (template["text"], *template["answers"])]
+    settings = this.config.pretrain
+    with this.artifact("pretrain").writing() as folder:
+        build_decoder(log.items()["text"].to_pylist(), words, settings, this.config.seed, folder / "initial")
+    initial = this.artifact("pretrain") / "initial"
+    order = Order(tuple(row_groups([str(items)])), settings.batch, this.config.seed)
+    return _train(this, "pretrain", partial(_build_pretrain, initial, settings), order)
+
+
+def _build_pretrain(initial: Place, settings: Any) -> Any:
+    from sellarec.language.pretrain import build_pretrain
+
+    return build_pretrain(initial.local(), settings)
+
+
+def _adapt(this: Run) -> dict[str, Any]:
+    from sellarec.language.adapt import build_adapt
+
+    log, config = this.log(), this.config
+    build = partial(build_adapt, this.llm(), _titles(log), config.prompt, config.data.noun, config.adapt)
+    return _train(this, "adapt", build, _order(this, "train", config.adapt.batch, config.seed))
+
+
+def _collab(this: Run) -> dict[str, Any]:
+    from sellarec.collab.mf import build_collab
+
+    log, config = this.log(), this.config
+    build = partial(build_collab, log.facts["users"], log.facts["items"], _positive_rate(log), config.collab)
+    return _train(this, "collab", build, _order(this, "train", config.collab.batch, config.seed))
+
+
+def _distil(this: Run) -> dict[str, Any]:
+    from sellarec.language.distil import distil
+
+    config, log = this.config, this.log()
+    return run_task(
+        distil,
+        "distil",
+        this.console,
+        items=log.directory / "items.parquet",
+        text=config.distil.text,
+        source=this.llm(),
+        adapter=this.artifact("adapt").local() / "adapter",
+        noun=config.data.noun,
+        batch=config.distil.micro_batch,
+        workers=config.workers,
+        gpus=this.gpus(),
+        output=this.artifact("distil"),
+    )
+
+
+def _align(this: Run) -> dict[str, Any]:
+    from sellarec.alignment.align import build_align
+    from sellarec.language.distil import SavedVectors
+    from sellarec.training.tables import SavedTable
+
+    log, config = this.log(), this.config
+    vectors = SavedVectors(this.artifact("distil").local() / "vectors")
+    if vectors.width % 4:
+        raise UserError(f"the language model is {vectors.width} wide, but the table kernels need a multiple of 4")
+    start: dict[str, Any] = {"user": None, "item": None}
+    if config.align.init == "collab":
+        folder = this.artifact("collab").local() / "tables"
+        start = {name: SavedTable(folder, name).read for name in start}
+    sizes = (log.facts["users"], log.facts["items"])
+    build = partial(
+        build_align, sizes, _positive_rate(log), vectors.width, vectors.read, start, config.collab, config.align
+    )
+    return _train(this, "align", build, _order(this, "train", config.align.batch, config.seed))
+
+
+def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
+    """Builds the recommender from align's result, or as stage fuse left it."""
+    from sellarec.fusion.fuse import build_fuse
+    from sellarec.training.tables import SavedTable
+
+    log, config = this.log(), this.config
+    align = this.artifact("align").local()
+    origin = align if stage == "align" else this.artifact("fuse").local()
+    tables = {}
+    for name in ("user", "item", "semantic"):
+        saved = SavedTable(origin / "tables", name)
+        tables[name] = (saved.facts["rows"], saved.facts["columns"], saved.read)
+    return partial(
+        build_fuse,
+        this.llm(),
+        _titles(log),
+        config.prompt,
+        config.data.noun,
+        this.artifact("adapt").local() / "adapter",
+        tables,
+        config.align.hidden,
+        align / "projection.safetensors" if stage == "align" and config.fuse.warm_start else None,
+        None if stage == "align" else origin / "projection.safetensors",
+        config.fuse,
+        config.seed,
+    )
+
+
+def _fuse(this: Run) -> dict[str, Any]:
+    config = this.config
+    return _train(this, "fuse", _fuse_builder(this, "align"), _order(this, "train", config.fuse.batch, config.seed))
+
+
+def _evaluate(this: Run) -> dict[str, Any]:
+    from sellarec.collab.mf import MatrixFactorization
+    from sellarec.evaluation.baselines import fit_means, item_mean, item_user_mean
+    from sellarec.evaluation.report import BEST_ATTAINABLE
+    from sellarec.evaluation.results import evaluate_scores
+    from sellarec.language.adapt import build_adapted
+    from sellarec.training.loop import Scoring, score_worker
+    from sellarec.training.tables import SavedTable, Table
+
+    log, config = this.log(), this.config
+    folder = this.artifact("collab").local() / "tables"
+    tables = tuple(
+        Table(name, log.facts[f"{name}s"], config.collab.dim, (name,), read=SavedTable(folder, name).read)
+        for name in ("user", "item")
+    )
+    build: dict[str, Callable[[], Any]] = {
+        "collab": partial(MatrixFactorization, tables, _positive_rate(log), config.collab.l2),
+        "text-only": partial(
+            build_adapted, this.llm(), _titles(log), config.prompt, config.data.noun,
+            this.artifact("adapt").local() / "adapter",
+        ),
+        "sella-rec": _fuse_builder(this, "fuse"),
+    }  # fmt: skip
+    order = _order(this, "test", config.evaluate.batch, None)
+    scoring = Scoring("evaluate", build, config.evaluate, order, this.artifact("evaluate"), dtype=config.llm.dtype)
+    run_workers(
+        score_worker, {"scoring": scoring}, "evaluate", this.artifact("evaluate"), config.workers, this.gpus(),
+        this.console, partial(_to_tensorboard, this),
+    )  # fmt: skip
+    scored = pq.read_table(this.artifact("evaluate").local() / "scores.parquet")
+    test, training = log.split("test"), log.split("train", ["user", "item", "label"])
+    if not np.array_equal(scored["row"].to_numpy(), test["row"].to_numpy()):
+        raise RuntimeError(f"evaluate: {len(scored)} rows were scored, but the test split has {len(test)} others")
+    user, item = test["user"].to_numpy(), test["item"].to_numpy()
+    means = fit_means(*(training[name].to_numpy() for name in ("user", "item", "label")))
+    scores = {"item mean": item_mean(means, item), "item + user mean": item_user_mean(means, user, item)}
+    scores |= {name: scored[name].to_numpy() for name in MODELS}
+    if test["expected"].null_count == 0:
+        scores[BEST_ATTAINABLE] = test["expected"].to_numpy()
+    for name, values in scores.items():
+        if not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).sum())
+            raise StageFailed(f"stage evaluate: {bad} of the {len(test)} scores of {name} are not finite")
+    records = evaluate_scores(
+        test, scores, pairs=[("sella-rec", "collab"), ("sella-rec", "text-only")], seed=config.seed,
+        protocol="pointwise", replicates=config.evaluate.replicates,
+    )  # fmt: skip
+    this.artifact("evaluate").write_json("results.json", records)
+    return {"rows": len(test)}
+
+
+RUN: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "prepare": _prepare,
+    "pretrain": _pretrain,
+    "adapt": _adapt,
+    "collab": _collab,
+    "distil": _distil,
+    "align": _align,
+    "fuse": _fuse,
+    "evaluate": _evaluate,
+}
+
+
+def _finish(this: Run) -> None:
+    """The run's own files, and what the user sees at the end."""
+    from sellarec.evaluation.report import write_report
+    from sellarec.evaluation.results import format_table
+
+    records = this.artifact("evaluate").read_json("results.json")
+    assert records is not None
+    this.place.write_json("results.json", records)
+    stages: list[dict[str, Any]] = [
+        {
+            "stage": stage,
+            "artifact": f"{stage}-{this.marks[stage]}",
+            "seconds": this.seconds[stage],
+            "manifest": this.manifest(stage),
+        }
+        for stage in STAGES
+        if stage in this.marks
+    ]
+    report = write_report(
+        name=str(this.config.name),
+        config_yaml=to_yaml(this.config),
+        records=records,
+        stages=stages,
+        versions=stages[-1]["manifest"]["versions"],
+    )
+    this.place.write_text("report.html", report)
+    print(f"\n{format_table(records)}\n", flush=True)
+    print(f"report       {this.place}/report.html")
+    print(f"results      {this.place}/results.json")
+    if this.place.is_local:
+        print(f"TensorBoard  tensorboard --logdir {this.place}/tensorboard")
+    print(f"artifacts    {this.store.workspace}/artifacts (which ones: {this.place}/artifacts.json)", flush=True)

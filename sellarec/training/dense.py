@@ -1,0 +1,41 @@
+"""Dense modules under FSDP2, on a (replicate, shard) mesh, with gradients summed over workers."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+MIN_BLOCK_BYTES = 256 << 10
+"""A smaller block is gathered with the root: a collective of its own would cost more time than its memory is worth."""
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    """Shard `model` in place: each block by itself, if it is of any size, then the rest as root.
+
+    Gradients are summed, not averaged: with a loss divided by the global count, any number of workers takes the same
+    step. On gloo the divide factor alone fails, so the sum is forced too.
+    """
+    mesh = init_device_mesh(device.type, (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    large = [block for block in blocks if sum(w.nbytes for w in block.parameters()) >= MIN_BLOCK_BYTES]
+    for module in [*large, model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in [*large, model]:
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trained weights, whole, on the CPU of rank 0 (elsewhere an empty dict). All workers call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    # of tied weights, one name isn't recognised as frozen
+    trained = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad}
+    return {name: value for name, value in get_model_state_dict(model, options=options).items() if name in trained}
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in model.parameters() if weight.requires_grad]

@@ -1,0 +1,260 @@
+"""The driver's side of training: start Ray, launch workers, show their progress, bring their errors home."""
+
+import contextlib
+import dataclasses
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sellarec.artifacts import Place
+from sellarec.errors import StageFailed, UserError
+from sellarec.training.progress import Console, ProgressBoard, duration
+
+WORKER_MEMORY = 800 << 20
+"""Resident bytes of a worker that holds next to no weights (torch, torchrec, transformers, Ray; 719 MiB were measured)."""
+
+RAY_MEMORY = 2 << 30
+"""Resident bytes of the driver and of Ray's own processes on one machine (1.8 GiB were measured)."""
+
+RETRIES = 3
+"""How often a stage is taken up again after a worker was lost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What the connected Ray cluster offers.
+
+    Attributes:
+        local: Ray was started by this process, on this machine.
+        gpus: whether workers get a GPU each.
+    """
+
+    local: bool
+    gpus: bool
+
+
+def connect(workers: int, console: Console) -> Cluster:
+    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine, and check that the workers have room.
+
+    Raises:
+        UserError: the workers don't fit, with the arithmetic.
+    """
+    # Reports wait for the controller's next poll, 2 s by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    cores = os.cpu_count() or 1
+    local = "RAY_ADDRESS" not in os.environ
+    if local:
+        # Despite its name it works everywhere: every Ray process of this run listens on the loopback address only.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # A stage starts a handful of processes at once; by default more than one a core is warned about.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(workers + 8))
+    import logging
+
+    import ray
+
+    if local:
+        console.line(f"starting Ray on this machine ({cores} cores, {workers} workers)")
+        if workers > cores:
+            console.line(f"note: {workers} workers share {cores} cores")
+        ray.init(
+            address="local",
+            num_cpus=max(cores, workers + 2),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    if not local and workers + 1 > cpus:
+        raise UserError(
+            f"{workers} workers of 1 CPU each and 1 CPU to read data need {workers + 1}, but the cluster at "
+            f"{os.environ['RAY_ADDRESS']} advertises {cpus:g}: lower --workers or add nodes"
+        )
+    return Cluster(local=local, gpus=gpus >= workers)
+
+
+def check_room(workers: int) -> None:
+    """Raises UserError where this machine's memory can't hold so many workers."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    needed = RAY_MEMORY + workers * WORKER_MEMORY
+    if needed > available:
+        room = max(1, (available - RAY_MEMORY) // WORKER_MEMORY)
+        raise UserError(
+            f"{workers} workers x {WORKER_MEMORY / 2**30:.2f} GiB + {RAY_MEMORY / 2**30:.0f} GiB for Ray = "
+            f"{needed / 2**30:.1f} GiB (before any table or model), but {available / 2**30:.1f} GiB of memory are free on this "
+            f"machine: lower --workers to {room}"
+        )
+
+
+def train(training: Any, workers: int, gpus: bool, console: Console, on_record: Callable[[dict], None]) -> None:
+    """Run one stage's training to its end, surviving lost workers.
+
+    Args:
+        training: a `loop.Training` without its board.
+        on_record: takes each progress record of rank 0, for TensorBoard.
+
+    Raises:
+        UserError: a mistake that a worker found.
+        StageFailed: it failed for another reason, and again after RETRIES restarts.
+    """
+    from sellarec.training.loop import train_worker
+
+    run_workers(
+        train_worker, {"training": training}, training.stage, training.output, workers, gpus, console, on_record
+    )
+
+
+def run_workers(
+    function: Callable[[dict], None],
+    config: dict[str, Any],
+    stage: str,
+    place: Place,
+    workers: int,
+    gpus: bool,
+    console: Console,
+    on_record: Callable[[dict], None],
+) -> None:
+    """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board."""  # fmt: skip
+    import ray
+    import ray.train
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    config = {name: dataclasses.replace(value, board=board) for name, value in config.items()}
+    storage = str(place.folder) if place.is_local else place.uri
+    trainer = TorchTrainer(
+        function,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker={"CPU": 1}),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=RETRIES),
+            # the best by the number of improvements, and always the newest, to resume from
+            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="rank_of_best"),
+        ),
+    )
+    with _showing(board, console, on_record) as errors:
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise StageFailed(
+                f"stage {stage} failed {RETRIES + 1} times, the last time by {cause_of(error)}"
+            ) from error
+    if errors:
+        raise UserError(errors[0])
+    place.delete("checkpoints")
+
+
+def run_task(function: Callable[..., dict[str, Any]], stage: str, console: Console, **arguments: Any) -> dict[str, Any]:
+    """Run a function as a Ray task, so that its work and its logs stay off the driver; it gets a progress `board`.
+
+    Raises:
+        UserError: as the function raised it.
+        StageFailed: the function failed for another reason.
+    """
+    import ray
+
+    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    with _showing(board, console, lambda record: None):
+        try:
+            return ray.get(ray.remote(num_cpus=0)(function).remote(**arguments, board=board))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise StageFailed(f"stage {stage} failed: {error.cause}") from error
+
+
+@contextlib.contextmanager
+def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) -> Iterator[list[str]]:
+    """Print what arrives on the board while the block runs; gives the list of errors that workers put there."""
+    import ray
+
+    errors: list[str] = []
+    failures: list[BaseException] = []
+    starts = 0
+    ended = threading.Event()
+
+    def show() -> None:
+        nonlocal starts
+        while True:
+            last = ended.wait(0.5)
+            for record in ray.get(board.take.remote()):
+                if "error" in record:
+                    errors.append(record["error"])
+                elif "started" in record:
+                    starts += 1
+                    if record["started"]:
+                        what = f"goes on from its checkpoint at step {record['started']}/{record['steps']}"
+                        console.line(f"{record['stage']:<9} {what}")
+                    elif starts > 1:
+                        console.line(
+                            f"{record['stage']:<9} starts again: a worker was lost before the first checkpoint"
+                        )
+                else:
+                    console.line(describe(record))
+                    on_record(record)
+            if last:
+                return
+
+    def show_or_note() -> None:
+        try:
+            show()
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=show_or_note)
+    thread.start()
+    try:
+        yield errors
+    finally:
+        ended.set()
+        thread.join()
+        ray.kill(board)
+    if failures:
+        raise failures[0]
+
+
+def cause_of(error: BaseException) -> str:
+    """The last line of what went wrong on the first worker that failed by itself, not because another did."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return _last_line(error)
+    rank, failure = sorted(failures.items())[0]
+    return f"worker {rank}: {_last_line(failure)}"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One progress line."""
+    if "items" in record:
+        return f"{record['stage']:<9} {record['done']:,}/{record['items']:,} items"
+    if "model" in record:
+        return f"{record['stage']:<9} {record['model']}: {record['rows']:,} rows scored in {record['seconds']:.1f} s"
+    head = f"{record['stage']:<9} step {record['step']}/{record['steps']}"
+    if "valid AUC" in record:
+        best = " (best so far)" if record["best"] == record["step"] else f" (best at step {record['best']})"
+        return f"{head}  valid AUC {_number(record['valid AUC'])}  UAUC {_number(record['valid UAUC'])}{best}"
+    percent = 100 * record["step"] / max(1, record["steps"])
+    return (
+        f"{head} ({percent:.0f}%)  loss {record['loss']:.4f}  {record['rows/s']:,.0f} rows/s  "
+        f"waiting for data {record['data wait %']:.0f}%  {duration(record['seconds left'])} left"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

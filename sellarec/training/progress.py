@@ -1,0 +1,36 @@
+"""How workers tell the driver how far they are: a small actor that keeps records until the driver fetches them."""
+
+import time
+from typing import Any
+
+
+class ProgressBoard:
+    """Records of all workers of one stage, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._records: list[dict[str, Any]] = []
+
+    def put(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+
+    def take(self) -> list[dict[str, Any]]:
+        """The records since the last call."""
+        records, self._records = self._records, []
+        return records
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1:02:05', 65 -> '1:05'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Console:
+    """Prints a run's progress: one line at a time, each headed by the time since the run began."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def line(self, text: str) -> None:
+        print(f"[{duration(time.monotonic() - self._start):>7}] {text}", flush=True)

@@ -1,0 +1,58 @@
+"""What a stage tells the training loop about its model: the one protocol between the two.
+
+Nothing in a task knows Ray, process groups or sharding; nothing in the loop knows a model.
+Shapes: b rows of one worker's slice (or of a micro-batch of it), D columns of a table.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+from torch import Tensor, nn
+
+from sellarec.training.tables import Table
+
+Batch = dict[str, Tensor]
+"""Tensors with one leading dimension b; `weight` (float32 [b]) is 0 for padding."""
+
+Gather = Callable[[Tensor], Tensor]
+"""[b, ...] of each worker -> [W * b, ...] of all; gradients flow back to where the rows came from."""
+
+
+class Task(Protocol):
+    """A model with its loss and scores, written for a single device.
+
+    Attributes:
+        columns: columns of the interactions (or of whatever the stage streams) that `collate` reads.
+        tables: embedding tables, which the loop shards over the workers.
+        model: the dense part, which the loop shards with FSDP2; None where there is none.
+        blocks: submodules of `model` that are gathered one at a time (decoder layers).
+    """
+
+    columns: Sequence[str]
+    tables: Sequence[Table]
+    model: nn.Module | None
+    blocks: Sequence[nn.Module]
+
+    def collate(self, rows: pa.Table, step: int | None) -> Batch:
+        """Columns and `weight` -> tensors. What is drawn may depend on (step, row), never on the worker; `step` is None
+        when scoring."""
+
+    def lookups(self, batch: Batch) -> dict[str, Tensor]:
+        """Feature -> int64 ids [b] or [b, L], every feature of every table."""
+
+    def targets(self, batch: Batch) -> Tensor:
+        """How many valid targets the slice has: what the summed loss is divided by, over all workers."""
+
+    def loss(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor], gather: Gather) -> Tensor:
+        """The loss summed (not averaged) over the valid targets of these rows: a scalar."""
+
+    def score(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
+        """float32 [b]: the log-odds, up to a monotone function, that the user likes the item."""
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the trained dense weights (whole, by name in `model`) into `folder`. One worker calls it."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest should say of the model beside its settings."""

@@ -1,0 +1,58 @@
+"""What all tests share. The markers are in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Machines that run several things at once are slow at times; what hangs is ended by pytest's faulthandler_timeout.
+hypothesis.settings.register_profile("sellarec", deadline=None)
+hypothesis.settings.load_profile("sellarec")
+
+TITLES = [
+    "the harbor sea",
+    "golden anchor and tide",
+    "lunar orbit space",
+    "detective alibi crime",
+    "Toy Story (1995)",
+    "M*A*S*H",
+    "Été à la plage",
+    "2001",
+    "the last voyage of the very long winter of the silent sailor and the golden whale part 2",
+    "x",
+]
+"""Short and long titles, with digits, punctuation and letters outside ASCII."""
+
+
+@pytest.fixture(scope="session")
+def sellarec_data() -> Path:
+    """The folder of real data named by SELLAREC_DATA; the test is skipped where the variable is unset."""
+    folder = os.environ.get("SELLAREC_DATA")
+    if not folder:
+        pytest.skip("needs real data: SELLAREC_DATA names no folder")
+    if not Path(folder).is_dir():
+        pytest.fail(f"SELLAREC_DATA is '{folder}', which is no folder: correct it or unset it")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def titles() -> list[str]:
+    return TITLES
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory) -> Path:
+    """A fresh embedded decoder, as stage pretrain builds it but small: 16 wide, 2 layers, its tokenizer of the titles."""
+    import torch
+
+    from sellarec.config import Pretrain
+    from sellarec.language.pretrain import build_decoder
+    from sellarec.language.templates import templates
+
+    torch.set_num_threads(1)
+    words = [text for template in templates().values() for text in (template["text"], *template["answers"])]
+    folder = tmp_path_factory.mktemp("decoder")
+    settings = Pretrain(vocabulary=400, context=256, hidden=16, layers=2, heads=2)
+    build_decoder(TITLES * 3, words, settings, 0, folder)
+    return folder

@@ -1,0 +1,97 @@
+"""The main job on 1, 2 and 3 workers: the same steps, the same results; and what it leaves behind."""
+
+import html.parser
+import json
+from pathlib import Path
+
+import main_job
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = pytest.mark.ray
+
+WORKERS = (1, 2, 3)
+TRAINED = ("pretrain", "adapt", "collab", "align", "fuse")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, str]]:
+    """By number of workers: the workspace, and what the job printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = main_job.write_recipe(folder)
+    done = {}
+    for workers in WORKERS:
+        workspace = folder / f"workers-{workers}"
+        arguments = ["demo", recipe, "--workers", str(workers), "--workspace", workspace, "--name", "run"]
+        done[workers] = (workspace, main_job.train(*arguments, log=folder / f"{workers}.log"))
+    return done
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_same_losses(runs: dict[int, tuple[Path, str]], stage: str, workers: int) -> None:
+    expected, found = (
+        main_job.read_json(main_job.artifact(runs[n][0], "run", stage) / "training.json")["first_losses"]
+        for n in (2, workers)
+    )
+    assert len(expected) == 20
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_same_results(runs: dict[int, tuple[Path, str]], workers: int) -> None:
+    expected, found = (main_job.read_json(runs[n][0] / "runs/run/results.json") for n in (2, workers))
+    assert [(r["model"], r["rows"], r["metric"], r["count"]) for r in expected] == [
+        (r["model"], r["rows"], r["metric"], r["count"]) for r in found
+    ]
+    for one, other in zip(expected, found, strict=True):
+        if one["rows"] == "all":
+            assert other["value"] == pytest.approx(one["value"], abs=1e-3), one
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_every_test_row_is_scored_once(runs: dict[int, tuple[Path, str]], workers: int) -> None:
+    workspace = runs[workers][0]
+    rows = pq.read_table(main_job.artifact(workspace, "run", "prepare") / "interactions/test.parquet")["row"]
+    scores = pq.read_table(main_job.artifact(workspace, "run", "evaluate") / "scores.parquet")
+    assert scores["row"].to_pylist() == rows.to_pylist()
+
+
+def test_what_the_run_leaves(runs: dict[int, tuple[Path, str]]) -> None:
+    workspace, printed = runs[2]
+    folder = workspace / "runs/run"
+    for name in ("results.json", "report.html", "config.yaml", "artifacts.json"):
+        assert (folder / name).is_file()
+    assert list((folder / "tensorboard").glob("events.*"))
+    assert "https://" not in (folder / "report.html").read_text()
+    html.parser.HTMLParser().feed((folder / "report.html").read_text())
+    for words in ("sella-rec", "best attainable", "report.html", "results.json", "tensorboard --logdir"):
+        assert words in printed
+    records = json.loads((folder / "results.json").read_text())
+    assert {r["rows"] for r in records} == {"all", "warm", "cold", "cold_user", "cold_item", "with_history"}
+    keys = {"model", "rows", "metric", "value", "low", "high", "count", "unit", "seed", "split", "protocol"}
+    assert all(set(r) == keys for r in records)
+
+
+def test_standing_artifacts_are_not_made_again(runs: dict[int, tuple[Path, str]], tmp_path: Path) -> None:
+    workspace = runs[2][0]
+    before = {path: path.stat().st_mtime_ns for path in (workspace / "artifacts").rglob("manifest.json")}
+    recipe = main_job.write_recipe(tmp_path)
+    arguments = ["demo", recipe, "--workspace", workspace, "--name", "run", "--workers", "1"]
+    printed = main_job.train(*arguments, log=tmp_path / "log")
+    assert printed.count("stands already") == 8
+    assert before == {path: path.stat().st_mtime_ns for path in (workspace / "artifacts").rglob("manifest.json")}
+
+
+def test_a_name_belongs_to_one_config(runs: dict[int, tuple[Path, str]], tmp_path: Path) -> None:
+    recipe = main_job.write_recipe(tmp_path)
+    arguments = ["demo", recipe, "--workspace", runs[2][0], "--name", "run", "--seed", "2"]
+    printed = main_job.train(*arguments, log=tmp_path / "log", status=2)
+    assert "seed 1 then, 2 now" in printed
+
+
+def test_saved_config_runs_again(runs: dict[int, tuple[Path, str]], tmp_path: Path) -> None:
+    saved = runs[2][0] / "runs/run/config.yaml"
+    printed = main_job.train(saved, log=tmp_path / "log")
+    assert printed.count("stands already") == 8

@@ -1,0 +1,253 @@
+"""Stage fuse: three embeddings of the prompt are replaced, nothing else; what is frozen stays; unseen rows are zeros."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from sellarec.config import Adapt, Fuse, Prompt
+from sellarec.fusion.fuse import FuseTask, build_fuse, uniform
+from sellarec.fusion.projection import Projection
+from sellarec.language import llm as llms
+from sellarec.language.adapt import build_adapt
+from sellarec.language.prompts import SOFT
+from sellarec.language.scorer import base_model
+
+torch.set_num_threads(1)
+
+USERS, ITEMS, DIM, HIDDEN, WIDTH = 7, 10, 4, 6, 16
+PROMPT = Prompt(template="compact")
+ROWS = {"user": np.random.default_rng(0), "item": np.random.default_rng(1), "semantic": np.random.default_rng(2)}
+TABLES = {
+    "user": ROWS["user"].standard_normal((USERS, DIM)).astype(np.float32),
+    "item": ROWS["item"].standard_normal((ITEMS, DIM)).astype(np.float32),
+    "semantic": ROWS["semantic"].standard_normal((ITEMS, WIDTH)).astype(np.float32),
+}
+
+
+@pytest.fixture(scope="module")
+def make(decoder, titles, tmp_path_factory):
+    """Builds the task on the embedded decoder with an adapter that isn't fresh."""
+    torch.manual_seed(5)
+    source = llms.find_llm(str(decoder), None)
+    adapt = build_adapt(source, titles, PROMPT, "movie", Adapt(rank=2))
+    trained = {name: weight.detach() for name, weight in adapt.model.named_parameters() if weight.requires_grad}
+    for weight in trained.values():
+        torch.nn.init.normal_(weight, std=0.2)
+    folder = tmp_path_factory.mktemp("adapt")
+    adapt.save(folder, trained)
+
+    def build(projection=None, trained=None, unseen_dropout=0.3, seed=1) -> FuseTask:
+        torch.manual_seed(7)
+        tables = {name: (*rows.shape, lambda start, stop, rows=rows: rows[start:stop]) for name, rows in TABLES.items()}
+        return build_fuse(
+            source, titles, PROMPT, "movie", folder / "adapter", tables, HIDDEN, projection, trained,
+            Fuse(unseen_dropout=unseen_dropout), seed,
+        )  # fmt: skip
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def task(make) -> FuseTask:
+    return make()
+
+
+def rows(number: int = 4, **changes) -> pa.Table:
+    generator = np.random.default_rng(number)
+    histories = [generator.integers(0, ITEMS, generator.integers(0, 4)).tolist() for _ in range(number)]
+    columns = {
+        "row": np.arange(number) + 100,
+        "user": generator.integers(0, USERS, number),
+        "item": generator.integers(0, ITEMS, number),
+        "label": pa.array(generator.integers(0, 2, number), pa.int8()),
+        "history": pa.array(histories, pa.list_(pa.int64())),
+        "user_seen": np.ones(number, bool),
+        "item_seen": np.ones(number, bool),
+        "weight": np.ones(number, np.float32),
+    }
+    return pa.table(columns | changes)
+
+
+def look_up(task: FuseTask, batch: dict) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.from_numpy(TABLES[name][ids.numpy()]).requires_grad_() for name, ids in task.lookups(batch).items()
+    }
+
+
+def no_gather(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def test_exactly_the_three_slots_are_replaced(task):
+    """Seen from inside: what the decoder is given against its embedding table and the projections' tokens."""
+    batch = task.collate(rows(6), None)
+    vectors = look_up(task, batch)
+    decoder = base_model(task.model.scorer.llm).model
+    seen: dict = {}
+
+    def keep(module, arguments, named) -> None:
+        seen.update(named)
+
+    handle = decoder.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        task.score(task.model, batch, vectors)
+    finally:
+        handle.remove()
+    tokens = task.model.projection(vectors["user"], vectors["item"], vectors["semantic"])
+    expected = decoder.get_input_embeddings()(batch["tokens"])
+    for row in range(6):
+        for name in SOFT:
+            expected[row, batch[name][row]] = tokens[name][row]
+    assert torch.equal(seen["inputs_embeds"], expected)
+    assert seen["attention_mask"].tolist() == batch["mask"].long().tolist()
+
+
+def test_tokens_have_the_norm_of_the_models_embeddings(task):
+    batch = task.collate(rows(), None)
+    vectors = look_up(task, batch)
+    tokens = task.model.projection(vectors["user"], vectors["item"], vectors["semantic"])
+    table = base_model(task.model.scorer.llm).get_input_embeddings().weight
+    assert set(tokens) == set(SOFT)
+    for token in tokens.values():
+        np.testing.assert_allclose(token.detach().norm(dim=1), table.norm(dim=1).mean().item(), rtol=1e-5)
+
+
+def test_user_and_item_share_a_projection(task):
+    hybrid = task.model.projection
+    x = torch.randn(3, DIM)
+    tokens = hybrid(x, x, torch.randn(3, WIDTH))
+    torch.testing.assert_close(tokens["user"] / hybrid.gain[0], tokens["item"] / hybrid.gain[1])
+
+
+def test_only_projections_and_rows_are_trained(task):
+    batch = task.collate(rows(6), None)
+    vectors = look_up(task, batch)
+    task.loss(task.model, batch, vectors, no_gather).backward()
+    for name, weight in task.model.named_parameters():
+        assert weight.requires_grad == name.startswith("projection."), name
+        assert (weight.grad is not None and weight.grad.abs().sum() > 0) == name.startswith("projection."), name
+        weight.grad = None
+    assert any("lora_" in name for name, _ in task.model.named_parameters())
+    for name, vector in vectors.items():
+        assert (vector.grad.abs().sum(1) > 0).all(), name
+    assert task.facts()["trained_weights"] == sum(w.numel() for w in task.model.projection.parameters())
+
+
+def test_rows_of_weight_zero_have_no_effect(task):
+    weight = np.array([1, 0, 1, 0], np.float32)
+    batch = task.collate(rows(weight=weight), None)
+    vectors = look_up(task, batch)
+    loss = task.loss(task.model, batch, vectors, no_gather)
+    loss.backward()
+    assert task.targets(batch) == 2
+    assert all((vector.grad[weight == 0] == 0).all() for vector in vectors.values())
+    kept = task.collate(rows().take([0, 2]), None)
+    torch.testing.assert_close(task.loss(task.model, kept, look_up(task, kept), no_gather), loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["user", "item"])
+def test_the_score_of_an_unseen_one_does_not_depend_on_its_row(task, name):
+    seen = np.array([True, False, True, False])
+    batch = task.collate(rows(**{f"{name}_seen": seen}), None)
+    vectors = look_up(task, batch)
+    score = task.score(task.model, batch, vectors)
+    score.sum().backward()
+    assert ((vectors[name].grad.abs().sum(1) > 0).numpy() == seen).all()
+    changed = {**vectors, name: vectors[name] + 3}
+    moved = (task.score(task.model, batch, changed) - score).abs().detach().numpy()
+    assert (moved[~seen] == 0).all() and (moved[seen] > 0).all()
+    assert torch.isfinite(score).all()
+
+
+def test_the_distilled_vector_of_an_unseen_item_still_counts(task):
+    batch = task.collate(rows(item_seen=np.zeros(4, bool)), None)
+    vectors = look_up(task, batch)
+    changed = {**vectors, "semantic": vectors["semantic"].flip(1)}
+    assert (task.score(task.model, batch, vectors) - task.score(task.model, batch, changed)).abs().min() > 0
+
+
+ROW_IDS = st.lists(st.integers(0, 1 << 40), min_size=1, max_size=20)
+
+
+@given(ROW_IDS, st.lists(st.integers(0, 1 << 31), min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_uniform_is_a_function_of_row_and_salt(ids, salt, generator):
+    whole = uniform(np.array(ids), *salt)
+    assert ((whole >= 0) & (whole < 1)).all()
+    order = list(range(len(ids)))
+    generator.shuffle(order)
+    np.testing.assert_array_equal(uniform(np.array(ids)[order], *salt), whole[order])
+    assert uniform(np.array(ids[:1]), *salt)[0] == whole[0]
+
+
+def test_uniform_is_uniform_and_rows_and_salts_are_independent():
+    n = 40_000
+    draws = np.stack([uniform(np.arange(n), *salt) for salt in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]])
+    counts = np.stack([np.histogram(x, 50, (0, 1))[0] for x in draws])
+    chi_squared = ((counts - n / 50) ** 2 / (n / 50)).sum(1)
+    assert (chi_squared < 100).all(), "49 degrees of freedom; 100 is passed once in 40,000"
+    correlations = np.corrcoef([*draws, np.roll(draws[0], 1)]) - np.eye(5)
+    assert np.abs(correlations).max() < 4.5 / np.sqrt(n)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 10_000))
+def test_a_share_of_training_rows_is_treated_as_unseen(task, step):
+    """Users and items apart, the same however rows lie on workers; none when scoring."""
+    many = rows(400)
+    batch = task.collate(many, step)
+    user, item = batch["user_seen"].numpy(), batch["item_seen"].numpy()
+    for seen in (user, item):
+        assert abs((1 - seen).mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 400)
+    assert abs(((1 - user) * (1 - item)).mean() - 0.09) < 5 * np.sqrt(0.09 * 0.91 / 400)
+    part = task.collate(many.slice(150, 20), step)
+    np.testing.assert_array_equal(part["user_seen"].numpy(), user[150:170])
+    other = task.collate(many.slice(0, 100), step + 1)
+    assert (other["user_seen"].numpy() != user[:100]).any(), "drawn anew in another step"
+
+
+def test_scoring_and_a_dropout_of_zero_treat_every_row_as_it_is(task, make):
+    for batch in (task.collate(rows(50), None), make(unseen_dropout=0.0).collate(rows(50), 3)):
+        assert batch["user_seen"].all() and batch["item_seen"].all()
+
+
+def test_what_is_saved_scores_alike_when_it_is_loaded(task, make, tmp_path):
+    weights = {n: w.detach() for n, w in task.model.named_parameters() if w.requires_grad}
+    changed = {name: weight + 0.1 for name, weight in weights.items()}
+    task.save(tmp_path, changed)
+    again = make(trained=tmp_path / "projection.safetensors")
+    batch = again.collate(rows(), None)
+    found = {name: w for name, w in again.model.named_parameters() if w.requires_grad}
+    assert set(found) == set(changed) and all(torch.equal(found[name], changed[name]) for name in found)
+    vectors = look_up(again, batch)
+    score = again.score(again.model, batch, vectors)
+    assert not torch.allclose(score, task.score(task.model, batch, vectors))
+    with torch.no_grad():
+        for name, weight in task.model.named_parameters():
+            if name in changed:
+                weight.copy_(changed[name])
+    torch.testing.assert_close(task.score(task.model, batch, vectors), score)
+
+
+def test_training_starts_from_the_aligned_projection(make, tmp_path):
+    torch.manual_seed(11)
+    aligned = Projection(DIM, HIDDEN, WIDTH)
+    save_file(aligned.state_dict(), tmp_path / "projection.safetensors")
+    warm, cold = make(projection=tmp_path / "projection.safetensors"), make()
+    for name, weight in aligned.state_dict().items():
+        assert torch.equal(warm.model.projection.collaborative.state_dict()[name], weight)
+        assert not torch.equal(cold.model.projection.collaborative.state_dict()[name], weight)
+
+
+def test_the_tables_start_from_what_stages_before_made(task):
+    assert {(table.name, table.rows, table.dim) for table in task.tables} == {
+        ("user", USERS, DIM),
+        ("item", ITEMS, DIM),
+        ("semantic", ITEMS, WIDTH),
+    }
+    assert all((table.read(1, 3) == TABLES[table.name][1:3]).all() for table in task.tables)
+    batch = task.collate(rows(), None)
+    assert set(task.lookups(batch)) == {feature for table in task.tables for feature in table.features}

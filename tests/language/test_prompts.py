@@ -1,0 +1,265 @@
+"""Prompts: the tokens of readable text, slots where they belong, histories that are shortened and never the instruction."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from sellarec.config import Prompt
+from sellarec.errors import UserError
+from sellarec.language.llm import load_tokenizer
+from sellarec.language.prompts import MIN_HISTORY, SOFT, Catalog, Prompts, SegmentTokenizer, compile_template
+from sellarec.language.templates import templates
+
+EMBEDDED, PRETRAINED = "embedded", ("lm-stories260k", "lm-babyllama")
+BOTH = [(name, kind) for name in ("full", "compact") for kind in ("text", "fused")]
+PLENTY = 100_000
+
+
+@pytest.fixture(scope="module", params=[EMBEDDED, *PRETRAINED])
+def tokenizer(request):
+    """The embedded decoder's tokenizer, and those of two pretrained models."""
+    if request.param == EMBEDDED:
+        return load_tokenizer(request.getfixturevalue("decoder"))
+    return load_tokenizer(request.getfixturevalue("sellarec_data") / request.param / "hf")
+
+
+@pytest.fixture(scope="module")
+def embedded(decoder):
+    return load_tokenizer(decoder)
+
+
+def make(tokenizer, titles, kind="text", context=PLENTY, **changes) -> Prompts:
+    return Prompts(
+        tokenizer, titles, Prompt(**{"template": "compact", "max_tokens": PLENTY} | changes), "movie", context, kind
+    )
+
+
+def build(prompts: Prompts, rows: list[tuple[int, list[int]]]) -> dict[str, np.ndarray]:
+    """The prompts of (candidate, history) rows."""
+    items, histories = zip(*rows, strict=True)
+    found = prompts.build(np.asarray(items), pa.array(histories, pa.list_(pa.int64())))
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def tokens_of(found: dict[str, np.ndarray], row: int) -> list[int]:
+    return found["tokens"][row][found["mask"][row]].tolist()
+
+
+def readable(template: str, history: list[str], title: str, kind: str = "text") -> str:
+    """The prompt as one reads it, without the answer; soft tokens and the spaces before them left out."""
+    words = templates()[template]
+    text = words[kind]
+    for slot in SOFT:
+        text = text.replace(f" {{{slot}}}", "")
+    shown = f"{words['separator']} ".join(history) if history else words["none"]
+    return text.format(noun="movie", Noun="Movie", history=shown, title=title)
+
+
+ROWS = [(0, []), (4, [1]), (2, [3, 0, 1, 5]), (7, [9, 7])]
+
+
+@pytest.mark.parametrize(("template", "kind"), BOTH)
+def test_answers_are_told_apart_where_their_tokens_in_context_first_differ(tokenizer, titles, template, kind):
+    """Soft tokens stand for a break: only what follows the last one has a tokenisation to be compared with."""
+    prompts = make(tokenizer, titles, kind, template=template)
+    found = build(prompts, ROWS)
+    for row, (item, history) in enumerate(ROWS):
+        prompt = readable(template, [titles[i] for i in history], titles[item], kind)
+        yes, no = (tokenizer(prompt + answer)["input_ids"] for answer in templates()[template]["answers"])
+        differs = next(i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
+        assert (prompts.segments.yes, prompts.segments.no) == (yes[differs], no[differs])
+        if kind == "text":
+            assert tokens_of(found, row) == yes[:differs]
+        else:
+            after = tokens_of(found, row)[found["semantic"][row] - (~found["mask"][row]).sum() + 1 :]
+            assert len(after) > 2 and after[-8:] == yes[:differs][-len(after[-8:]) :]
+
+
+@pytest.mark.parametrize(("template", "kind"), BOTH)
+def test_a_prompt_reads_as_its_template_says(tokenizer, titles, template, kind):
+    """Where letters are in the vocabulary; the tokens before the answers' own are what is read."""
+    known = [title for title in titles if tokenizer.unk_token_id not in tokenizer(title)["input_ids"]]
+    assert len(known) > 5
+    rows = [(len(known) - 1, [0, 1, 2]), (1, [])]
+    found = build(make(tokenizer, known, kind, template=template), rows)
+    for row, (item, history) in enumerate(rows):
+        padding = int((~found["mask"][row]).sum())
+        slots = {int(found[slot][row]) - padding for slot in SOFT if slot in found}
+        kept = [token for at, token in enumerate(tokens_of(found, row)) if at not in slots]
+        said = tokenizer.decode(kept, skip_special_tokens=True).strip()
+        assert said == readable(template, [known[i] for i in history], known[item], kind)
+
+
+WORDS = st.lists(st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8), min_size=1, max_size=4).map(" ".join)
+
+
+@settings(max_examples=50)
+@given(catalog=st.lists(WORDS, min_size=1, max_size=5), data=st.data())
+def test_the_tokens_are_those_of_the_readable_text(embedded, catalog, data):
+    """Exactly so for a tokenizer that breaks at spaces and punctuation, and titles of words."""
+    item = st.integers(0, len(catalog) - 1)
+    rows = data.draw(st.lists(st.tuples(item, st.lists(item, max_size=5)), min_size=1, max_size=4))
+    template = data.draw(st.sampled_from(["full", "compact"]))
+    found = build(make(embedded, catalog, template=template), rows)
+    for row, (candidate, history) in enumerate(rows):
+        text = readable(template, [catalog[i] for i in history], catalog[candidate])
+        assert tokens_of(found, row) == embedded(text)["input_ids"]
+
+
+@pytest.mark.parametrize("template", ["full", "compact"])
+def test_slots_point_at_their_places_under_left_padding(tokenizer, titles, template):
+    prompts = make(tokenizer, titles, "fused", template=template)
+    found = build(prompts, ROWS)
+    before = {slot: templates()[template]["fused"].partition(f"{{{slot}}}")[0] for slot in ("user", "item")}
+    for row, (item, _) in enumerate(ROWS):
+        tokens, mask = found["tokens"][row], found["mask"][row]
+        padding = int((~mask).sum())
+        assert not mask[:padding].any() and mask[padding:].all(), "padding lies on the left"
+        assert (tokens[:padding] == 0).all() and all(tokens[found[slot][row]] == 0 for slot in SOFT)
+        assert padding < found["user"][row] < found["item"][row] == found["semantic"][row] - 1
+        for slot, literal in before.items():
+            said = tokenizer.decode(tokens[padding : found[slot][row]].tolist())
+            assert said.endswith(literal.split()[-1].format(noun="movie")), (slot, said)
+        after = tokenizer.decode(tokens[found["semantic"][row] + 1 :].tolist())
+        title = tokenizer.decode(tokenizer(titles[item], add_special_tokens=False)["input_ids"]).strip()
+        assert after.lstrip(": ").startswith(title)
+    alone = [build(prompts, [pair]) for pair in ROWS]
+    for row, single in enumerate(alone):
+        assert not (~single["mask"]).any()
+        padding = int((~found["mask"][row]).sum())
+        assert tokens_of(found, row) == single["tokens"][0].tolist()
+        assert all(found[slot][row] - padding == single[slot][0] for slot in SOFT)
+
+
+def test_text_prompts_have_no_slots(embedded, titles):
+    assert set(build(make(embedded, titles), ROWS)) == {"tokens", "mask", "shown"}
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_histories_are_shortened_from_the_oldest_and_the_instruction_never(tokenizer, titles, data):
+    template, kind = data.draw(st.sampled_from(BOTH))
+    limit = data.draw(st.integers(30, 420))
+    most, title_tokens = data.draw(st.integers(1, 6)), data.draw(st.sampled_from([4, 16, 64]))
+    try:
+        prompts = make(
+            tokenizer, titles, kind, template=template, max_tokens=limit, history=most, title_tokens=title_tokens
+        )
+    except UserError as error:
+        assert str(limit) in str(error)
+        assume(False)
+    item = st.integers(0, len(titles) - 1)
+    rows = data.draw(st.lists(st.tuples(item, st.lists(item, max_size=8)), min_size=1, max_size=5))
+    found = build(prompts, rows)
+    plenty = make(tokenizer, titles, kind, template=template, title_tokens=title_tokens)
+    for row, (candidate, history) in enumerate(rows):
+        tokens, shown = tokens_of(found, row), int(found["shown"][row])
+        assert len(tokens) <= limit
+        assert shown <= min(most, len(history))
+        # the same as a prompt with room for all, of the history's most recent part
+        assert tokens == tokens_of(build(plenty, [(candidate, history[len(history) - shown :])]), 0)
+        if shown < min(most, len(history)):
+            longer = build(plenty, [(candidate, history[len(history) - shown - 1 :])])
+            if shown or len(longer["tokens"][0]) - len(tokens) > 0:
+                assert len(longer["tokens"][0]) > limit, "one more title would have fitted"
+
+
+def test_an_empty_history_is_said_so(tokenizer, titles):
+    found = build(make(tokenizer, titles), [(0, []), (0, [1])])
+    assert found["shown"].tolist() == [0, 1]
+    assert f"Liked: {templates()['compact']['none']}." in tokenizer.decode(tokens_of(found, 0))
+
+
+def test_histories_may_be_slices_of_a_column(embedded, titles):
+    prompts = make(embedded, titles)
+    histories = pa.array([[9, 9, 9], [], [1, 2], [3]], pa.list_(pa.int64()))
+    part = prompts.build(np.array([5, 6]), histories.slice(2))
+    whole = prompts.build(np.array([0, 0, 5, 6]), histories)
+    for row in range(2):
+        assert (
+            part["tokens"][row][part["mask"][row]].tolist() == whole["tokens"][row + 2][whole["mask"][row + 2]].tolist()
+        )
+
+
+def test_long_titles_are_cut_and_counted(embedded, titles):
+    segmenter = SegmentTokenizer(embedded)
+    whole = Catalog(segmenter, titles, PLENTY)
+    assert whole.shortened == 0 and len(whole.titles) == len(titles)
+    lengths = [len(title) for title in whole.titles]
+    cut = Catalog(segmenter, titles, 6)
+    assert cut.shortened == sum(length > 6 for length in lengths) > 0
+    assert cut.longest == 6
+    assert all((short == long[:6]).all() for short, long in zip(cut.titles, whole.titles, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["text", "fused"])
+def test_auto_takes_the_full_template_where_it_fits_with_some_history(tokenizer, titles, kind):
+    """The same for both kinds; and where it takes it, so many of the longest titles are shown."""
+    chosen = {}
+    longest = max(range(len(titles)), key=lambda i: len(tokenizer(titles[i])["input_ids"]))
+    for context in range(120, 900, 20):
+        prompts = make(tokenizer, titles, kind, context=context, template="auto", title_tokens=20)
+        chosen[context] = prompts.template
+        if prompts.template == "full":
+            found = build(prompts, [(longest, [longest] * (MIN_HISTORY + 2))])
+            assert found["shown"][0] >= MIN_HISTORY - 1  # the separator may take more than one token
+    assert sorted(chosen.values()) == [chosen[context] for context in sorted(chosen)], "compact, then full"
+    assert set(chosen.values()) == {"compact", "full"}
+    other = "text" if kind == "fused" else "fused"
+    for context, template in chosen.items():
+        assert make(tokenizer, titles, other, context=context, template="auto", title_tokens=20).template == template
+    assert (
+        make(tokenizer, titles, kind, context=900, max_tokens=120, template="auto", title_tokens=20).template
+        == "compact"
+    )
+
+
+@pytest.mark.parametrize(("template", "context"), [("full", 100), ("compact", 30), ("auto", 30)])
+def test_a_context_that_is_too_short_is_refused(embedded, titles, template, context):
+    with pytest.raises(UserError, match=f"room for {context}.*{context}"):
+        make(embedded, titles, context=context, template=template)
+
+
+def test_every_prompt_fits_in_the_shortest_context_that_is_taken(tokenizer, titles):
+    """Candidates with the longest title and no history that is shown: nothing is left to shorten."""
+    longest = max(range(len(titles)), key=lambda i: len(tokenizer(titles[i])["input_ids"]))
+
+    def prompts(context: int) -> Prompts | None:
+        try:
+            return make(tokenizer, titles, "fused", context=context)
+        except UserError:
+            return None
+
+    shortest = next(context for context in range(20, 400) if prompts(context))
+    for history in ([], [longest], [9]):
+        assert build(prompts(shortest), [(longest, history)])["tokens"].shape[1] <= shortest
+
+
+def test_answers_that_begin_one_another_are_refused(embedded):
+    template = {**templates()["compact"], "answers": [" Yes.", " Yes."]}
+    with pytest.raises(UserError, match="Yes"):
+        compile_template(SegmentTokenizer(embedded), template, "text", "movie")
+
+
+def test_the_noun_is_the_datas(embedded, titles):
+    prompts = Prompts(embedded, titles, Prompt(template="full", max_tokens=PLENTY), "book", PLENTY, "text")
+    said = embedded.decode(tokens_of(build(prompts, ROWS), 0))
+    assert "target book" in said and "movie" not in said and "Target book:" in said
+
+
+def test_a_start_token_stands_once_in_front_whatever_the_tokenizer_puts_behind(embedded, titles):
+    """Some tokenizers end every text with a token; in the middle of a prompt it has no place."""
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    ending = deepcopy(embedded)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert ending("a")["input_ids"][-1] == 1
+    plain, other = (build(make(which, titles), ROWS) for which in (embedded, ending))
+    np.testing.assert_array_equal(plain["tokens"], other["tokens"])
+    assert all(tokens_of(plain, row).count(0) == 1 for row in range(len(ROWS)))

@@ -1,0 +1,264 @@
+"""Artifacts: whole or none, found by fingerprint, one writer at a time."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sellarec import artifacts
+from sellarec.artifacts import Place, Store, fingerprint, free_bytes, hash_file
+from sellarec.errors import UserError
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+def reordered(value, generator: random.Random):
+    if isinstance(value, dict):
+        pairs = [(key, reordered(inner, generator)) for key, inner in value.items()]
+        generator.shuffle(pairs)
+        return dict(pairs)
+    return [reordered(inner, generator) for inner in value] if isinstance(value, list) else value
+
+
+@settings(max_examples=50)
+@given(st.dictionaries(st.text(), PLAIN, max_size=5), st.randoms(use_true_random=False))
+def test_a_fingerprint_does_not_depend_on_the_order_of_keys(facts, generator):
+    mark = fingerprint(facts)
+    assert mark == fingerprint(reordered(facts, generator)) == fingerprint(json.loads(json.dumps(facts)))
+    assert len(mark) == 16 and int(mark, 16) >= 0
+
+
+def test_a_fingerprint_tells_facts_apart():
+    different = [{}, {"a": 1}, {"a": 1.5}, {"a": "1"}, {"b": 1}, {"a": [1, 2]}, {"a": [2, 1]}, {"a": None}]
+    assert len({fingerprint(facts) for facts in different}) == len(different)
+
+
+@pytest.fixture(params=["path", "URI"])
+def place(request, tmp_path) -> Place:
+    folder = tmp_path / "a folder with spaces & ünicode"
+    return Place.of(str(folder) if request.param == "path" else folder.as_uri())
+
+
+def test_a_place_writes_reads_lists_and_deletes(place, tmp_path):
+    assert place.is_local and str(place) == str(tmp_path / "a folder with spaces & ünicode")
+    assert place.names() == [] and place.read_json("a.json") is None
+    (place / "inner").write_json("a.json", {"x": [1, "é"]})
+    place.write_text("b.txt", "first")
+    place.write_text("b.txt", "sécond")
+    assert (place / "inner").read_json("a.json") == {"x": [1, "é"]}
+    assert (place.folder / "b.txt").read_text(encoding="utf-8") == "sécond"
+    assert place.names() == ["b.txt", "inner"], "no unfinished file stays behind"
+    assert place.local() == place.folder == (place / "inner").folder.parent
+    place.delete("inner", "b.txt", "nothing")
+    assert place.names() == []
+
+
+def test_numbers_that_json_does_not_know_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        Place.of(str(tmp_path)).write_json("a.json", {"loss": float("nan")})
+
+
+def test_relative_places_are_taken_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Place.of("runs").folder == tmp_path / "runs"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Place.of("~/runs").folder == tmp_path / "runs"
+
+
+def test_an_object_store_is_a_place_and_no_local_one():
+    place = Place.of("s3://bucket/prefix/") / "artifacts"
+    assert str(place) == "s3://bucket/prefix/artifacts" and not place.is_local
+    assert free_bytes(place) is None
+
+
+def test_a_place_on_another_file_system_is_copied_there_and_back():
+    """fsspec's file system in memory stands for an object store: what isn't local goes the same way."""
+    place = Place.of(f"fsspec+memory://bucket-{os.getpid()}") / "artifact"
+    assert not place.is_local
+    with place.writing() as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "rows").write_bytes(b"123")
+        assert place.names() == []
+    assert place.names() == ["inner"]
+    place.write_json("manifest.json", {"a": 1})
+    assert place.read_json("manifest.json") == {"a": 1}
+    assert (place.local() / "inner" / "rows").read_bytes() == b"123"
+    assert place.local() == place.local(), "downloaded once"
+    with Store(place).lease(place, print):
+        assert "lease.json" in place.names()
+    place.delete("inner", "manifest.json", "nothing")
+    assert place.names() == []
+
+
+def test_an_artifact_without_a_manifest_does_not_count(tmp_path):
+    store = Store(Place.of(str(tmp_path)))
+    place = store.place("collab", "0123")
+    assert place.folder == tmp_path / "artifacts" / "collab-0123"
+
+    class Killed(BaseException):
+        pass
+
+    with pytest.raises(Killed), store.lease(place, print), place.writing() as folder:
+        (folder / "half.txt").write_text("ha")
+        raise Killed
+    assert store.manifest("collab", "0123") is None
+    assert "lease.json" not in place.names(), "an error ends the lease"
+    place.write_json("manifest.json", {"rows": 3})
+    assert store.manifest("collab", "0123") == {"rows": 3}
+
+
+def test_a_workspace_that_cannot_be_written_to_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for workspace in (tmp_path / "file", tmp_path / "file" / "runs", Path("/proc/runs")):
+        with pytest.raises(UserError, match=f"{workspace} can't be written to.*--workspace"):
+            Store(Place.of(str(workspace))).check_writable()
+    Store(Place.of(str(tmp_path / "new"))).check_writable()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+HOLD = """
+import sys, time
+from sellarec.artifacts import Place, Store
+store = Store(Place.of(sys.argv[1]))
+place = store.place("stage", "mark")
+with store.lease(place, lambda text: print("waits", text, flush=True)):
+    print("holds", flush=True)
+    sys.stdin.readline()
+    place.write_json("manifest.json", {"by": sys.argv[2]})
+print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def hold(tmp_path):
+    """Starts a process that takes the lease of one artifact, and gives it back when it is written a line."""
+    started = []
+
+    def start(name: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_the_lease_of_a_live_process_is_waited_for(hold, tmp_path):
+    first = hold("first")
+    assert first.stdout.readline() == "holds\n"
+    second = hold("second")
+    said = second.stdout.readline()
+    assert said.startswith("waits") and str(first.pid) in said and "stage-mark" in said
+    assert Store(Place.of(str(tmp_path))).manifest("stage", "mark") is None
+    first.stdin.write("\n")
+    first.stdin.flush()
+    assert second.stdout.readline() == "holds\n"
+    assert first.stdout.readline() == "done\n"
+    second.stdin.write("\n")
+    second.stdin.flush()
+    assert second.stdout.readline() == "done\n"
+    assert Store(Place.of(str(tmp_path))).place("stage", "mark").names() == ["manifest.json"]
+
+
+def test_the_lease_of_a_dead_process_is_taken_over_at_once(hold, tmp_path):
+    owner = hold("owner")
+    assert owner.stdout.readline() == "holds\n"
+    owner.kill()
+    owner.wait()
+    store = Store(Place.of(str(tmp_path)))
+    place = store.place("stage", "mark")
+    assert place.names() == ["lease.json"]
+    said: list[str] = []
+    start = time.monotonic()
+    with store.lease(place, said.append):
+        assert place.read_json("lease.json")["pid"] == os.getpid()
+    assert said == [] and time.monotonic() - start < 1
+    assert place.names() == []
+
+
+def test_the_lease_of_another_host_is_taken_over_once_it_is_not_renewed(tmp_path):
+    store = Store(Place.of(str(tmp_path)))
+    place = store.place("stage", "mark")
+    theirs = {"host": "another-host", "pid": 1, "token": "x"}
+    place.write_json("lease.json", {**theirs, "renewed": time.time() - artifacts.LEASE_SECONDS + 1.5})
+    said: list[str] = []
+    with store.lease(place, said.append):
+        assert place.read_json("lease.json")["token"] != "x"
+    assert len(said) == 1 and "another-host" in said[0]
+
+
+def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "LEASE_SECONDS", 0.8)
+    store = Store(Place.of(str(tmp_path)))
+    place = store.place("stage", "mark")
+    with store.lease(place, print):
+        first = place.read_json("lease.json")["renewed"]
+        time.sleep(1)
+        assert place.read_json("lease.json")["renewed"] > first
+    assert place.names() == []
+
+
+def test_of_many_that_want_a_lease_one_at_a_time_has_it(tmp_path):
+    store = Store(Place.of(str(tmp_path)))
+    place = store.place("stage", "mark")
+    inside: list[int] = []
+    most = []
+
+    def take(number: int) -> None:
+        with store.lease(place, lambda text: None):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.2)
+            inside.remove(number)
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+
+
+def test_a_lease_that_disappears_while_it_is_looked_at_is_no_error(tmp_path):
+    place = Place.of(str(tmp_path))
+    ended = threading.Event()
+
+    def flicker() -> None:
+        while not ended.is_set():
+            place.write_json("lease.json", {"pid": 1})
+            place.delete("lease.json")
+
+    thread = threading.Thread(target=flicker)
+    thread.start()
+    try:
+        assert all(place.read_json("lease.json") in (None, {"pid": 1}) for _ in range(2000))
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_the_hash_of_a_file_is_of_its_bytes(tmp_path):
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+    assert hash_file(tmp_path / "a") == hash_file(tmp_path / "b") != hash_file(tmp_path / "c")
+    assert len(hash_file(tmp_path / "a")) == 64
+
+
+def test_free_bytes_are_told_of_a_place_that_is_not_there_yet(tmp_path):
+    assert free_bytes(Place.of(str(tmp_path / "a" / "b"))) > 0

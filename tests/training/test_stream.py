@@ -1,0 +1,155 @@
+"""The order of training rows: each row once an epoch, whatever the workers, the row groups and the windows."""
+
+import tempfile
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sellarec.training import stream
+from sellarec.training.stream import Order, row_groups, slice_rows
+
+COLUMNS = ("row", "twice")
+
+
+@pytest.fixture(scope="module")
+def make_order():
+    """Writes files of so many rows each and gives an order over them; the files are kept for further examples."""
+    with tempfile.TemporaryDirectory() as folder:
+        written: dict[tuple, list[str]] = {}
+
+        def make(files: tuple[int, ...], group: int, batch: int, seed: int | None, every: int = 1) -> Order:
+            if (files, group) not in written:
+                paths, start = [], 0
+                for rows in files:
+                    row = np.arange(start, start + rows)
+                    paths.append(str(Path(folder) / f"{len(written)}-{len(paths)}.parquet"))
+                    pq.write_table(pa.table({"row": row, "twice": row * 2}), paths[-1], row_group_size=group)
+                    start += rows
+                written[files, group] = paths
+            return Order(tuple(row_groups(written[files, group])), batch, seed, every)
+
+        yield make
+
+
+def batches(order: Order, epoch: int, workers: int) -> list[list[int]]:
+    """The rows of each global batch of an epoch, worker after worker, without padding."""
+    steps, share = order.steps_per_epoch, slice_rows(order.batch, workers)
+    found: list[list[int]] = [[] for _ in range(steps)]
+    for rank in range(workers):
+        table = order.slices(epoch, 0, steps, COLUMNS, rank, workers)
+        assert len(table) == steps * share
+        assert set(table["weight"].to_pylist()) <= {0.0, 1.0}
+        assert table["twice"].to_pylist() == [2 * row for row in table["row"].to_pylist()]
+        for step in range(steps):
+            part = table.slice(step * share, share)
+            found[step] += [r for r, w in zip(part["row"].to_pylist(), part["weight"].to_pylist(), strict=True) if w]
+    return found
+
+
+FILES = st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple)
+GROUP, BATCH, WINDOW = st.sampled_from([1, 3, 7, 100]), st.integers(1, 30), st.sampled_from([1, 5, 20, 1 << 20])
+
+
+@settings(max_examples=60, deadline=None)
+@given(FILES, GROUP, BATCH, WINDOW, st.integers(1, 5), st.none() | st.integers(0, 9), st.integers(0, 3))
+def test_each_row_is_seen_once_an_epoch_in_the_same_batches_by_any_number_of_workers(
+    make_order, files, group, batch, window, workers, seed, epoch
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "WINDOW_ROWS", window)
+        order = make_order(files, group, batch, seed)
+        assert order.rows == sum(files) and order.steps_per_epoch == -(-sum(files) // batch)
+        together = batches(order, epoch, workers)
+        alone = batches(order, epoch, 1)
+    assert sorted(row for rows in together for row in rows) == list(range(sum(files)))
+    assert together == alone
+    assert [len(rows) for rows in alone[:-1]] == [batch] * (len(alone) - 1)
+    if seed is None:
+        assert [row for rows in alone for row in rows] == list(range(sum(files)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(FILES, GROUP, BATCH, WINDOW, st.integers(1, 4), st.data())
+def test_a_resumed_run_sees_the_tail_of_what_an_undisturbed_one_sees(
+    make_order, files, group, batch, window, workers, data
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "WINDOW_ROWS", window)
+        order = make_order(files, group, batch, 4)
+        steps, share = order.steps_per_epoch, slice_rows(batch, workers)
+        first = data.draw(st.integers(0, steps - 1))
+        last = data.draw(st.integers(first + 1, steps))
+        for rank in range(workers):
+            whole = order.slices(2, 0, steps, COLUMNS, rank, workers)
+            part = order.slices(2, first, last, COLUMNS, rank, workers)
+            expected = whole.slice(first * share, (last - first) * share)
+            assert part["weight"].to_pylist() == expected["weight"].to_pylist()
+            # what stands in padding has no meaning
+            valid = np.flatnonzero(part["weight"].to_numpy())
+            assert part.take(valid).equals(expected.take(valid))
+
+
+def test_epochs_and_seeds_are_shuffled_differently_and_repeatably(make_order):
+    def flat(seed: int, epoch: int) -> list[int]:
+        return list(chain(*batches(make_order((200,), 16, 32, seed), epoch, 2)))
+
+    orders = [flat(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len({tuple(order) for order in orders}) == 6
+    assert flat(1, 2) == orders[-1]
+    assert all(order != sorted(order) for order in orders)
+
+
+def test_rows_are_mixed_across_row_groups_within_a_window(make_order):
+    first = batches(make_order((400,), 20, 40, 0), 0, 1)[0]
+    assert len({row // 20 for row in first}) > 10
+
+
+def test_each_window_is_shuffled_in_its_own_way(make_order, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 100)
+    order = make_order((400,), 20, 400, 0)
+    seen = batches(order, 0, 1)[0]
+    shuffles = set()
+    for number, window in enumerate(order.windows(0)):
+        lying = [row for group in window for row in range(group.index * 20, group.index * 20 + group.rows)]
+        shuffles.add(tuple(lying.index(row) for row in seen[number * 100 : number * 100 + 100]))
+    assert len(shuffles) == 4
+
+
+def test_a_window_holds_no_more_row_groups_than_it_needs(make_order, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 50)
+    order = make_order((400,), 20, 40, 0)
+    windows = order.windows(0)
+    assert [sum(group.rows for group in window) for window in windows[:-1]] == [60] * (len(windows) - 1)
+    assert sorted(group.index for window in windows for group in window) == list(range(20))
+
+
+def test_padding_has_weight_zero_and_fills_equal_slices(make_order):
+    order = make_order((10,), 4, 7, None)
+    slices = [order.slices(0, 0, 2, COLUMNS, rank, 3) for rank in range(3)]
+    assert [table["weight"].to_pylist() for table in slices] == [
+        [1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0],
+    ]
+    assert slices[1]["row"].to_pylist()[:3] == [3, 4, 5]
+
+
+@settings(max_examples=30, deadline=None)
+@given(FILES, GROUP, BATCH, WINDOW, st.integers(1, 7), st.integers(1, 3))
+def test_every_nth_row_of_the_files_order(make_order, files, group, batch, window, every, workers):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "WINDOW_ROWS", window)
+        order = make_order(files, group, batch, None, every)
+        assert list(chain(*batches(order, 0, workers))) == list(range(0, sum(files), every))
+        assert order.rows == len(range(0, sum(files), every))
+
+
+def test_only_the_named_columns_are_read(make_order):
+    order = make_order((10,), 4, 5, 0)
+    assert order.slices(0, 0, 1, ("twice",), 0, 1).column_names == ["twice", "weight"]
