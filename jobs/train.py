@@ -24,6 +24,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished stages are kept; the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 

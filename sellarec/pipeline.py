@@ -239,7 +239,7 @@ def _stage(this: Run, stage: str, wanted: bool, recorded: str | None) -> None:
         return
     if not wanted:
         raise UserError(f"stage {stage} has not been run with these settings (no {place}): add it to --stages")
-    with this.store.lease(place, this.console.line):
+    with this.store.lease(place, this.console.line) as is_held:
         if this.store.manifest(stage, this.marks[stage]) is not None:  # another process made it meanwhile
             this.console.line(f"{stage:<9} stands now: {place}")
             this.seconds[stage] = None
@@ -256,6 +256,10 @@ def _stage(this: Run, stage: str, wanted: bool, recorded: str | None) -> None:
                 f"the disk behind {this.store.workspace} is full (stage {stage}): make room there, or give another --workspace; "
                 "finished stages are kept"
             ) from error
+        if not is_held():
+            raise StageFailed(
+                f"stage {stage}: this process stood still for so long that another one took over {place}; run it again"
+            )
         this.seconds[stage] = time.monotonic() - start
         place.write_text("config.yaml", to_yaml(this.config))
         place.write_json(

@@ -214,6 +214,19 @@ def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
     assert place.names() == []
 
 
+def test_a_lease_that_another_took_over_is_neither_renewed_nor_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "LEASE_SECONDS", 0.8)
+    store = Store(Place.of(str(tmp_path)))
+    place = store.place("stage", "mark")
+    theirs = {"host": "another-host", "pid": 1, "token": "theirs", "renewed": time.time()}
+    with store.lease(place, print) as is_held:
+        assert is_held()
+        place.write_json("lease.json", theirs)
+        assert not is_held()
+        time.sleep(0.5)
+    assert place.read_json("lease.json") == theirs
+
+
 def test_of_many_that_want_a_lease_one_at_a_time_has_it(tmp_path):
     store = Store(Place.of(str(tmp_path)))
     place = store.place("stage", "mark")

@@ -89,16 +89,23 @@ def generate_world(world: World, split: tuple[float, float, float], seed: int) -
     trait = generator.standard_normal((items, TRAITS)) / np.sqrt(TRAITS)
     quality = generator.standard_normal(items)
 
-    first_test_row = rows - round(rows * split[2])
     new_user = np.arange(users) >= users - round(users * world.new_users)
     new_item = generator.permutation(items) >= items - round(items * world.new_items)
     # Activity and popularity have long tails; good items are seen more often.
     activity = generator.lognormal(0, 0.6, users)
     popularity = np.exp(generator.standard_normal(items) * 0.8 + 0.4 * quality)
-    in_test = np.arange(rows) >= first_test_row
-    user = _draw(generator, activity, new_user, in_test, NEW_USER_SHARE)
-    item = _draw(generator, popularity, new_item, in_test, NEW_ITEM_SHARE)
-    user, item, kept = _without_repeats(user, item)
+    old_users, new_users = _draw(generator, activity, new_user, rows, NEW_USER_SHARE)
+    old_items, new_items = _draw(generator, popularity, new_item, rows, NEW_ITEM_SHARE)
+    first_test_row = rows - round(rows * split[2])
+    while True:
+        in_test = np.arange(rows) >= first_test_row
+        user, item = np.where(in_test, new_users, old_users), np.where(in_test, new_items, old_items)
+        user, item, kept = _without_repeats(user, item)
+        is_new = new_user[user] | new_item[item]
+        early = round(len(user) * (split[0] + split[1])) - int(np.argmax(is_new))
+        if early <= 0 or not is_new.any():
+            break
+        first_test_row += early  # repeats left out have moved the test split's start beyond the first new row
     log_odds = (
         BASE
         + world.text_strength * taste[user, genre[item]]
@@ -129,14 +136,14 @@ def generate_world(world: World, split: tuple[float, float, float], seed: int) -
 
 
 def _draw(
-    generator: np.random.Generator, weight: np.ndarray, new: np.ndarray, in_test: np.ndarray, new_share: float
-) -> np.ndarray:
-    """One id a row, by weight: old ones before the test period, there also new ones with probability `new_share`."""
-    old_ids = generator.choice(len(weight), size=len(in_test), p=weight * ~new / (weight * ~new).sum())
+    generator: np.random.Generator, weight: np.ndarray, new: np.ndarray, rows: int, new_share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """One id a row, by weight: among the old ones, and the same with a new one instead with probability `new_share`."""
+    old_ids = generator.choice(len(weight), size=rows, p=weight * ~new / (weight * ~new).sum())
     if not new.any():
-        return old_ids
-    new_ids = generator.choice(len(weight), size=len(in_test), p=weight * new / (weight * new).sum())
-    return np.where(in_test & (generator.random(len(in_test)) < new_share), new_ids, old_ids)
+        return old_ids, old_ids
+    new_ids = generator.choice(len(weight), size=rows, p=weight * new / (weight * new).sum())
+    return old_ids, np.where(generator.random(rows) < new_share, new_ids, old_ids)
 
 
 def _without_repeats(user: np.ndarray, item: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -56,6 +56,15 @@ def test_new_users_and_items_appear_first_in_the_test_period(kind):
     assert 0.12 < found[0.2] < 0.23  # some are drawn for no row at all
 
 
+@pytest.mark.parametrize("interactions", [3000, 10_000, 30_000])
+def test_none_of_the_new_comes_before_the_test_split_however_dense_the_log(interactions):
+    users, items = 200, 200
+    raw = generate_world(World(users=users, items=items, interactions=interactions, new_items=0.0), SPLIT, 0)
+    first = np.flatnonzero(column(raw, "user") >= users - round(users * World().new_users))[0]
+    test_start = round(len(raw.interactions) * (SPLIT[0] + SPLIT[1]))
+    assert test_start <= first < test_start + 50
+
+
 def test_once_prepared_new_users_are_cold_in_the_test_split_alone():
     splits = prepare(generate_world(World(), SPLIT, 0), history_cap=5, split=SPLIT).interactions
     for seen in ("user_seen", "item_seen"):
