@@ -1,16 +1,22 @@
 """The prepared log on disk: Parquet tables of one shape for every dataset, and the facts about them.
 
-A folder holds log.json (the facts), interactions/{train,valid,test}.parquet, items.parquet and users.parquet.
+    manifest.json                               the facts
+    interactions/{train,valid,test}/part-N.parquet
+    sequences/part-N.parquet                    one row per user
+    items/part-N.parquet, users/part-N.parquet  2^20 dense ids a file
 
     interactions: row int64, user int64, item int64, label int8, rating float32?, timestamp int64?, history list<int64>,
-        history_length int32, user_seen bool, item_seen bool, warm bool, expected float32?
-    items: item int64, external_id string, title string, text string
-    users: user int64, external_id string
+        history_length int32, user_seen bool, item_seen bool, warm bool, expected float32?, and an int32? column for each
+        categorical feature (`domain` among them), whose values the facts list in the order of their codes
+    sequences: user int64, item list<int64>, label list<int8>, rating list<float32?>, timestamp list<int64?>
+    items: item int64, external_id string, title string, text string, attributes and links list<(name, value)>?, seen bool
+    users: user int64, external_id string, attributes list<(name, value)>?, seen bool
 
-A type with "?" is null where unknown. Users and items are dense ids from 0. `row` counts through train, valid, test; a
-split's rows are in time order. `history` is the user's earlier positives, oldest first, the last `history_cap` of them;
-`history_length` counts them all. `user_seen` and `item_seen` say whether they occur in train; `expected` is the planted
-probability of a positive in a generated world.
+A type with "?" is null where unknown. Users and items are dense ids from 0, which never change: new data extend them. `row`
+is the row's id; it counts through train, valid, test. Rows of a split are in time order over its parts, so a reader of a
+range of rows or of times opens few of them. `history` is the user's earlier positives, oldest first, the last `history_cap` of
+them; `history_length` counts them all. `seen` says whether the train split has the user or item; `expected` is the planted
+probability of a positive in a generated world. `links` are an item's ids in other catalogs and knowledge graphs.
 """
 
 from __future__ import annotations
@@ -23,11 +29,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sellarec.data.prepare import ROWS_PER_CHUNK, Prepared
-from sellarec.data.raw import SPLITS
+from sellarec.data.raw import ATTRIBUTES, SPLITS
 from sellarec.errors import UserError
 
-FACTS_FILE = "log.json"
+FACTS_FILE = "manifest.json"
+
+ROW_GROUP_ROWS = 65_536
+"""Rows of a Parquet row group: the least that is read at a time."""
 
 INTERACTIONS = pa.schema(
     [
@@ -45,8 +53,31 @@ INTERACTIONS = pa.schema(
         ("expected", pa.float32()),
     ]
 )
-ITEMS = pa.schema([("item", pa.int64()), ("external_id", pa.string()), ("title", pa.string()), ("text", pa.string())])
-USERS = pa.schema([("user", pa.int64()), ("external_id", pa.string())])
+"""Columns of every log; those of categorical features follow."""
+
+SEQUENCES = pa.schema(
+    [
+        ("user", pa.int64()),
+        ("item", pa.list_(pa.int64())),
+        ("label", pa.list_(pa.int8())),
+        ("rating", pa.list_(pa.float32())),
+        ("timestamp", pa.list_(pa.int64())),
+    ]
+)
+ITEMS = pa.schema(
+    [
+        ("item", pa.int64()),
+        ("external_id", pa.string()),
+        ("title", pa.string()),
+        ("text", pa.string()),
+        ("attributes", ATTRIBUTES),
+        ("links", ATTRIBUTES),
+        ("seen", pa.bool_()),
+    ]
+)
+USERS = pa.schema(
+    [("user", pa.int64()), ("external_id", pa.string()), ("attributes", ATTRIBUTES), ("seen", pa.bool_())]
+)
 
 
 @dataclass(frozen=True)
@@ -56,40 +87,27 @@ class Log:
     directory: Path
     facts: dict[str, Any]
 
-    def split_path(self, name: str) -> Path:
-        """The Parquet file of the split "train", "valid" or "test"."""
+    def paths(self, table: str) -> list[Path]:
+        """The Parquet files of a table, in order: interactions/SPLIT, sequences, items or users."""
+        return sorted((self.directory / table).glob("part-*.parquet"))
+
+    def split_paths(self, name: str) -> list[Path]:
+        """The Parquet files of the split "train", "valid" or "test", in time order."""
         if name not in SPLITS:
             raise ValueError(f"no split {name!r}: there are {', '.join(SPLITS)}")
-        return self.directory / "interactions" / f"{name}.parquet"
+        return self.paths(f"interactions/{name}")
 
     def split(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """The rows of a split in time order; all columns of INTERACTIONS, or `columns` of them."""
-        return _read(self.split_path(name), columns)
+        return _read(self.split_paths(name), columns)
 
-    def items(self) -> pa.Table:
-        """All items, by dense id; columns of ITEMS."""
-        return _read(self.directory / "items.parquet")
+    def items(self, columns: list[str] | None = None) -> pa.Table:
+        """All items, by dense id; all columns of ITEMS, or `columns` of them."""
+        return _read(self.paths("items"), columns)
 
-    def users(self) -> pa.Table:
-        """All users, by dense id; columns of USERS."""
-        return _read(self.directory / "users.parquet")
-
-
-def write_log(prepared: Prepared, directory: Path) -> Log:
-    """Write `prepared` into `directory` (made where absent), the facts last, and return the log.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full.
-    """
-    directory = Path(directory)
-    (directory / "interactions").mkdir(parents=True, exist_ok=True)
-    log = Log(directory, prepared.facts)
-    for name, table in prepared.interactions.items():
-        _write(table, INTERACTIONS, log.split_path(name))
-    _write(prepared.items, ITEMS, directory / "items.parquet")
-    _write(prepared.users, USERS, directory / "users.parquet")
-    (directory / FACTS_FILE).write_text(json.dumps(prepared.facts, indent=2) + "\n", encoding="utf-8")
-    return log
+    def users(self, columns: list[str] | None = None) -> pa.Table:
+        """All users, by dense id; all columns of USERS, or `columns` of them."""
+        return _read(self.paths("users"), columns)
 
 
 def read_log(directory: Path) -> Log:
@@ -105,16 +123,11 @@ def read_log(directory: Path) -> Log:
         raise UserError(f"{directory} holds no prepared log: cannot read {FACTS_FILE} ({error.strerror}).") from error
     except ValueError as error:
         raise UserError(f"{directory / FACTS_FILE} is damaged ({error}): prepare the data again.") from error
-    return Log(directory, facts)
+    return Log(directory, facts.get("facts", facts))
 
 
-def _write(table: pa.Table, schema: pa.Schema, path: Path) -> None:
-    # Cast, so that a table of another shape fails here and not in a reader.
-    pq.write_table(table.cast(schema), path, row_group_size=ROWS_PER_CHUNK)
-
-
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+def _read(paths: list[Path], columns: list[str] | None = None) -> pa.Table:
     try:
-        return pq.ParquetFile(path).read(columns)
+        return pa.concat_tables([pq.ParquetFile(path).read(columns) for path in paths])
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"Cannot read {path} of the prepared log: {error}. Prepare the data again.") from error
+        raise UserError(f"Cannot read the prepared log: {error}. Prepare the data again.") from error

@@ -1,239 +1,398 @@
-"""Raw interactions to the prepared log's tables: dense ids, splits, histories, and what was seen in training."""
+"""Interactions under a source's own ids to the prepared log: out of core, on any number of processes and nodes.
+
+What is done to one piece is in `phases`; here is the order of the phases, what is decided between them, and that finished
+pieces are not done again. Pieces lie in `work/` inside the log's folder, which must be seen by all nodes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from sellarec.data.raw import SPLITS, Raw
+from sellarec.data import phases
+from sellarec.data.files import file_hash
+from sellarec.data.log import FACTS_FILE, Log, read_log
+from sellarec.data.phases import Rules
+from sellarec.data.raw import SPLITS, Dropped, Part, Source
 from sellarec.errors import UserError
+from sellarec.training.progress import PROGRESS_SECONDS
 
-ROWS_PER_CHUNK = 65_536
-"""Rows that a history column is built from at a time, and rows of a Parquet row group."""
+PIECE_ROWS = 1 << 21
+"""Rows of a user partition or a time bucket (on average): what a task holds."""
 
-SPLIT_SHARES = (0.8, 0.1, 0.1)
-"""Default shares of the rows, by time, of train, valid and test."""
-
-# Years 1 to 9999, what a date can name (seconds since 1970).
-EARLIEST, LATEST = -62_135_596_800, 253_402_300_799
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """The tables of a prepared log and the facts about them, in the layout that `sellarec.data.log` writes."""
-
-    interactions: dict[str, pa.Table]  # split -> rows
-    items: pa.Table
-    users: pa.Table
-    facts: dict[str, Any]
+SPLIT_WORDS = {
+    "leave-one-out": "a user's last row is test, the one before it valid, the others train; all of users with fewer than 3 rows",
+    "random": "of each user's rows {0:g} are train, {1:g} valid and {2:g} test, drawn at random",
+    "shares": "by time: the first {0:g} of the rows are train, the next {1:g} valid, the last {2:g} test",
+}
 
 
-def prepare(raw: Raw, *, history_cap: int, split: tuple[float, float, float] = SPLIT_SHARES) -> Prepared:
-    """Return the prepared log of `raw`.
+def prepare(
+    source: Source,
+    rules: Rules,
+    folder: Path,
+    *,
+    bad_rows: str = "refuse",
+    rows_expected: int | None = None,
+    previous: Path | None = None,
+    start_ray: Callable[[], None],
+    say: Callable[[str], None],
+) -> Log:
+    """Write the prepared log of a source into `folder`, and return it.
 
-    Rows of a split are in time order, then in the source's. Users and items are numbered by first appearance in train,
-    then valid, then test; items without interactions follow in the source's order. Where the source gives no split, its
-    rows in time order are cut into the shares `split` (train, valid, test). Where it gives no histories, a row's
-    history is the user's positives before it in time order (then source order), whatever split they lie in. The last
-    `history_cap` items of a history are kept.
+    Rows of a split are in time order, then in the source's; rows without a time come last. Users and items are numbered
+    by first appearance in train, then valid, then test; items without interactions follow in the source's order, and are
+    left out under a k-core. Of exact repeats of a row the first counts.
+
+    Args:
+        bad_rows: refuse the first row that can't be read, or drop and count all of them.
+        rows_expected: about how many rows there will be; sizes the pieces. None: few.
+        previous: a log whose ids are kept; what is new here follows after them.
+        start_ray: called before the first phase with more than one piece.
+        say: prints a line of progress.
 
     Raises:
-        UserError: an empty split, shares that do not add up to 1, or a `history_cap` below 1.
+        UserError: a bad row or file, an empty split, a split by time of rows without times.
     """
-    if history_cap < 1:
-        raise UserError(f"data.history_cap is {history_cap}, but a history keeps at least 1 item.")
-    if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-9:
-        raise UserError(
-            f"data.split, the shares of train, valid and test, is {split}: each must be above 0, and their sum 1."
-        )
-    rows = raw.interactions
-    time = _time(rows["timestamp"])
-    split_of, split_rule = _split_of(raw, time, split)
-    order = np.lexsort((time, split_of))  # stable: rows of one time stay in the source's order
-    split_sizes = np.bincount(split_of, minlength=len(SPLITS)).tolist()
-    for name, size in zip(SPLITS, split_sizes, strict=True):
-        if size == 0:
-            raise UserError(
-                f"The {name} split is empty: of {rows.num_rows:,} rows, {', '.join(map(str, split_sizes))} are "
-                f"{', '.join(SPLITS)}. Split rule: {split_rule}. "
-                "Give more rows, or another split (data.split where it is made by time)."
+    folder.mkdir(parents=True, exist_ok=True)
+    work = folder / "work"
+    hashes = {Path(path).name: file_hash(path) for path in source.files}
+    old = None if previous is None else read_log(previous)
+    run = partial(_run, work=work, start_ray=start_ray, say=say)
+    partitions = max(1, -(-(rows_expected or 0) // PIECE_ROWS))
+
+    # rows by user
+    read = run(
+        "reading",
+        {
+            f"{number:05d} {part.name}": partial(
+                phases.partition_rows, part, number, partitions, bad_rows, source.features, work
             )
-    train_size = split_sizes[0]
-
-    # Dictionary encoding numbers values by first appearance, which is the rule for dense ids.
-    users = _array(rows["user"]).take(order).dictionary_encode()
-    user = users.indices.to_numpy().astype(np.int64)
-    item_type = rows["item"].type
-    given = _given_history(rows["history"], item_type) if "history" in rows.column_names else None
-    items = pa.concat_arrays(
-        [
-            _array(rows["item"]).take(order),
-            _array(raw.items["external_id"]).cast(item_type),
-            given.items if given else pa.nulls(0, item_type),
-        ]
-    ).dictionary_encode()
-    codes = items.indices.to_numpy().astype(np.int64)
-    item, catalog, history_items = np.split(codes, [rows.num_rows, rows.num_rows + raw.items.num_rows])
-
-    label = rows["label"].to_numpy().astype(np.int8)
-    if given:
-        history = _History(history_items, given.end, given.length)
-    else:
-        back = np.argsort(order)
-        history = _earlier_positives(user[back], item[back], label == 1, time)
-
-    user_seen = user <= user[:train_size].max()
-    item_seen = item <= item[:train_size].max()
-    if "warm" in rows.column_names:
-        warm, warm_rule = rows["warm"].to_numpy()[order], "as the source publishes it"
-    else:
-        warm, warm_rule = user_seen & item_seen, "user and item both occur in the train split"
-    unknown = pa.nulls(rows.num_rows, pa.float32())
-    log = pa.table(
-        {
-            "row": np.arange(rows.num_rows, dtype=np.int64),
-            "user": user,
-            "item": item,
-            "label": label[order],
-            "rating": _array(rows["rating"]).cast(pa.float32()).take(order)
-            if "rating" in rows.column_names
-            else unknown,
-            "timestamp": _array(rows["timestamp"]).cast(pa.int64()).take(order),
-            "history": _history_column(history, order, history_cap),
-            "history_length": history.length[order].astype(np.int32),
-            "user_seen": user_seen,
-            "item_seen": item_seen,
-            "warm": warm,
-            "expected": _array(rows["expected"]).cast(pa.float32()).take(order)
-            if "expected" in rows.column_names
-            else unknown,
-        }
+            for number, part in enumerate(source.interactions)
+        },
     )
-    starts = np.concatenate([[0], np.cumsum(split_sizes)]).tolist()
-    interactions = {name: log.slice(starts[i], split_sizes[i]) for i, name in enumerate(SPLITS)}
-    item_table = _item_table(items.dictionary, catalog, raw.items)
-    user_table = pa.table(
-        {"user": np.arange(len(users.dictionary), dtype=np.int64), "external_id": users.dictionary.cast(pa.string())}
-    )
-    facts = {
-        "users": user_table.num_rows,
-        "items": item_table.num_rows,
-        "rows": {name: table.num_rows for name, table in interactions.items()},
-        "positives": {name: pc.sum(table["label"]).as_py() for name, table in interactions.items()},
-        "cold": {name: pc.sum(pc.invert(interactions[name]["warm"])).as_py() for name in SPLITS[1:]},
-        "label_rule": raw.label_rule,
-        "split_rule": split_rule,
-        "warm_rule": warm_rule,
-        "history_cap": history_cap,
-        "dates": {name: _dates(table["timestamp"]) for name, table in interactions.items()},
-        "dropped": dict(raw.dropped),
-        "items_without_title": pc.sum(pc.equal(item_table["title"], "")).as_py(),
-        "sources": dict(raw.sources),
-        "noun": raw.noun,
+    rows = sum(part["rows"] for part in read)
+    if rows == 0:
+        raise UserError(f"there are no rows in {', '.join(source.files) or 'the source'}")
+    types = _id_types(read, old)
+    without_time = sum(part["without_time"] for part in read)
+    columns = set().union(*(part["columns"] for part in read))
+    split, split_rule = _split_rule(source, rules, rows, without_time)
+    given_histories = "history" in columns
+    described = {
+        "item": [*([_earlier(old, "item", types["item"])] if old else []), *source.items],
+        "user": [*([_earlier(old, "user", types["user"])] if old else []), *source.users],
     }
-    return Prepared(interactions, item_table, user_table, facts)
+    told = {
+        kind: run(
+            f"reading {kind}s",
+            {
+                f"{number:05d} {part.name}": partial(phases.read_described, kind, part, number, bad_rows, work)
+                for number, part in enumerate(parts)
+            },
+        )
+        for kind, parts in described.items()
+    }
 
+    # each user's rows in order, without repeats, and the k-core
+    by_user = range(partitions)
+    ordered = run("sorting", {str(p): partial(phases.sort_users, p, rules, work) for p in by_user})
+    dropped = _sum(part["dropped"] for part in [*read, *told["item"], *told["user"], *ordered])
+    if rules.k_core:
+        removed = _cut_to_core(rules, partitions, work, run)
+        dropped["below the k-core"] = removed
 
-@dataclass(frozen=True)
-class _History:
-    """Each row's uncapped history as a slice of one pool: items[end[row] - length[row] : end[row]]."""
-
-    items: Any  # dense ids, int64 [entries]; the source's ids, an Arrow array, before numbering
-    end: np.ndarray  # int64 [rows]
-    length: np.ndarray  # int64 [rows]
-
-
-def _array(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.nulls(0, column.type)
-
-
-def _time(timestamp: pa.ChunkedArray) -> np.ndarray:
-    """Seconds as int64; rows without a time come last."""
-    seconds = timestamp.cast(pa.int64())
-    bounds = pc.min_max(seconds).as_py()
-    for value in bounds.values():
-        if value is not None and not EARLIEST <= value <= LATEST:
-            raise UserError(f"The timestamp {value} is no time in seconds since 1970 (a table in milliseconds?).")
-    return seconds.fill_null(np.iinfo(np.int64).max).to_numpy()
-
-
-def _split_of(raw: Raw, time: np.ndarray, shares: tuple[float, float, float]) -> tuple[np.ndarray, str]:
-    """The index in SPLITS of every row, and the rule in words."""
-    rows = raw.interactions
-    if "split" in rows.column_names:
-        if raw.split_rule is None:
-            raise ValueError("raw.split_rule must say how the given split was made")
-        split_of = pc.index_in(rows["split"], pa.array(SPLITS))
-        if split_of.null_count:
-            raise ValueError(f"raw.interactions['split'] holds other values than {', '.join(SPLITS)}")
-        return split_of.to_numpy().astype(np.int64), raw.split_rule
-    missing = rows["timestamp"].null_count
-    if missing:
-        raise UserError(f"{missing:,} of {rows.num_rows:,} rows have no timestamp, so the log cannot be split by time.")
-    ends = [round(rows.num_rows * shares[0]), round(rows.num_rows * (shares[0] + shares[1]))]
-    split_of = np.empty(rows.num_rows, dtype=np.int64)
-    split_of[np.argsort(time, kind="stable")] = np.searchsorted(ends, np.arange(rows.num_rows), side="right")
-    rule = "by time: the first {:g} of the rows are train, the next {:g} valid, the last {:g} test".format(*shares)
-    return split_of, rule
-
-
-def _given_history(column: pa.ChunkedArray, item_type: pa.DataType) -> _History:
-    length = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
-    items = _array(pc.list_flatten(column)).cast(item_type)
-    return _History(items, np.cumsum(length), length)
-
-
-def _earlier_positives(user: np.ndarray, item: np.ndarray, is_positive: np.ndarray, time: np.ndarray) -> _History:
-    """Histories from the log itself: the user's positives before each row, by time and then by the source's order.
-
-    All arguments have one entry per row, in the source's order.
-    """
-    by_user = np.lexsort((time, user))
-    sorted_user, sorted_positive = user[by_user], is_positive[by_user]
-    positives_before = np.cumsum(sorted_positive) - sorted_positive
-    first_of_user = np.searchsorted(sorted_user, sorted_user, side="left")
-    end = np.empty(len(user), dtype=np.int64)
-    length = np.empty(len(user), dtype=np.int64)
-    end[by_user] = positives_before
-    length[by_user] = positives_before - positives_before[first_of_user]
-    return _History(item[by_user][sorted_positive], end, length)
-
-
-def _history_column(history: _History, order: np.ndarray, cap: int) -> pa.ChunkedArray:
-    """The last `cap` items of each history, rows in `order`; list<int64>, built in chunks to bound its memory."""
-    chunks = []
-    for first in range(0, len(order), ROWS_PER_CHUNK):
-        rows = order[first : first + ROWS_PER_CHUNK]
-        kept = np.minimum(history.length[rows], cap)
-        offsets = np.concatenate([[0], np.cumsum(kept)])
-        positions = np.repeat(history.end[rows] - kept - offsets[:-1], kept) + np.arange(offsets[-1])
-        chunks.append(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(history.items[positions])))
-    return pa.chunked_array(chunks, pa.list_(pa.int64()))
-
-
-def _item_table(external: pa.Array, catalog: np.ndarray, described: pa.Table) -> pa.Table:
-    """Items by dense id; `catalog` holds the dense id of each row of `described`, of which the first counts."""
-    row_of = np.full(len(external), -1, dtype=np.int64)
-    row_of[catalog[::-1]] = np.arange(len(catalog))[::-1]  # of equal indices, numpy keeps the last
-    rows = pa.array(row_of, mask=row_of < 0)
-    title = _array(described["title"]).cast(pa.string()).take(rows).fill_null("")
-    text = _array(described["text"]).cast(pa.string()).take(rows).fill_null("")
-    return pa.table(
+    # rows by time
+    by_split = split in ("given", "leave-one-out", "random", "dates")
+    by_position = without_time == rows
+    buckets = max(1, -(-rows // PIECE_ROWS))
+    edges = _edges(read, buckets, by_position)
+    has_valid = any("valid" in part["splits"] for part in read)
+    built = run(
+        "histories",
         {
-            "item": np.arange(len(external), dtype=np.int64),
-            "external_id": external.cast(pa.string()),
-            "title": title,
-            "text": pc.if_else(pc.equal(text, ""), title, text),
-        }
+            str(p): partial(phases.build_histories, p, rules, edges, by_position, by_split, has_valid, work)
+            for p in by_user
+        },
     )
+    sizes = _sum({int(b): n for b, n in part["buckets"].items()} for part in built)
+    rows = sum(sizes.values())
+    if rows == 0:
+        raise UserError("the k-core leaves no rows: lower data.k_core")
+    starts, ends = _rows_of_splits(sizes, buckets, by_split, rules.shares, split_rule)
+
+    # dense ids
+    run("first rows", {str(b): partial(phases.first_rows, b, starts[b], given_histories, work) for b in starts})
+    if not rules.k_core:
+        run("catalog", {str(n): partial(phases.list_catalog, n, work) for n in range(len(described["item"]))})
+    elif old:
+        run("catalog", {"0": partial(phases.list_catalog, 0, work)})
+    kept = None if old is None else old.directory
+    (counts,) = run("ids", {"all": partial(_number_all, ends[0], kept, types, work)})
+
+    # what is read later
+    vocabularies = _vocabularies(read)
+    parts = _parts_of_splits(starts, sizes, ends)
+    written = run(
+        "interactions",
+        {
+            str(b): partial(
+                phases.write_bucket, b, starts[b], ends, counts["user"], counts["item"], parts[b], vocabularies, folder, work
+            )
+            for b in starts
+        },
+    )
+    run("sequences", {str(p): partial(phases.write_sequences, p, folder, work) for p in by_user})
+    ranges: dict[str, list[dict]] = {}
+    for kind in ("user", "item"):
+        files = [*(work / "ids" / kind).glob("*.arrow"), *(work / "described" / kind).glob("*.arrow")]
+        spread = {f"{p.parent.parent.name} {p.name}": partial(phases.spread, kind, p, work) for p in sorted(files)}
+        run(f"{kind} ids", spread)
+        ranges[kind] = run(
+            f"{kind}s",
+            {
+                str(r): partial(phases.write_range, kind, r, counts[kind], folder, work)
+                for r in range(-(-counts[kind] // phases.RANGE_ROWS))
+            },
+        )
+    splits = {name: [part[name] for part in written if name in part] for name in SPLITS}
+    times = {name: [t for part in parts for t in part["times"] if t is not None] for name, parts in splits.items()}
+    facts = {
+        "users": counts["user"],
+        "items": counts["item"],
+        "rows": {name: sum(part["rows"] for part in parts) for name, parts in splits.items()},
+        "positives": {name: sum(part["positives"] for part in parts) for name, parts in splits.items()},
+        "cold": {name: sum(part["cold"] for part in splits[name]) for name in SPLITS[1:]},
+        "label_rule": _label_rule(source, rules, columns),
+        "split_rule": split_rule,
+        "warm_rule": "as the source publishes it" if "warm" in columns else "user and item both occur in the train split",
+        "k_core_rule": _core_rule(rules),
+        "history_rule": "as the source publishes it"
+        if given_histories
+        else "the user's positives before the row, by time and then in the source's order, whatever split they lie in",
+        "history_cap": rules.history_cap,
+        "dates": {name: [_date(min(t)), _date(max(t))] if t else [None, None] for name, t in times.items()},
+        "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
+        "items_without_title": sum(part["without_title"] for part in ranges["item"]),
+        "titles_cleaned": sum(part["control_characters"] for part in ranges["item"]),
+        "features": vocabularies,
+        "id_types": types,
+        "sources": hashes,
+        "noun": source.noun,
+        "extends": None if old is None else {"log": str(previous), "users": old.facts["users"], "items": old.facts["items"]},
+    }
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(work)
+    return Log(folder, facts)
 
 
-def _dates(timestamp: pa.ChunkedArray) -> list[str | None]:
-    """First and last time in UTC, ISO 8601; None where there are no timestamps."""
-    bounds = pc.min_max(timestamp).as_py()
-    return [None if s is None else datetime.fromtimestamp(s, UTC).isoformat() for s in (bounds["min"], bounds["max"])]
+def _run(
+    phase: str, pieces: dict[str, Callable[[], dict]], *, work: Path, start_ray: Callable[[], None], say: Callable[[str], None]
+) -> list[dict]:
+    """Carry out a phase on each of its pieces that isn't done yet; what they return, in the order of the pieces.
+
+    A piece that is done has a file in work/done/PHASE. A single piece is done here, several by Ray Data.
+    """
+    done = work / "done" / phase
+    done.mkdir(parents=True, exist_ok=True)
+    marks = {name: done / f"{number:06d}.json" for number, name in enumerate(pieces)}
+    todo = [name for name, mark in marks.items() if not mark.exists()]
+    start = told = time.monotonic()
+    if len(todo) == 1:
+        _carry_out(pieces[todo[0]], marks[todo[0]])
+    elif todo:
+        start_ray()
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        items = [{"name": name} for name in todo]
+
+        def carry_out(row: dict) -> dict:
+            try:
+                _carry_out(pieces[row["name"]], marks[row["name"]])
+            except UserError as error:
+                return {"error": str(error)}
+            return {"error": ""}
+
+        finished = 0
+        for row in ray.data.from_items(items, override_num_blocks=len(items)).map(carry_out).iter_rows():
+            if row["error"]:
+                raise UserError(row["error"])
+            finished += 1
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                share = (len(pieces) - len(todo) + finished) / len(pieces)
+                say(f"prepare   {phase}: {100 * share:.0f}% of {len(pieces)} pieces, {told - start:.0f} s")
+    return [json.loads(mark.read_text()) for mark in marks.values()]
+
+
+def _carry_out(piece: Callable[[], dict], mark: Path) -> None:
+    result = piece()
+    unfinished = mark.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result))
+    os.replace(unfinished, mark)
+
+
+def _number_all(train_rows: int, previous: Path | None, types: dict[str, str], work: Path) -> dict[str, int]:
+    return {kind: phases.number(kind, train_rows, previous, types[kind], work) for kind in ("user", "item")}
+
+
+def _sum(counts: Iterable[dict[Any, int]]) -> Counter:
+    total: Counter = Counter()
+    for part in counts:
+        total.update(part)
+    return total
+
+
+def _id_types(read: list[dict], old: Log | None) -> dict[str, str]:
+    found = {kind: {part["types"][kind] for part in read if part["rows"]} for kind in ("user", "item")}
+    types = {}
+    for kind, names in found.items():
+        if len(names) > 1:
+            raise UserError(f"{kind} ids are numbers in some parts of the source and text in others: give one or the other")
+        (types[kind],) = names
+        if old is not None and old.facts["id_types"][kind] != types[kind]:
+            raise UserError(
+                f"{kind} ids of {old.directory} are {old.facts['id_types'][kind]}, those of the new data {types[kind]}: "
+                "new data can only extend ids of the same type"
+            )
+    return types
+
+
+def _split_rule(source: Source, rules: Rules, rows: int, without_time: int) -> tuple[str, str]:
+    if rules.split == "given":
+        if source.split_rule is None:
+            raise UserError("the source gives no split: choose data.split_by shares, dates, leave-one-out or random")
+        return rules.split, source.split_rule
+    if without_time and rules.split in ("shares", "dates"):
+        raise UserError(f"{without_time:,} of {rows:,} rows have no timestamp, so the log cannot be split by time.")
+    if rules.split == "dates":
+        assert rules.dates is not None
+        valid, test = (_date(t) for t in rules.dates)
+        return rules.split, f"by time: train before {valid}, valid before {test}, test from then on"
+    return rules.split, SPLIT_WORDS[rules.split].format(*rules.shares)
+
+
+def _earlier(old: Log, kind: str, id_type: str) -> Part:
+    return Part(f"{kind}s of {old.directory}", partial(_read_earlier, old.paths(f"{kind}s"), kind, id_type))
+
+
+def _read_earlier(paths: list[Path], kind: str, id_type: str, dropped: Dropped) -> Iterable:
+    for path in paths:
+        table = pq.read_table(path).drop_columns([kind, "seen"])
+        position = table.schema.get_field_index("external_id")
+        ids = table["external_id"].cast(id_type)
+        yield table.set_column(position, kind, ids)
+
+
+def _cut_to_core(rules: Rules, partitions: int, work: Path, run: Callable) -> int:
+    removed = 0
+    for number in range(1 if rules.k_core_once else 1_000_000):
+        run(f"rare items {number}", {"all": partial(_rare_items, rules, work)})
+        cut = run(f"k-core {number}", {str(p): partial(phases.cut_core, p, rules, work) for p in range(partitions)})
+        found = sum(part["removed"] for part in cut)
+        removed += found
+        if found == 0:
+            break
+    return removed
+
+
+def _rare_items(rules: Rules, work: Path) -> dict:
+    phases.rare_items(rules, work)
+    return {}
+
+
+def _edges(read: list[dict], buckets: int, by_position: bool) -> list[int]:
+    """Where time buckets of about as many rows each begin, from a sample."""
+    if buckets == 1:
+        return []
+    if by_position:
+        places = [(n << 40) + r for n, part in enumerate(read) for r in range(0, part["rows"], 1024)]
+    else:
+        places = [t for part in read for t in part["times"]]
+    wanted = np.quantile(np.array(places, dtype=np.int64), np.arange(1, buckets) / buckets, method="lower")
+    return np.unique(wanted).tolist()
+
+
+def _rows_of_splits(
+    sizes: Counter, buckets: int, by_split: bool, shares: tuple[float, float, float], rule: str
+) -> tuple[dict[int, int], list[int]]:
+    """The number of each bucket's first row, and of the row after the last one of each split."""
+    starts, total = {}, 0
+    in_split = [0, 0, 0]
+    for bucket in sorted(sizes):
+        starts[bucket] = total
+        total += sizes[bucket]
+        in_split[bucket // buckets if by_split else 0] += sizes[bucket]
+    if by_split:
+        ends = np.cumsum(in_split).tolist()
+    else:
+        ends = [round(total * shares[0]), round(total * (shares[0] + shares[1])), total]
+    counts = np.diff([0, *ends])
+    for name, count in zip(SPLITS, counts, strict=True):
+        if count == 0:
+            raise UserError(
+                f"The {name} split is empty: of {total:,} rows, {', '.join(map(str, counts.tolist()))} are "
+                f"{', '.join(SPLITS)}. Split rule: {rule}. Give more rows, or another split (data.split, data.split_by)."
+            )
+    return starts, ends
+
+
+def _parts_of_splits(starts: dict[int, int], sizes: Counter, ends: list[int]) -> dict[int, dict[int, int]]:
+    """For each bucket, the number of the file that it fills in each split that it has rows of."""
+    files = [0, 0, 0]
+    found: dict[int, dict[int, int]] = {}
+    for bucket, start in starts.items():
+        found[bucket] = {}
+        for split, (low, high) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            if max(low, start) < min(high, start + sizes[bucket]):
+                found[bucket][split] = files[split]
+                files[split] += 1
+    return found
+
+
+MAX_VALUES = 100_000
+"""Values of a categorical feature of an interaction; one with more is an id."""
+
+
+def _vocabularies(read: list[dict]) -> dict[str, list[str]]:
+    """The values of each categorical feature, the most frequent first."""
+    found = {}
+    for name in dict.fromkeys(name for part in read for name in part["values"]):
+        counts = _sum(part["values"].get(name, {}) for part in read)
+        counts.pop("null", None)
+        if len(counts) > MAX_VALUES:
+            raise UserError(f"the feature {name} has {len(counts):,} values, above {MAX_VALUES:,}: leave it out")
+        found[name] = sorted(counts, key=lambda value: (-counts[value], value))
+    return found
+
+
+def _label_rule(source: Source, rules: Rules, columns: set[str]) -> str:
+    if "label" in columns:
+        return source.label_rule or "as the source gives it"
+    if "rating" in columns:
+        return f"1 where the rating is at least {rules.positive_rating:g}, else 0"
+    return "1 for every row (implicit feedback)"
+
+
+def _core_rule(rules: Rules) -> str | None:
+    if not rules.k_core:
+        return None
+    how = "counted once" if rules.k_core_once else "again until none is left out"
+    return f"users and items with fewer than {rules.k_core} rows are left out, {how}"
+
+
+def _date(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import pyarrow as pa
@@ -109,3 +110,14 @@ class Source:
     features: tuple[str, ...] = ()
     rating_range: tuple[float, float] | None = None
 
+
+
+def part_of_table(name: str, table: pa.Table, left_out: dict[str, int] | None = None) -> Part:
+    """A part whose rows are in memory already, with the rows that were left out when they were made, by reason."""
+    return Part(name, partial(_read_table, table, left_out or {}))
+
+
+def _read_table(table: pa.Table, left_out: dict[str, int], dropped: Dropped) -> Iterator[pa.Table]:
+    for reason, rows in left_out.items():
+        dropped.leave_out(reason, rows)
+    yield table

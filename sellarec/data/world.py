@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from sellarec.config import World
-from sellarec.data.raw import Raw
+from sellarec.data.raw import Source, part_of_table
 from sellarec.errors import UserError
 
 TRAITS = 4
@@ -61,7 +61,7 @@ ALIKE, MIXED = 3, 8
 """Most titles in such a line: where all or none are of the genre, and where they are of half of the genres."""
 
 
-def generate_world(world: World, split: tuple[float, float, float], seed: int) -> Raw:
+def generate_world(world: World, split: tuple[float, float, float], seed: int) -> Source:
     """The world of these settings; the same for the same seed.
 
     Args:
@@ -125,13 +125,13 @@ def generate_world(world: World, split: tuple[float, float, float], seed: int) -
             "expected": expected.astype(np.float32),
         }
     )
-    catalog = pa.table({"external_id": np.arange(items), "title": titles, "text": texts})
-    return Raw(
-        interactions=interactions,
-        items=catalog,
+    catalog = pa.table({"item": np.arange(items), "title": titles, "text": texts})
+    return Source(
+        interactions=(part_of_table("the world's rows", interactions, {"repeated user and item": rows - len(user)}),),
+        items=(part_of_table("the world's items", catalog),),
+        files=(),
         noun="movie",
         label_rule="drawn from the planted probability",
-        dropped={"repeated user and item": rows - len(user)},
     )
 
 

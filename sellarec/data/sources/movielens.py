@@ -1,184 +1,235 @@
-"""The format GroupLens publishes MovieLens in: ratings.csv and movies.csv."""
+"""MovieLens as GroupLens publishes it: the folder, or the zip itself."""
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-from typing import NoReturn
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pacsv
 
-from sellarec.data.raw import Raw, file_hash
+from sellarec.data.raw import Dropped, Part, Source
+from sellarec.data.sources.text import (
+    Layout,
+    Rows,
+    TextFile,
+    attributes,
+    files_at,
+    null_where_empty,
+    numbers,
+    outside,
+    quoted_rows,
+    range_name,
+    ranges,
+    rows,
+    seconds,
+    sliced,
+    wanted_files,
+    whole_numbers,
+    without_bad,
+)
 from sellarec.errors import UserError
 
-RATINGS, MOVIES = "ratings.csv", "movies.csv"
-RATING_COLUMNS = ("userId", "movieId", "rating", "timestamp")
-MOVIE_COLUMNS = ("movieId", "title", "genres")
-RATING_RANGE = (0.5, 5.0)
-"""Stars a rating may have, both ends included."""
+GENRES = (
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+"""What the flags of ml-100k's u.item stand for, in their order (its u.genre)."""
 
-NO_GENRES = "(no genres listed)"
-_SHOWN_CHARACTERS = 200
+NO_GENRES = ("(no genres listed)", "unknown")
+"""What stands for a movie of no genre."""
 
-# Patterns rather than casts: with them every value that fails is known, and so is its row.
-_INTEGER = r"^\d{1,18}$"
-_NUMBER = r"^-?(\d{1,18}(\.\d*)?|\.\d+)$"
+LINKS = "links.csv"
 
 
-def find_files(path: Path) -> list[Path]:
-    """Return ratings.csv and movies.csv of the folder `path`.
+@dataclass(frozen=True)
+class _Form:
+    """One of the formats.
+
+    Attributes:
+        ratings: the rating files that there may be: the first of these sets that is there is read.
+        rating_columns: user, movie, rating and time.
+        item_layout: None: CSV with quotes.
+        users: the file of users; () where there is none.
+    """
+
+    ratings: tuple[tuple[str, ...], ...]
+    rating_layout: Layout
+    rating_columns: tuple[str, str, str, str]
+    movies: str
+    item_layout: Layout | None
+    users: str | None = None
+    user_layout: Layout | None = None
+    lowest: float = 0.5
+
+
+_CSV_COLUMNS = ("userId", "movieId", "rating", "timestamp")
+_COLUMNS = ("user id", "movie id", "rating", "timestamp")
+
+_CSV = _Form((("ratings.csv",),), Layout(","), _CSV_COLUMNS, "movies.csv", None)
+
+_FORMS = {
+    "ml-100k": _Form(
+        (("u.data",), ("u1.base", "u1.test")),
+        Layout("\t", _COLUMNS),
+        _COLUMNS,
+        "u.item",
+        Layout("|", ("movie id", "title", "release", "video release", "url", *GENRES), "latin-1"),
+        "u.user",
+        Layout("|", ("user id", "age", "gender", "occupation", "zip")),
+        lowest=1,
+    ),
+    "ml-1m": _Form(
+        (("ratings.dat",),),
+        Layout("::", _COLUMNS),
+        _COLUMNS,
+        "movies.dat",
+        Layout("::", ("movie id", "title", "genres"), "latin-1"),
+        "users.dat",
+        Layout("::", ("user id", "gender", "age", "occupation", "zip")),
+        lowest=1,
+    ),
+    "ml-10m": _Form(
+        (("ratings.dat",),),
+        Layout("::", _COLUMNS),
+        _COLUMNS,
+        "movies.dat",
+        Layout("::", ("movie id", "title", "genres")),
+    ),
+    "ml-latest-small": _CSV,
+    "ml-20m": _CSV,
+    "ml-25m": _CSV,
+    "ml-32m": _CSV,
+}
+
+DATASETS = tuple(_FORMS)
+
+
+def open_movielens(path: str, dataset: str, *, noun: str = "movie") -> Source:
+    """MovieLens: ratings with their times, titles and genres of movies, and what is published of users.
+
+    Ids are int64. An item's attributes are "genre" (repeated) and "year", where its title ends in one; titles stay as they
+    were published. Users have the attributes "gender", "age", "occupation" and "zip" as they were published (in ml-1m age
+    and occupation are codes), where users.dat or u.user is there; links.csv, where it is there, gives links "imdb" and "tmdb".
+    Ratings outside the dataset's range are bad rows. Of ml-100k u.data is read or, without it, u1.base and u1.test as one log.
+
+    Args:
+        path: the unpacked folder, or the published zip; a path or URI.
+        dataset: one of DATASETS.
 
     Raises:
-        UserError: one of them is not there.
+        UserError: no such dataset, folder or zip; a file is missing; or, when parts are read, a file is damaged, in another
+            encoding, empty or lacks a column, or a row is bad and bad rows are refused.
     """
-    looked_for = f"a folder with {RATINGS} and {MOVIES}"
-    try:
-        if not path.is_dir():
-            raise UserError(f"No such folder: {path}. Looked for {looked_for}.")
-        names = {entry.name for entry in path.iterdir()}
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Looked for {looked_for}.") from error
-    absent = [name for name in (RATINGS, MOVIES) if name not in names]
-    if absent:
-        found = ", ".join(sorted(names)[:20]) or "nothing"
-        raise UserError(f"{path} lacks {' and '.join(absent)}. Looked for {looked_for}; found {found}.")
-    return [path / RATINGS, path / MOVIES]
-
-
-def read_movielens(path: Path, *, positive_rating: float = 4.0, noun: str = "movie") -> Raw:
-    """Read MovieLens as published; a row's label is 1 where its rating is at least `positive_rating` stars.
-
-    Exact duplicates of a row, and later entries of a movie already listed, are left out and counted.
-
-    Raises:
-        UserError: a missing or damaged file, column or row, or a `positive_rating` outside the range of ratings.
-    """
-    low, high = RATING_RANGE
-    if not low <= positive_rating <= high:
-        raise UserError(f"data.positive_rating is {positive_rating:g}, but ratings go from {low:g} to {high:g}.")
-    ratings_file, movies_file = find_files(path)
-    rows, duplicates = _without_repeats(_ratings(ratings_file), ["user", "item", "rating", "timestamp"])
-    items, repeated = _without_repeats(_movies(movies_file), ["external_id"])
-    label = pc.greater_equal(rows["rating"], positive_rating).cast(pa.int8())
-    return Raw(
-        interactions=rows.append_column("label", label),
-        items=items,
+    form = _FORMS.get(dataset)
+    if form is None:
+        raise UserError(f"No MovieLens dataset {dataset!r}. There are {', '.join(DATASETS)}.")
+    sets = form.ratings
+    looked_for = f"{dataset}: {' or '.join(' and '.join(names) for names in sets)}, and {form.movies}"
+    found = files_at(path, looked_for)
+    names = next((names for names in sets if set(names) <= set(found)), sets[0])
+    *ratings, movies = wanted_files(found, (*names, form.movies), path, looked_for)
+    links = found.get(LINKS) if form is _CSV else None
+    users = found.get(form.users) if form.users else None
+    read = [*ratings, movies, *(file for file in (links, users) if file)]
+    return Source(
+        interactions=tuple(
+            Part(range_name(file, *piece), functools.partial(_read_ratings, file, dataset, *piece))
+            for file in ratings
+            for piece in ranges(file)
+        ),
+        items=(Part(movies.name, functools.partial(_read_movies, movies, links, dataset)),),
+        users=(Part(users.name, functools.partial(_read_users, users, dataset)),) if users else (),
+        files=tuple(dict.fromkeys(file.path for file in read)),
         noun=noun,
-        label_rule=f"1 where the rating is at least {positive_rating:g}, else 0",
-        sources={file.name: file_hash(file) for file in (ratings_file, movies_file)},
-        dropped={"exact duplicate of an earlier row": duplicates, f"repeated entry in {MOVIES}": repeated},
+        rating_range=(form.lowest, 5.0),
     )
 
 
-def _ratings(file: Path) -> pa.Table:
-    table = _read_text(file, RATING_COLUMNS)
-    wrong = {column: _unlike(table[column], _INTEGER) for column in ("userId", "movieId", "timestamp")}
-    wrong["rating"] = _unlike(table["rating"], _NUMBER)
-    rating = pc.if_else(wrong["rating"], None, table["rating"]).cast(pa.float64())
-    low, high = RATING_RANGE
-    outside = pc.or_(pc.less(rating, low), pc.greater(rating, high)).fill_null(False)
-    _refuse_first(
-        file,
-        [
-            *((wrong[column], f"its {column} is not a whole number") for column in ("userId", "movieId", "timestamp")),
-            (wrong["rating"], "its rating is not a number"),
-            (outside, f"its rating is not between {low:g} and {high:g}"),
-        ],
-    )
+def _read_ratings(file: TextFile, dataset: str, start: int, end: int | None, dropped: Dropped) -> Iterator[pa.Table]:
+    form = _FORMS[dataset]
+    user, movie, rating, timestamp = form.rating_columns
+    for found in rows(file, form.rating_layout, form.rating_columns, start, end):
+        users, bad_user = whole_numbers(found.columns[user], user)
+        movies, bad_movie = whole_numbers(found.columns[movie], movie)
+        stars, bad_stars = numbers(found.columns[rating], rating)
+        times, bad_time = whole_numbers(found.columns[timestamp], timestamp)
+        times, no_time = seconds(times, timestamp)
+        table = pa.table({"user": users, "item": movies, "rating": stars.cast(pa.float32()), "timestamp": times})
+        checks = [bad_user, bad_movie, bad_stars, outside(stars, form.lowest, 5.0, rating), bad_time, no_time]
+        yield from sliced(without_bad(found, table, checks, dropped))
+
+
+def _read_movies(file: TextFile, links: TextFile | None, dataset: str, dropped: Dropped) -> Iterator[pa.Table]:
+    layout = _FORMS[dataset].item_layout
+    linked = _links(links, dropped) if links else None
+    seen: list[pa.Array] = []
+    if layout is None:
+        read = quoted_rows(file, ("movieId", "title", "genres"))
+    else:
+        assert layout.columns
+        read = rows(file, layout, layout.columns)
+    for found in read:
+        name = "movieId" if layout is None else "movie id"
+        movies, bad_movie = whole_numbers(found.columns[name], name)
+        genres, bad_genres = _genres(found)
+        table = _described(movies, found.columns["title"], genres)
+        if linked:
+            at = pc.index_in(movies, linked["item"])
+            pairs = [(catalog, linked[catalog].take(at)) for catalog in ("imdb", "tmdb")]
+            table = table.append_column("links", attributes(pairs, len(movies)))
+            seen.append(movies)
+        yield from sliced(without_bad(found, table, [bad_movie, *bad_genres], dropped))
+    if linked:
+        known = pc.is_in(linked["item"], pa.concat_arrays([pa.array([], pa.int64()), *seen]))
+        dropped.leave_out(f"a line of {LINKS} whose movie is not in {file.name}", pc.sum(pc.invert(known)).as_py() or 0)
+
+
+def _genres(found: Rows) -> tuple[pa.Array, list[tuple[pa.Array, str]]]:
+    """The genres of each movie, joined with |, and the checks of them."""
+    if "genres" in found.columns:
+        return found.columns["genres"], []
+    flags = [found.columns[genre] for genre in GENRES]
+    wrong = functools.reduce(pc.or_, [pc.invert(pc.is_in(flag, pa.array(["0", "1"]))) for flag in flags])
+    set_flags = zip(*(pc.equal(flag, "1").to_pylist() for flag in flags), strict=True)
+    joined = ["|".join(genre for genre, is_set in zip(GENRES, row, strict=True) if is_set) for row in set_flags]
+    return pa.array(joined, pa.string()), [(wrong, "a genre's flag is neither 0 nor 1")]
+
+
+def _described(movies: pa.Array, titles: pa.Array, genres: pa.Array) -> pa.Table:
+    genres = pc.if_else(pc.is_in(genres, pa.array(NO_GENRES)), "", genres)
+    listed = null_where_empty(pc.replace_substring(genres, "|", ", "))
+    titles = null_where_empty(titles)
+    years = pc.struct_field(pc.extract_regex(titles, r"\((?P<year>[0-9]{4})\)\s*\z"), "year")
     return pa.table(
         {
-            "user": table["userId"].cast(pa.int64()),
-            "item": table["movieId"].cast(pa.int64()),
-            "rating": rating.cast(pa.float32(), safe=False),
-            "timestamp": table["timestamp"].cast(pa.int64()),
+            "item": movies,
+            "title": titles,
+            # Null where either is null; then the one that isn't, if any.
+            "text": pc.coalesce(pc.binary_join_element_wise(titles, listed, ". "), titles, listed),
+            "attributes": attributes([("genre", pc.split_pattern(genres, "|")), ("year", years)], len(movies)),
         }
     )
 
 
-def _movies(file: Path) -> pa.Table:
-    table = _read_text(file, MOVIE_COLUMNS)
-    _refuse_first(file, [(_unlike(table["movieId"], _INTEGER), "its movieId is not a whole number")])
-    title, genres = table["title"], table["genres"]
-    described = pc.binary_join_element_wise(title, pc.replace_substring(genres, "|", ", "), ". ")
-    plain = pc.or_(pc.equal(genres, ""), pc.equal(genres, NO_GENRES))
-    return pa.table(
-        {
-            "external_id": table["movieId"].cast(pa.int64()),
-            "title": title,
-            "text": pc.if_else(plain, title, described),
-        }
-    )
+def _links(file: TextFile, dropped: Dropped) -> dict[str, pa.Array]:
+    tables = []
+    for found in quoted_rows(file, ("movieId", "imdbId", "tmdbId")):
+        movies, bad_movie = whole_numbers(found.columns["movieId"], "movieId")
+        table = pa.table({"item": movies, "imdb": found.columns["imdbId"], "tmdb": found.columns["tmdbId"]})
+        tables.append(without_bad(found, table, [bad_movie], dropped))
+    names = {"item": pa.int64(), "imdb": pa.string(), "tmdb": pa.string()}
+    table = pa.concat_tables([pa.schema(names).empty_table(), *tables])
+    return {name: pa.concat_arrays(table[name].chunks) for name in names}
 
 
-def _read_text(file: Path, columns: tuple[str, ...]) -> pa.Table:
-    """The CSV's `columns` as text, exactly as they stand in it."""
-    bad_rows: list[pacsv.InvalidRow] = []
-
-    def keep_bad_row(row: pacsv.InvalidRow) -> str:
-        bad_rows.append(row)
-        return "skip"  # reading goes on; the first of them is refused below
-
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            header = next(csv.reader(lines), [])
-        absent = [column for column in columns if column not in header]
-        if absent:
-            raise UserError(
-                f"{file} lacks the column {', '.join(absent)}; found {', '.join(header) or 'an empty file'}."
-            )
-        table = pacsv.read_csv(
-            file,
-            read_options=pacsv.ReadOptions(use_threads=False),
-            parse_options=pacsv.ParseOptions(invalid_row_handler=keep_bad_row),
-            convert_options=pacsv.ConvertOptions(
-                column_types={column: pa.string() for column in columns}, include_columns=list(columns)
-            ),
-        )
-    except (UnicodeDecodeError, pa.ArrowInvalid) as error:
-        raise UserError(f"{file} is not a CSV file in UTF-8: {error}.") from error
-    except OSError as error:
-        raise UserError(f"Cannot read {file}: {error.strerror or error}.") from error
-    if bad_rows:
-        row = bad_rows[0]
-        _refuse(file, row.number, f"it has {row.actual_columns} values where the header has {row.expected_columns}")
-    return table
-
-
-def _unlike(column: pa.ChunkedArray, pattern: str) -> pa.ChunkedArray:
-    return pc.invert(pc.match_substring_regex(column, pattern))
-
-
-def _refuse_first(file: Path, checks: list[tuple[pa.ChunkedArray, str]]) -> None:
-    """Refuse the file for the first of its rows that is true in one of `checks`, with that check's reason."""
-    found = [(pc.index(wrong, True).as_py(), reason) for wrong, reason in checks]
-    found = [(row, reason) for row, reason in found if row >= 0]
-    if found:
-        row, reason = min(found, key=lambda pair: pair[0])
-        _refuse(file, row + 2, reason)  # the header is record 1
-
-
-def _refuse(file: Path, record: int, reason: str) -> NoReturn:
-    """Refuse the file for its `record`-th record, counted from 1 with the header and without blank lines."""
-    count, is_inside_quotes, first_line, content = 0, False, 0, ""
-    with file.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not is_inside_quotes:
-                if not line.strip("\r\n"):
-                    continue
-                if count == record:
-                    break
-                count, first_line, content = count + 1, number, line.rstrip("\r\n")
-            is_inside_quotes ^= line.count('"') % 2 == 1
-    shown = content if len(content) <= _SHOWN_CHARACTERS else content[:_SHOWN_CHARACTERS] + "…"
-    raise UserError(f"{file}, line {first_line}: {reason}. The line reads: {shown}")
-
-
-def _without_repeats(table: pa.Table, keys: list[str]) -> tuple[pa.Table, int]:
-    """The first row of each distinct combination of `keys`, in order, and the number of rows left out."""
-    position = pa.array(np.arange(table.num_rows))
-    first = table.select(keys).append_column("position", position).group_by(keys).aggregate([("position", "min")])
-    kept = np.sort(first["position_min"].to_numpy())
-    return table.take(pa.array(kept)), table.num_rows - len(kept)
+def _read_users(file: TextFile, dataset: str, dropped: Dropped) -> Iterator[pa.Table]:
+    layout = _FORMS[dataset].user_layout
+    assert layout and layout.columns
+    known = ("gender", "age", "occupation", "zip")
+    for found in rows(file, layout, layout.columns):
+        users, bad_user = whole_numbers(found.columns["user id"], "user id")
+        described = attributes([(name, found.columns[name]) for name in known], len(users))
+        table = pa.table({"user": users, "attributes": described})
+        yield from sliced(without_bad(found, table, [bad_user], dropped))

@@ -1,0 +1,63 @@
+"""Interactions of any size: python jobs/generate.py --users U --items I --interactions N --out DIR
+
+Leaves DIR/raw, files in the format of Amazon Reviews 2023, and DIR/log, the prepared log.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from sellarec.environment import check_environment
+from sellarec.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Generate interactions with the long tails of Amazon's reviews, as raw files and as a prepared log."""
+
+    users: int
+    """Users; each has at least one interaction."""
+    items: int
+    """Items of the catalog; each has at least one interaction."""
+    interactions: int
+    """Rows, repeats of a user and an item included; no fewer than users or items."""
+    out: Path
+    """Folder to write into; on a cluster, one that all nodes share."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    gzip: bool = False
+    """Compress the raw files (.jsonl.gz)."""
+    raw_only: bool = False
+    """Leave out the prepared log."""
+
+
+def main(arguments: list[str]) -> int:
+    settings = tyro.cli(
+        Settings, args=arguments, prog="generate.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+    try:
+        check_environment()
+        from sellarec.data.synthetic import Synthetic, synthetic_source, write_raw
+        from sellarec.training.launch import connect
+        from sellarec.training.progress import Console
+
+        generated = Synthetic(
+            users=settings.users, items=settings.items, interactions=settings.interactions, seed=settings.seed
+        )
+        console = Console()
+        connect(1, console)
+        write_raw(generated, settings.out, settings.gzip, lambda name, size: console.line(f"{name}: {size:,} bytes"))
+        if not settings.raw_only:
+            from sellarec.data.prepare import Rules, prepare
+
+            prepare(synthetic_source(generated), settings.out / "log", Rules(), console)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
