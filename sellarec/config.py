@@ -463,6 +463,13 @@ def check(config: Config) -> None:
             f"data.source is world, which is generated, but data.path is {data.path}: "
             "leave the path out, or name the recipe of your data (for instance `train.py ml-latest-small --data ...`)"
         )
+    unused = {"world": ("positive_rating",), "collm": ("positive_rating", "split", "world"), "movielens": ("world",)}
+    for name in unused[data.source]:
+        value, default = getattr(data, name), getattr(Data(), name)
+        if value != default:
+            raise UserError(
+                f"data.{name} is {value}, but data.source is {data.source}, for which it means nothing: leave out one of the two"
+            )
     if not (abs(sum(data.split) - 1) <= 1e-6 and min(data.split) > 0):
         raise UserError(f"data.split is {data.split}: three fractions above 0 that add up to 1 are needed")
     if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):

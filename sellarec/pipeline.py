@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -109,11 +109,18 @@ class Run:
 
     def llm(self) -> Any:
         """The source of the language model: `--llm`, or what stage pretrain made."""
-        from sellarec.language.llm import LlmSource, find_llm
+        from sellarec.language.llm import LlmSource
 
         if self.config.llm.model == EMBEDDED:
             mark = self.marks["pretrain"]
             return LlmSource(str(self.artifact("pretrain").local() / "model"), None, f"pretrain-{mark}")
+        return self.given_llm
+
+    @cached_property
+    def given_llm(self) -> Any:
+        """What --llm names. Looked up once: all stages of a run take the same commit of a hub id."""
+        from sellarec.language.llm import find_llm
+
         return find_llm(self.config.llm.model, self.config.llm.revision)
 
     def gpus(self) -> bool:
@@ -128,6 +135,18 @@ def run(this: Run) -> None:
         UserError: a mistake in settings, data, model or place; nothing already computed is lost.
         StageFailed: a stage failed for another reason.
     """
+    try:
+        _run(this)
+    except (OSError, StageFailed) as error:
+        if not _is_full_disk(error):
+            raise
+        raise UserError(
+            f"the disk behind {this.store.workspace} is full: make room there, or give another --workspace; "
+            "finished stages are kept"
+        ) from error
+
+
+def _run(this: Run) -> None:
     config, console = this.config, this.console
     wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.llm.model == EMBEDDED)
     this.store.check_writable()
@@ -136,7 +155,7 @@ def run(this: Run) -> None:
     settings = _check_name(this, _origins(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
     recorded = this.place.read_json("artifacts.json") or {}
-    needed = _closure(wanted, config)
+    needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
     try:
         for stage in STAGES:
             if stage in needed:
@@ -182,15 +201,20 @@ def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
     return {**earlier, **mine}
 
 
-def _closure(wanted: tuple[str, ...], config: Config) -> set[str]:
-    """The wanted stages and all that they read, directly or not."""
+def _stands(this: Run, stage: str, artifact: str) -> bool:
+    return this.store.manifest(stage, artifact.removeprefix(f"{stage}-")) is not None
+
+
+def _closure(wanted: tuple[str, ...], config: Config, standing: set[str]) -> set[str]:
+    """The wanted stages and all that they read, directly or through a stage whose artifact doesn't stand."""
     needed: set[str] = set()
     waiting = list(wanted)
     while waiting:
         stage = waiting.pop()
         if stage not in needed:
             needed.add(stage)
-            waiting += inputs_of(stage, config)
+            if stage in wanted or stage not in standing:
+                waiting += inputs_of(stage, config)
     return needed
 
 
@@ -211,7 +235,7 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
     }
     if stage == "prepare" and config.data.source != "world":
         facts["sources"] = source_hashes(_source_path(config), config.data.source)
-    if stage in ("adapt", "fuse", "evaluate"):
+    if stage in ("pretrain", "adapt", "fuse", "evaluate"):
         facts["templates"] = fingerprint(templates())
     if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
         facts["llm"] = this.llm().identity
@@ -247,15 +271,7 @@ def _stage(this: Run, stage: str, wanted: bool, recorded: str | None) -> None:
         start = time.monotonic()
         if stage != "prepare" and this.cluster is None:
             this.cluster = connect(this.config.workers, this.console)
-        try:
-            found = RUN[stage](this)
-        except (OSError, StageFailed) as error:
-            if not _is_full_disk(error):
-                raise
-            raise UserError(
-                f"the disk behind {this.store.workspace} is full (stage {stage}): make room there, or give another --workspace; "
-                "finished stages are kept"
-            ) from error
+        found = RUN[stage](this)
         if not is_held():
             raise StageFailed(
                 f"stage {stage}: this process stood still for so long that another one took over {place}; run it again"

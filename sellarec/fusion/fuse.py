@@ -31,6 +31,12 @@ class Recommender(nn.Module):
         self.scorer = PromptScorer(llm)
         self.projection = projection
 
+    def train(self, mode: bool = True) -> "Recommender":
+        """The language model stays as it is evaluated: it is frozen, so dropout in it would only be noise."""
+        super().train(mode)
+        self.scorer.eval()
+        return self
+
     def forward(self, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
         """Logits [b, V] at the deciding position."""
         tokens = self.projection(vectors["user"], vectors["item"], vectors["semantic"])

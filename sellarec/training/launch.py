@@ -85,11 +85,12 @@ def check_room(workers: int) -> None:
     available = psutil.virtual_memory().available
     needed = RAY_MEMORY + workers * WORKER_MEMORY
     if needed > available:
-        room = max(1, (available - RAY_MEMORY) // WORKER_MEMORY)
+        room = (available - RAY_MEMORY) // WORKER_MEMORY
+        advice = f"lower --workers to {room}" if room > 0 else "free some memory, or take a larger machine"
         raise UserError(
             f"{workers} workers x {WORKER_MEMORY / 2**30:.2f} GiB + {RAY_MEMORY / 2**30:.0f} GiB for Ray = "
             f"{needed / 2**30:.1f} GiB (before any table or model), but {available / 2**30:.1f} GiB of memory are free on this "
-            f"machine: lower --workers to {room}"
+            f"machine: {advice}"
         )
 
 

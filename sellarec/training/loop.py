@@ -150,6 +150,7 @@ class Engine:
         if task.model is not None:
             task.model.to(workers.device)
             dense.shard(task.model, task.blocks, workers.device, getattr(torch, dtype))
+            task.model.train(isinstance(settings, Dense))
             if isinstance(settings, Dense):
                 self.optimizer = torch.optim.AdamW(
                     dense.trainable(task.model), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -218,6 +219,7 @@ class Engine:
         All workers call it with equally many slices, and all get the whole.
         """
         task = self.task
+        training = task.model is not None and task.model.training
         if task.model is not None:
             task.model.eval()
         found = []
@@ -236,7 +238,7 @@ class Engine:
             valid = rows["weight"].to_numpy() > 0
             found.append((rows["row"].to_numpy()[valid], torch.cat(scores).float().cpu().numpy()[valid]))
         if task.model is not None:
-            task.model.train()
+            task.model.train(training)
         gathered: list[Any] = [None] * self.workers.world_size
         dist.all_gather_object(gathered, found, group=self.workers.control)
         row = np.concatenate([row for part in gathered for row, _ in part])

@@ -223,6 +223,10 @@ def _history(table: pa.Table, name: str) -> _History:
             )
     else:
         titles = pa.nulls(len(values), pa.string())
+    if values.null_count:
+        entry = pc.index(pc.is_null(values), True).as_py()
+        row = int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
+        raise UserError(f"{name}: the history of row {row} holds an empty value.")
     items = values.to_numpy(zero_copy_only=False)
     ends = np.cumsum(lengths)
     starts = (ends - lengths)[lengths > 0]
