@@ -18,8 +18,9 @@ def main(arguments: list[str]) -> int:
         try:
             run(this)
         except StageFailed as error:
+            print(f"error: {error}", file=sys.stderr)
             this.place.write_text("error.log", "".join(traceback.format_exception(error)))
-            print(f"error: {error}\nThe traceback is in {this.place}/error.log", file=sys.stderr)
+            print(f"The traceback is in {this.place}/error.log", file=sys.stderr)
             return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

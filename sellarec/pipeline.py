@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from sellarec.artifacts import Place, Store, fingerprint
+from sellarec.artifacts import Place, Store, fingerprint, free_bytes
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
 from sellarec.data.log import Log, read_log, write_log
 from sellarec.data.prepare import prepare
@@ -33,7 +33,9 @@ VERSIONS = dict.fromkeys(STAGES, 1)
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
 
-BASELINES = ("item mean", "item + user mean")
+NO_ROOM = 1 << 20
+"""With less room than this behind the workspace (bytes), a failed stage is taken to have failed for that."""
+
 MODELS = ("collab", "text-only", "sella-rec")
 
 
@@ -138,7 +140,7 @@ def run(this: Run) -> None:
     try:
         _run(this)
     except (OSError, StageFailed) as error:
-        if not _is_full_disk(error):
+        if not _is_full_disk(error, this.store.workspace):
             raise
         raise UserError(
             f"the disk behind {this.store.workspace} is full: make room there, or give another --workspace; "
@@ -150,7 +152,7 @@ def _run(this: Run) -> None:
     config, console = this.config, this.console
     wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.llm.model == EMBEDDED)
     this.store.check_writable()
-    if wanted != ("prepare",) and "RAY_ADDRESS" not in os.environ:
+    if wanted != ("prepare",) and not os.environ.get("RAY_ADDRESS"):
         check_room(config.workers)
     settings = _check_name(this, _origins(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
@@ -160,11 +162,11 @@ def _run(this: Run) -> None:
         for stage in STAGES:
             if stage in needed:
                 _stage(this, stage, stage in wanted, recorded.get(stage))
+                recorded[stage] = f"{stage}-{this.marks[stage]}"
+                this.place.write_json("artifacts.json", recorded)
                 if stage == "prepare":  # the data are good: from here on the name is taken
                     this.place.write_json("settings.json", settings)
                     this.place.write_text("config.yaml", to_yaml(this.config))
-        artifacts = {stage: f"{stage}-{mark}" for stage, mark in this.marks.items()}
-        this.place.write_json("artifacts.json", {**recorded, **artifacts})
     finally:
         if this.writer is not None:
             this.writer.close()
@@ -291,8 +293,12 @@ def _stage(this: Run, stage: str, wanted: bool, recorded: str | None) -> None:
     this.console.line(f"{stage:<9} done in {duration(this.seconds[stage] or 0)}: {place}")
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or f"[Errno {errno.ENOSPC}]" in str(error)
+def _is_full_disk(error: BaseException, workspace: Place) -> bool:
+    """Whether there is no room behind the workspace: each library words that error in its own way, or not at all."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    free = free_bytes(workspace)
+    return f"[Errno {errno.ENOSPC}]" in str(error) or (free is not None and free < NO_ROOM)
 
 
 def _prepare(this: Run) -> dict[str, Any]:
@@ -345,6 +351,12 @@ def _train(this: Run, stage: str, build: Callable[[], Any], train_order: Any) ->
 
     settings = getattr(this.config, stage)
     dtype = this.config.llm.dtype if isinstance(settings, Language) else "float32"
+    in_epochs = settings.epochs * train_order.steps_per_epoch
+    if settings.max_steps is not None and settings.max_steps < in_epochs:
+        done = settings.max_steps / train_order.steps_per_epoch
+        this.console.line(
+            f"{stage:<9} {stage}.max_steps {settings.max_steps} ends it after {done:.2f} of {settings.epochs:g} epochs"
+        )
     valid = None
     if isinstance(settings, Selection):
         valid = _order(this, "valid", this.config.evaluate.batch, None)
@@ -357,7 +369,7 @@ def _train(this: Run, stage: str, build: Callable[[], Any], train_order: Any) ->
 
 
 def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
-    """Progress records as TensorBoard scalars, by stage. On remote workspaces the events stay with the run's manifest."""
+    """Progress records as TensorBoard scalars, by stage. None are written on remote workspaces."""
     if "step" not in record or not this.place.is_local:
         return
     if this.writer is None:
@@ -573,6 +585,6 @@ def _finish(this: Run) -> None:
     print(f"\n{format_table(records)}\n", flush=True)
     print(f"report       {this.place}/report.html")
     print(f"results      {this.place}/results.json")
-    if this.place.is_local:
+    if this.place.is_local and (this.place.folder / "tensorboard").is_dir():
         print(f"TensorBoard  tensorboard --logdir {this.place}/tensorboard")
     print(f"artifacts    {this.store.workspace}/artifacts (which ones: {this.place}/artifacts.json)", flush=True)

@@ -103,7 +103,7 @@ class FuseTask:
 
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
-        return {"template": self.prompts.template, "trained_weights": trained}
+        return {**self.prompts.facts(), "trained_weights": trained}
 
 
 def uniform(rows: np.ndarray, *salt: int) -> np.ndarray:
