@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -135,17 +136,20 @@ def run(this: Run) -> None:
 
     Raises:
         UserError: a mistake in settings, data, model or place; nothing already computed is lost.
-        StageFailed: a stage failed for another reason.
+        StageFailed: a stage failed for another reason; the traceback is written into the run's folder.
     """
     try:
         _run(this)
     except (OSError, StageFailed) as error:
-        if not _is_full_disk(error, this.store.workspace):
-            raise
-        raise UserError(
-            f"the disk behind {this.store.workspace} is full: make room there, or give another --workspace; "
-            "finished stages are kept"
-        ) from error
+        if _is_full_disk(error, this.store.workspace):
+            raise UserError(
+                f"the disk behind {this.store.workspace} is full: make room there, or give another --workspace; "
+                "finished stages are kept"
+            ) from error
+        if isinstance(error, StageFailed):
+            this.place.write_text("error.log", "".join(traceback.format_exception(error)))
+            raise StageFailed(f"{error}\nThe traceback is in {this.place}/error.log") from error
+        raise
 
 
 def _run(this: Run) -> None:
