@@ -34,6 +34,11 @@ def main(arguments: list[str]) -> int:
     table = TABLES[name]
     try:
         check_environment()
+        own = [flag for flag in flags if flag.split("=")[0] in ("--seed", "--name", "--stages")]
+        if own:
+            raise UserError(
+                f"{own[0]} is given, but a table sets its runs' seeds, names and stages itself: leave it out"
+            )
         from sellarec.pipeline import Run, run
 
         sections, records = [], []
@@ -53,6 +58,9 @@ def main(arguments: list[str]) -> int:
     except (UserError, StageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("interrupted: what stands is kept; the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -65,6 +73,9 @@ def summarise(records: list[dict]) -> str:
     for model in dict.fromkeys(r["model"] for r in differences):
         for rows in ("all", "cold"):
             chosen = [r for r in differences if r["model"] == model and r["rows"] == rows]
+            if any(r["low"] is None for r in chosen):  # users too few for an interval
+                lines.append(f"{model:<28} {rows:<6} {'n/a':>15}   {'n/a':>26}   NO")
+                continue
             mean, low = sum(r["value"] for r in chosen) / len(chosen), min(r["low"] for r in chosen)
             lines.append(f"{model:<28} {rows:<6} {mean:>+15.4f}   {low:>+26.4f}   {'yes' if low > 0 else 'NO'}")
     return "\n".join(lines)

@@ -1,7 +1,6 @@
 """The main job: every stage from interactions to an evaluated SeLLa-Rec recommender. `--help` lists all settings."""
 
 import sys
-import traceback
 
 from sellarec.config import parse
 from sellarec.environment import check_environment
@@ -14,16 +13,10 @@ def main(arguments: list[str]) -> int:
         config = parse(arguments)
         from sellarec.pipeline import Run, run  # after the checks: it takes a second
 
-        this = Run.of(config)
-        try:
-            run(this)
-        except StageFailed as error:
-            this.place.write_text("error.log", "".join(traceback.format_exception(error)))
-            print(f"error: {error}\nThe traceback is in {this.place}/error.log", file=sys.stderr)
-            return 1
-    except UserError as error:
+        run(Run.of(config))
+    except (UserError, StageFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("interrupted: finished stages are kept; the same command goes on from there", file=sys.stderr)
         return 130

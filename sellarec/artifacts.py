@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.fs
 
 from sellarec.errors import UserError
@@ -154,12 +155,12 @@ class Store:
         return self.place(stage, mark).read_json("manifest.json")
 
     def check_writable(self) -> None:
-        """Raises UserError where the workspace can't be written to."""
+        """Raises UserError where the workspace can't be written to, or its URI is of no known kind."""
         name = f".probe-{uuid.uuid4().hex}"
         try:
             self.workspace.write_text(name, "")
             self.workspace.delete(name)
-        except OSError as error:
+        except (OSError, pyarrow.ArrowInvalid) as error:
             raise UserError(
                 f"the workspace {self.workspace} can't be written to ({error}): give another with --workspace"
             ) from error

@@ -122,7 +122,8 @@ class Selection:
     validate_every: float = 1.0
     """Epochs between evaluations on the valid split."""
     valid_rows: int = 4096
-    """Rows of the valid split that are scored for it, evenly spaced over time; all where it has no more."""
+    """Rows of the valid split that are scored for it at most: every so many-th row, so half as many at least; all where
+    it has no more."""
     patience: int = 5
     """Evaluations without a better metric before the stage stops early."""
     select_on: Literal["auc", "uauc"] = "auc"
@@ -191,7 +192,7 @@ class Adapt(Steps, Selection, Dense, Language):
     """Passes over the training rows."""
     max_steps: int | None = 500
     """Optimizer steps at most; None leaves it to the epochs."""
-    validate_every: float = 1.0
+    validate_every: float = 0.5
     """Epochs between evaluations on the valid split."""
     batch: int = 64
     """Rows of the global batch of one optimizer step, all workers together."""
@@ -257,7 +258,7 @@ class Fuse(Steps, Selection, Dense, Sparse, Language):
     """Passes over the training rows."""
     max_steps: int | None = 500
     """Optimizer steps at most; None leaves it to the epochs."""
-    validate_every: float = 1.0
+    validate_every: float = 0.5
     """Epochs between evaluations on the valid split."""
     batch: int = 64
     """Rows of the global batch of one optimizer step, all workers together."""
@@ -463,6 +464,17 @@ def check(config: Config) -> None:
             f"data.source is world, which is generated, but data.path is {data.path}: "
             "leave the path out, or name the recipe of your data (for instance `train.py ml-latest-small --data ...`)"
         )
+    defaults = {name: value for name, value, _ in leaves(Config())}
+    for name, value, _ in leaves(config):
+        if value != defaults[name] and name.startswith(_UNUSED[data.source]):
+            raise UserError(
+                f"{name} is {value}, but data.source is {data.source}, for which it means nothing: leave out one of the two"
+            )
+        if value != defaults[name] and name.startswith("pretrain.") and config.llm.model != EMBEDDED:
+            raise UserError(
+                f"{name} is {value}, but llm.model is {config.llm.model}: only the embedded model is pre-trained here; "
+                "leave out one of the two"
+            )
     if not (abs(sum(data.split) - 1) <= 1e-6 and min(data.split) > 0):
         raise UserError(f"data.split is {data.split}: three fractions above 0 that add up to 1 are needed")
     if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):
@@ -491,6 +503,13 @@ def check(config: Config) -> None:
             "raise data.history_cap or lower prompt.history"
         )
 
+
+# Settings that say nothing of a source, by the beginning of their names.
+_UNUSED = {
+    "world": ("data.positive_rating", "data.noun"),
+    "collm": ("data.positive_rating", "data.split", "data.world."),
+    "movielens": ("data.world.",),
+}
 
 # Lowest values that make sense, by the last part of the name; 0 where a name isn't listed.
 _LOWEST: dict[str, float] = {

@@ -8,9 +8,10 @@ import errno
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from sellarec.artifacts import Place, Store, fingerprint
+from sellarec.artifacts import Place, Store, fingerprint, free_bytes
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
 from sellarec.data.log import Log, read_log, write_log
 from sellarec.data.prepare import prepare
@@ -33,7 +34,9 @@ VERSIONS = dict.fromkeys(STAGES, 1)
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
 
-BASELINES = ("item mean", "item + user mean")
+NO_ROOM = 1 << 20
+"""With less room than this behind the workspace (bytes), a failed stage is taken to have failed for that."""
+
 MODELS = ("collab", "text-only", "sella-rec")
 
 
@@ -109,11 +112,18 @@ class Run:
 
     def llm(self) -> Any:
         """The source of the language model: `--llm`, or what stage pretrain made."""
-        from sellarec.language.llm import LlmSource, find_llm
+        from sellarec.language.llm import LlmSource
 
         if self.config.llm.model == EMBEDDED:
             mark = self.marks["pretrain"]
             return LlmSource(str(self.artifact("pretrain").local() / "model"), None, f"pretrain-{mark}")
+        return self.given_llm
+
+    @cached_property
+    def given_llm(self) -> Any:
+        """What --llm names. Looked up once: all stages of a run take the same commit of a hub id."""
+        from sellarec.language.llm import find_llm
+
         return find_llm(self.config.llm.model, self.config.llm.revision)
 
     def gpus(self) -> bool:
@@ -126,26 +136,41 @@ def run(this: Run) -> None:
 
     Raises:
         UserError: a mistake in settings, data, model or place; nothing already computed is lost.
-        StageFailed: a stage failed for another reason.
+        StageFailed: a stage failed for another reason; the traceback is written into the run's folder.
     """
+    try:
+        _run(this)
+    except (OSError, StageFailed) as error:
+        if _is_full_disk(error, this.store.workspace):
+            raise UserError(
+                f"the disk behind {this.store.workspace} is full: make room there, or give another --workspace; "
+                "finished stages are kept"
+            ) from error
+        if isinstance(error, StageFailed):
+            this.place.write_text("error.log", "".join(traceback.format_exception(error)))
+            raise StageFailed(f"{error}\nThe traceback is in {this.place}/error.log") from error
+        raise
+
+
+def _run(this: Run) -> None:
     config, console = this.config, this.console
     wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.llm.model == EMBEDDED)
     this.store.check_writable()
-    if wanted != ("prepare",) and "RAY_ADDRESS" not in os.environ:
+    if wanted != ("prepare",) and not os.environ.get("RAY_ADDRESS"):
         check_room(config.workers)
     settings = _check_name(this, _origins(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
     recorded = this.place.read_json("artifacts.json") or {}
-    needed = _closure(wanted, config)
+    needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
     try:
         for stage in STAGES:
             if stage in needed:
                 _stage(this, stage, stage in wanted, recorded.get(stage))
+                recorded[stage] = f"{stage}-{this.marks[stage]}"
+                this.place.write_json("artifacts.json", recorded)
                 if stage == "prepare":  # the data are good: from here on the name is taken
                     this.place.write_json("settings.json", settings)
                     this.place.write_text("config.yaml", to_yaml(this.config))
-        artifacts = {stage: f"{stage}-{mark}" for stage, mark in this.marks.items()}
-        this.place.write_json("artifacts.json", {**recorded, **artifacts})
     finally:
         if this.writer is not None:
             this.writer.close()
@@ -182,15 +207,20 @@ def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
     return {**earlier, **mine}
 
 
-def _closure(wanted: tuple[str, ...], config: Config) -> set[str]:
-    """The wanted stages and all that they read, directly or not."""
+def _stands(this: Run, stage: str, artifact: str) -> bool:
+    return this.store.manifest(stage, artifact.removeprefix(f"{stage}-")) is not None
+
+
+def _closure(wanted: tuple[str, ...], config: Config, standing: set[str]) -> set[str]:
+    """The wanted stages and all that they read, directly or through a stage whose artifact doesn't stand."""
     needed: set[str] = set()
     waiting = list(wanted)
     while waiting:
         stage = waiting.pop()
         if stage not in needed:
             needed.add(stage)
-            waiting += inputs_of(stage, config)
+            if stage in wanted or stage not in standing:
+                waiting += inputs_of(stage, config)
     return needed
 
 
@@ -211,7 +241,7 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
     }
     if stage == "prepare" and config.data.source != "world":
         facts["sources"] = source_hashes(_source_path(config), config.data.source)
-    if stage in ("adapt", "fuse", "evaluate"):
+    if stage in ("pretrain", "adapt", "fuse", "evaluate"):
         facts["templates"] = fingerprint(templates())
     if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
         facts["llm"] = this.llm().identity
@@ -247,15 +277,7 @@ def _stage(this: Run, stage: str, wanted: bool, recorded: str | None) -> None:
         start = time.monotonic()
         if stage != "prepare" and this.cluster is None:
             this.cluster = connect(this.config.workers, this.console)
-        try:
-            found = RUN[stage](this)
-        except (OSError, StageFailed) as error:
-            if not _is_full_disk(error):
-                raise
-            raise UserError(
-                f"the disk behind {this.store.workspace} is full (stage {stage}): make room there, or give another --workspace; "
-                "finished stages are kept"
-            ) from error
+        found = RUN[stage](this)
         if not is_held():
             raise StageFailed(
                 f"stage {stage}: this process stood still for so long that another one took over {place}; run it again"
@@ -275,8 +297,12 @@ def _stage(this: Run, stage: str, wanted: bool, recorded: str | None) -> None:
     this.console.line(f"{stage:<9} done in {duration(this.seconds[stage] or 0)}: {place}")
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or f"[Errno {errno.ENOSPC}]" in str(error)
+def _is_full_disk(error: BaseException, workspace: Place) -> bool:
+    """Whether there is no room behind the workspace: each library words that error in its own way, or not at all."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return True
+    free = free_bytes(workspace)
+    return f"[Errno {errno.ENOSPC}]" in str(error) or (free is not None and free < NO_ROOM)
 
 
 def _prepare(this: Run) -> dict[str, Any]:
@@ -329,6 +355,12 @@ def _train(this: Run, stage: str, build: Callable[[], Any], train_order: Any) ->
 
     settings = getattr(this.config, stage)
     dtype = this.config.llm.dtype if isinstance(settings, Language) else "float32"
+    in_epochs = settings.epochs * train_order.steps_per_epoch
+    if settings.max_steps is not None and settings.max_steps < in_epochs:
+        done = settings.max_steps / train_order.steps_per_epoch
+        this.console.line(
+            f"{stage:<9} {stage}.max_steps {settings.max_steps} ends it after {done:.2f} of {settings.epochs:g} epochs"
+        )
     valid = None
     if isinstance(settings, Selection):
         valid = _order(this, "valid", this.config.evaluate.batch, None)
@@ -341,7 +373,7 @@ def _train(this: Run, stage: str, build: Callable[[], Any], train_order: Any) ->
 
 
 def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
-    """Progress records as TensorBoard scalars, by stage. On remote workspaces the events stay with the run's manifest."""
+    """Progress records as TensorBoard scalars, by stage. None are written on remote workspaces."""
     if "step" not in record or not this.place.is_local:
         return
     if this.writer is None:
@@ -557,6 +589,6 @@ def _finish(this: Run) -> None:
     print(f"\n{format_table(records)}\n", flush=True)
     print(f"report       {this.place}/report.html")
     print(f"results      {this.place}/results.json")
-    if this.place.is_local:
+    if this.place.is_local and (this.place.folder / "tensorboard").is_dir():
         print(f"TensorBoard  tensorboard --logdir {this.place}/tensorboard")
     print(f"artifacts    {this.store.workspace}/artifacts (which ones: {this.place}/artifacts.json)", flush=True)

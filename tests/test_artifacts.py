@@ -275,3 +275,8 @@ def test_the_hash_of_a_file_is_of_its_bytes(tmp_path):
 
 def test_free_bytes_are_told_of_a_place_that_is_not_there_yet(tmp_path):
     assert free_bytes(Place.of(str(tmp_path / "a" / "b"))) > 0
+
+
+def test_a_workspace_of_no_known_kind_is_refused():
+    with pytest.raises(UserError, match="foo://bar can't be written to"):
+        Store(Place.of("foo://bar")).check_writable()

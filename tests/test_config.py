@@ -250,3 +250,16 @@ def test_the_job_prints_a_mistake_in_one_line_and_ends_with_2():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: prompt.history is 60") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["collm-ml-1m", "--data", "x", "--data.positive-rating", "3"], "data.positive_rating is 3"),
+        (["collm-ml-1m", "--data", "x", "--data.split", "0.5", "0.25", "0.25"], "data.split is (0.5"),
+        (["ml-latest-small", "--data", "x", "--data.world.users", "5"], "data.world.users is 5"),
+        (["--data.positive-rating", "3"], "data.positive_rating is 3"),
+    ],
+)
+def test_data_settings_that_mean_nothing_for_the_source_are_refused(arguments, name):
+    assert name in refusal(*arguments)

@@ -513,7 +513,7 @@ def read_pickled_frame(data: bytes, name: str) -> pa.Table:
             f"{name} is not a pickled pandas DataFrame of plain columns: it holds {error}. "
             "Check the download, or give the same table as Parquet."
         ) from error
-    except (IndexError, KeyError, ValueError, OverflowError, struct.error) as error:
+    except (IndexError, KeyError, ValueError, OverflowError, RecursionError, struct.error) as error:
         # Running off the end of the data, of the stack or of the memo: the opcodes before it were all allowed.
         raise UserError(
             f"{name} is truncated or is no pickle ({len(data):,} bytes read). Download it again, or give Parquet."

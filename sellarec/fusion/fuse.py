@@ -31,6 +31,12 @@ class Recommender(nn.Module):
         self.scorer = PromptScorer(llm)
         self.projection = projection
 
+    def train(self, mode: bool = True) -> "Recommender":
+        """The language model stays as it is evaluated: it is frozen, so dropout in it would only be noise."""
+        super().train(mode)
+        self.scorer.eval()
+        return self
+
     def forward(self, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
         """Logits [b, V] at the deciding position."""
         tokens = self.projection(vectors["user"], vectors["item"], vectors["semantic"])
@@ -97,7 +103,7 @@ class FuseTask:
 
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
-        return {"template": self.prompts.template, "trained_weights": trained}
+        return {**self.prompts.facts(), "trained_weights": trained}
 
 
 def uniform(rows: np.ndarray, *salt: int) -> np.ndarray:

@@ -61,7 +61,7 @@ class TextTask:
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         everything = sum(weight.numel() for weight in self.model.parameters())
-        return {"template": self.prompts.template, "trained_weights": trained, "weights": everything}
+        return {**self.prompts.facts(), "trained_weights": trained, "weights": everything}
 
 
 def answer_loss(logits: Tensor, batch: Batch, prompts: Prompts) -> Tensor:

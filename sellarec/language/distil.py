@@ -4,6 +4,7 @@ Ray Data batch inference over the catalog; vectors stay float32.
 """
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,24 @@ import torch
 from sellarec.artifacts import Place
 from sellarec.language import llm as llms
 from sellarec.language.scorer import base_model
+from sellarec.training.progress import PROGRESS_SECONDS
 
 MAX_TOKENS = 64
 """Longest text that is read of an item (tokens), as published."""
+
+BLOCK_ROWS = 4096
+"""Items that an actor takes at a time."""
+
+PART_ROWS = 65_536
+"""Items of a file of vectors."""
 
 
 class ItemEncoder:
     """An actor's model: texts in, vectors out."""
 
-    def __init__(self, source: llms.LlmSource, adapter: Path, noun: str, threads: int) -> None:
+    def __init__(
+        self, source: llms.LlmSource, adapter: Path, noun: str, threads: int, board: Any, catalog: int
+    ) -> None:
         torch.set_num_threads(threads)
         folder = source.folder()
         model = llms.with_adapter(llms.load_model(folder), adapter)
@@ -32,11 +42,16 @@ class ItemEncoder:
         self._model = model.to(self._device).eval()
         self._tokenizer = llms.load_tokenizer(folder)
         self._noun = noun.capitalize()
+        self._board, self._catalog, self._told = board, catalog, time.monotonic()
         self._limit = min(MAX_TOKENS, llms.context_length(model.config))
 
     @torch.no_grad()
     def __call__(self, items: pa.Table) -> pa.Table:
         """Columns item, text -> item, vector (fixed-size list of H float32)."""
+        if time.monotonic() - self._told > PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            # blocks are encoded nearly in order, so the first item of this one tells how far the catalog is
+            self._board.put.remote({"stage": "distil", "done": items["item"][0].as_py(), "items": self._catalog})
         texts = [f"{self._noun}: {text}" for text in items["text"].to_pylist()]
         ids = [tokens[: self._limit] for tokens in self._tokenizer(texts)["input_ids"]]
         longest = max(len(tokens) for tokens in ids)
@@ -85,9 +100,9 @@ def distil(
     catalog = pq.read_metadata(items).num_rows
     threads = max(1, (os.cpu_count() or 1) // workers)
     dataset = ray.data.read_parquet(str(items), columns=["item", text]).rename_columns(["item", "text"])
-    vectors = dataset.repartition(max(1, -(-catalog // 4096))).map_batches(
+    vectors = dataset.repartition(max(1, -(-catalog // BLOCK_ROWS))).map_batches(
         ItemEncoder,
-        fn_constructor_args=(source, adapter, noun, threads),
+        fn_constructor_args=(source, adapter, noun, threads, board, catalog),
         batch_size=batch,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
@@ -95,7 +110,7 @@ def distil(
     )
     done, width, part = 0, 0, 0
     with (output / "vectors").writing() as folder:
-        for table in vectors.iter_batches(batch_size=65_536, batch_format="pyarrow"):
+        for table in vectors.iter_batches(batch_size=PART_ROWS, batch_format="pyarrow"):
             expected = np.arange(done, done + len(table))
             if not np.array_equal(table["item"].to_numpy(), expected):
                 raise RuntimeError(f"distil: items {done} to {done + len(table)} came back in another order")
@@ -106,7 +121,6 @@ def distil(
                 raise RuntimeError(f"distil: the vector of item {bad} is not finite")
             pq.write_table(table, folder / f"part-{part:05d}.parquet")
             done, part = done + len(table), part + 1
-            board.put.remote({"stage": "distil", "done": done, "items": catalog})
     return {"items": done, "width": width}
 
 

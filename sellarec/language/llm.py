@@ -112,6 +112,7 @@ def load_model(folder: Path) -> "PreTrainedModel":
     import torch
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto import modeling_auto
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -121,13 +122,23 @@ def load_model(folder: Path) -> "PreTrainedModel":
     except (ValueError, OSError) as error:
         raise UserError(f"{folder}/config.json is no model's config ({str(error).splitlines()[0]})") from error
     architecture = (getattr(config, "architectures", None) or ["?"])[0]
+    names = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_MAPPING_NAMES)
+    fitting = [name.get(config.model_type) for name in names]  # with its output layer, or without where that is tied
+    # of an encoder, the causal class would load too, and look at what comes after
+    encoder = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder
+    if fitting[0] is None or architecture not in fitting or encoder:
+        raise UserError(f"{folder} holds a {architecture}, which is no causal language model")
+    context_length(config)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
-    except ValueError as error:
-        raise UserError(f"{folder} holds a {architecture}, which is no causal language model") from error
-    except (SafetensorError, RuntimeError) as error:
+    except (ValueError, SafetensorError, RuntimeError) as error:
         raise UserError(
             f"the weights in {folder} can't be read as those of its config.json ({str(error).splitlines()[0]}): "
             "save config and weights together with `model.save_pretrained(folder)`"
@@ -143,8 +154,17 @@ def load_model(folder: Path) -> "PreTrainedModel":
 
 
 def context_length(config: Any) -> int:
-    """Longest sequence that the model was made for (tokens)."""
-    return config.max_position_embeddings
+    """Longest sequence that the model was made for (tokens).
+
+    Raises:
+        UserError: its config names none, as of models without position ids (Bloom, Mamba), which prompts need.
+    """
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        raise UserError(
+            f"a model of type {config.model_type} has no max_position_embeddings: take one with position ids (Llama, Qwen, ...)"
+        )
+    return length
 
 
 def decoder_layers(model: Any) -> list[Any]:

@@ -174,6 +174,10 @@ class Prompts:
                 "prompt.max_tokens, or take a model with a longer context"
             )
 
+    def facts(self) -> dict[str, Any]:
+        """What a manifest should say: the template, and how many titles are cut to prompt.title_tokens."""
+        return {"template": self.template, "titles_cut": self._catalog.shortened}
+
     def build(self, items: np.ndarray, histories: pa.ListArray) -> dict[str, Tensor]:
         """Prompts of b rows.
 

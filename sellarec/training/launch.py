@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,9 @@ WORKER_MEMORY = 800 << 20
 
 RAY_MEMORY = 2 << 30
 """Resident bytes of the driver and of Ray's own processes on one machine (1.8 GiB were measured)."""
+
+_LOST_PEER = re.compile(r"connection (closed|reset|refused)|gloo/transport|NCCL|broken pipe", re.IGNORECASE)
+"""How a worker's failure reads that only follows from another's."""
 
 RETRIES = 3
 """How often a stage is taken up again after a worker was lost."""
@@ -45,7 +49,7 @@ def connect(workers: int, console: Console) -> Cluster:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     cores = os.cpu_count() or 1
-    local = "RAY_ADDRESS" not in os.environ
+    local = not os.environ.get("RAY_ADDRESS")
     if local:
         # Despite its name it works everywhere: every Ray process of this run listens on the loopback address only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -75,6 +79,10 @@ def connect(workers: int, console: Console) -> Cluster:
             f"{workers} workers of 1 CPU each and 1 CPU to read data need {workers + 1}, but the cluster at "
             f"{os.environ['RAY_ADDRESS']} advertises {cpus:g}: lower --workers or add nodes"
         )
+    if 0 < gpus < workers:
+        console.line(
+            f"note: {workers} workers find {gpus:g} GPUs, so they run on CPUs: give --workers {gpus:g} to use them"
+        )
     return Cluster(local=local, gpus=gpus >= workers)
 
 
@@ -85,11 +93,12 @@ def check_room(workers: int) -> None:
     available = psutil.virtual_memory().available
     needed = RAY_MEMORY + workers * WORKER_MEMORY
     if needed > available:
-        room = max(1, (available - RAY_MEMORY) // WORKER_MEMORY)
+        room = (available - RAY_MEMORY) // WORKER_MEMORY
+        advice = f"lower --workers to {room}" if room > 0 else "free some memory, or take a larger machine"
         raise UserError(
             f"{workers} workers x {WORKER_MEMORY / 2**30:.2f} GiB + {RAY_MEMORY / 2**30:.0f} GiB for Ray = "
             f"{needed / 2**30:.1f} GiB (before any table or model), but {available / 2**30:.1f} GiB of memory are free on this "
-            f"machine: lower --workers to {room}"
+            f"machine: {advice}"
         )
 
 
@@ -149,7 +158,7 @@ def run_workers(
             trainer.fit()
         except TrainingFailedError as error:
             raise StageFailed(
-                f"stage {stage} failed {RETRIES + 1} times, the last time by {cause_of(error)}"
+                f"stage {stage} failed, also when it was taken up again ({RETRIES} times at most): {cause_of(error)}"
             ) from error
     if errors:
         raise UserError(errors[0])
@@ -226,12 +235,18 @@ def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) ->
 
 
 def cause_of(error: BaseException) -> str:
-    """The last line of what went wrong on the first worker that failed by itself, not because another did."""
+    """What went wrong on the workers: the last line of each one's failure, of those that say the same the first.
+
+    A worker whose peer has gone fails too, with a word of the connection; such failures are left out where others are.
+    """
     failures = getattr(error, "worker_failures", None)
     if not failures:
         return _last_line(error)
-    rank, failure = sorted(failures.items())[0]
-    return f"worker {rank}: {_last_line(failure)}"
+    by_line: dict[str, int] = {}
+    for rank, failure in sorted(failures.items()):
+        by_line.setdefault(_last_line(failure), rank)
+    own = {line: rank for line, rank in by_line.items() if not _LOST_PEER.search(line)}
+    return "; ".join(f"worker {rank}: {line}" for line, rank in (own or by_line).items())
 
 
 def _last_line(error: BaseException) -> str:
@@ -243,6 +258,8 @@ def describe(record: dict[str, Any]) -> str:
     """One progress line."""
     if "items" in record:
         return f"{record['stage']:<9} {record['done']:,}/{record['items']:,} items"
+    if "scored" in record:
+        return f"{record['stage']:<9} {record['what']}: {record['scored']:,}/{record['rows']:,} rows scored"
     if "model" in record:
         return f"{record['stage']:<9} {record['model']}: {record['rows']:,} rows scored in {record['seconds']:.1f} s"
     head = f"{record['stage']:<9} step {record['step']}/{record['steps']}"

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,12 @@ from sellarec.config import Dense, Language, Selection, Sparse, Steps
 from sellarec.errors import UserError
 from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training import dense
-from sellarec.training.stream import Order, slice_rows, stream
+from sellarec.training.progress import PROGRESS_SECONDS
+from sellarec.training.stream import Order, stream
 from sellarec.training.tables import ShardedTables, index
 from sellarec.training.task import Batch, Task
 
 FIRST_LOSSES = 20
-
-PROGRESS_SECONDS = 5.0
-"""Seconds between two progress lines."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +149,7 @@ class Engine:
         if task.model is not None:
             task.model.to(workers.device)
             dense.shard(task.model, task.blocks, workers.device, getattr(torch, dtype))
+            task.model.train(isinstance(settings, Dense))
             if isinstance(settings, Dense):
                 self.optimizer = torch.optim.AdamW(
                     dense.trainable(task.model), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -162,11 +162,11 @@ class Engine:
         size = self.micro_batch or rows
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
-    def step(self, rows: pa.Table, step: int, rate: float) -> tuple[float, float]:
+    def step(self, rows: pa.Table, step: int, rate: float) -> float:
         """One optimizer step on this worker's slice; `rate` multiplies the learning rates.
 
         Returns:
-            The global mean loss, and the global count of targets.
+            The global mean loss.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; no weight has been changed. On all workers alike.
@@ -209,19 +209,27 @@ class Engine:
             self.optimizer.zero_grad(set_to_none=True)
         if vectors:
             torch.autograd.backward(list(vectors.values()), list(gradients.values()))
-        return mean, count
+        return mean
 
     @torch.no_grad()
-    def score(self, slices: Iterator[pa.Table] | list[pa.Table]) -> dict[str, np.ndarray]:
+    def score(self, slices: list[pa.Table], report: Callable[[float], None]) -> dict[str, np.ndarray]:
         """Scores of all workers' rows: `row` int64 and `score` float32, padding left out, sorted by row.
 
         All workers call it with equally many slices, and all get the whole.
+
+        Args:
+            report: is told every PROGRESS_SECONDS which share of the slices is done.
         """
         task = self.task
+        training = task.model is not None and task.model.training
         if task.model is not None:
             task.model.eval()
         found = []
-        for rows in slices:
+        told = time.monotonic()
+        for number, rows in enumerate(slices):
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                report(number / len(slices))
             batch = self._to_device(task.collate(rows, None))
             vectors = self.tables.look_up(task.lookups(batch)) if self.tables is not None else {}
             scores = []
@@ -236,7 +244,7 @@ class Engine:
             valid = rows["weight"].to_numpy() > 0
             found.append((rows["row"].to_numpy()[valid], torch.cat(scores).float().cpu().numpy()[valid]))
         if task.model is not None:
-            task.model.train()
+            task.model.train(training)
         gathered: list[Any] = [None] * self.workers.world_size
         dist.all_gather_object(gathered, found, group=self.workers.control)
         row = np.concatenate([row for part in gathered for row, _ in part])
@@ -352,7 +360,7 @@ def _train(training: Training) -> None:
     selection = settings if isinstance(settings, Selection) else None
     if workers.rank == 0:
         training.board.put.remote({"stage": training.stage, "started": position.step, "steps": training.steps})
-    valid = _Valid(training.stage, training.valid, task, workers) if selection else None
+    valid = _Valid(training.stage, training.valid, task, workers, training.board) if selection else None
     validate_every = max(1, round(selection.validate_every * training.train.steps_per_epoch)) if selection else 0
     steps = training.steps
     reporter = _Reporter(training, workers, steps, position.step)
@@ -364,13 +372,13 @@ def _train(training: Training) -> None:
             rows = next(batches)
         seed_everything(training.seed, training.stage, position.step, workers.rank)
         try:
-            loss, count = engine.step(rows, position.step, learning_rate_factor(settings, position.step, steps))
+            loss = engine.step(rows, position.step, learning_rate_factor(settings, position.step, steps))
         except FloatingPointError as error:
             raise FloatingPointError(f"stage {training.stage}, step {position.step + 1} of {steps}: {error}") from error
         position.step += 1
         if len(position.first_losses) < FIRST_LOSSES:
             position.first_losses.append(loss)
-        reporter.step(position, loss, count)
+        reporter.step(position, loss, training.train.batch_rows((position.step - 1) % training.train.steps_per_epoch))
         improved = False
         if selection and valid and (position.step % validate_every == 0 or position.step == steps):
             improved = valid.evaluate(engine, position, selection)
@@ -432,9 +440,10 @@ def _facts(training: Training, engine: Engine, position: Position) -> dict[str, 
 class _Valid:
     """The valid split, read once: each worker keeps its slices."""
 
-    def __init__(self, stage: str, order: Order | None, task: Task, workers: Workers) -> None:
+    def __init__(self, stage: str, order: Order | None, task: Task, workers: Workers, board: Any) -> None:
         self._stage = stage
         assert order is not None
+        self._report = partial(_scored, workers, board, stage, "valid", order.rows)
         columns = list(dict.fromkeys([*task.columns, "row", "user", "label"]))
         self._slices = list(stream(order, columns, workers.rank, workers.world_size, 0, order.steps_per_epoch))
         wanted = ("row", "user", "label", "weight")
@@ -447,7 +456,7 @@ class _Valid:
 
     def evaluate(self, engine: Engine, position: Position, settings: Selection) -> bool:
         """Score the split, note the metrics in `position`; True where they are the best so far."""
-        scores = engine.score(self._slices)["score"]
+        scores = engine.score(self._slices, self._report)["score"]
         _, users, labels, _ = self._truth
         found = {"auc": auc(labels, scores), "uauc": uauc(users, labels, scores).value}
         if math.isnan(found[settings.select_on]):
@@ -471,10 +480,10 @@ class _Reporter:
 
     def __init__(self, training: Training, workers: Workers, steps: int, first_step: int) -> None:
         self._training, self._rank, self._steps = training, workers.rank, steps
-        self._rows = slice_rows(training.train.batch, workers.world_size) * workers.world_size
+        self._rows = 0.0
         self._clock = time.monotonic()
         self._start, self._first_step = self._clock, first_step
-        self._wait = self._targets = 0.0
+        self._wait = 0.0
         self._losses: list[float] = []
 
     @contextlib.contextmanager
@@ -483,9 +492,9 @@ class _Reporter:
         yield
         self._wait += time.monotonic() - start
 
-    def step(self, position: Position, loss: float, count: float) -> None:
+    def step(self, position: Position, loss: float, rows: int) -> None:
         self._losses.append(loss)
-        self._targets += count
+        self._rows += rows
         if time.monotonic() - self._clock > PROGRESS_SECONDS:
             self.flush(position)
 
@@ -503,12 +512,12 @@ class _Reporter:
                 "step": position.step,
                 "steps": self._steps,
                 "loss": loss,
-                "rows/s": len(self._losses) * min(self._rows, self._training.train.batch) / seconds,
+                "rows/s": self._rows / seconds,
                 "data wait %": 100 * self._wait / seconds,
                 "seconds left": (now - self._start) / done * (self._steps - position.step),
             }
         )
-        self._clock, self._wait, self._targets, self._losses = now, 0.0, 0.0, []
+        self._clock, self._wait, self._rows, self._losses = now, 0.0, 0.0, []
 
     def evaluated(self, position: Position) -> None:
         step, auc_, uauc_ = position.evaluations[-1]
@@ -519,6 +528,12 @@ class _Reporter:
     def _send(self, record: dict[str, Any]) -> None:
         if self._rank == 0:
             self._training.board.put.remote({"stage": self._training.stage, **record})
+
+
+def _scored(workers: Workers, board: Any, stage: str, what: str, rows: int, share: float) -> None:
+    """Send how much of a split is scored."""
+    if workers.rank == 0:
+        board.put.remote({"stage": stage, "what": what, "scored": round(share * rows), "rows": rows})
 
 
 @dataclass(frozen=True)
@@ -551,17 +566,17 @@ def score_worker(config: dict[str, Any]) -> None:
 
 def _score(scoring: Scoring) -> None:
     workers = Workers.join()
+    order = scoring.order
     columns: dict[str, np.ndarray] = {}
     slices: list[pa.Table] = []
     for name, build in scoring.build.items():
         start = time.monotonic()
         task = _build(build, workers)
         if not slices:
-            order = scoring.order
             everything = pq.read_schema(order.groups[0].path).names
             slices = list(stream(order, everything, workers.rank, workers.world_size, 0, order.steps_per_epoch))
         engine = Engine(task, workers, 0, scoring.settings, scoring.dtype)
-        found = engine.score(slices)
+        found = engine.score(slices, partial(_scored, workers, scoring.board, scoring.stage, name, order.rows))
         columns["row"], columns[name] = found["row"], found["score"]
         if workers.rank == 0:
             seconds = time.monotonic() - start

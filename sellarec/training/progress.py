@@ -3,6 +3,9 @@
 import time
 from typing import Any
 
+PROGRESS_SECONDS = 5.0
+"""Seconds between two progress lines."""
+
 
 class ProgressBoard:
     """Records of all workers of one stage, in order of arrival."""

@@ -60,6 +60,10 @@ class Order:
     def steps_per_epoch(self) -> int:
         return -(-self.rows // self.batch)
 
+    def batch_rows(self, step: int) -> int:
+        """Rows of a step's global batch, steps counted within an epoch; the last one is short."""
+        return min(self.batch, self.rows - step * self.batch)
+
     def windows(self, epoch: int) -> list[list[RowGroup]]:
         """The epoch's windows: runs of row groups of at least WINDOW_ROWS rows (the last one may be smaller)."""
         groups = list(self.groups)

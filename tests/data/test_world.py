@@ -1,5 +1,7 @@
 """Laws of the generated world: what is planted, who is new when, and what texts must not tell."""
 
+import re
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -7,8 +9,9 @@ from sklearn.metrics import roc_auc_score
 from sellarec.config import World
 from sellarec.data.prepare import prepare
 from sellarec.data.raw import Raw
-from sellarec.data.world import generate_world
+from sellarec.data.world import QUESTIONS, generate_world
 from sellarec.errors import UserError
+from sellarec.language.templates import templates
 
 SPLIT = (0.8, 0.1, 0.1)
 SMALL = {"users": 200, "items": 150, "interactions": 6000}
@@ -152,3 +155,15 @@ def test_titles_tell_the_part_of_the_taste_that_is_in_the_text():
 def test_a_world_that_cannot_be_made_is_refused(changes, named):
     with pytest.raises(UserError, match=named):
         world(**changes)
+
+
+def test_questions_in_a_text_are_worded_as_the_compact_prompt(large):
+    template = templates()["compact"]
+    pattern = re.escape(template["text"]).replace(r"\{history\}", "(.+)").replace(r"\{title\}", "(.+)")
+    answers = "|".join(re.escape(answer) for answer in template["answers"])
+    for row in large.items.slice(0, 20).to_pylist():
+        questions = [line for line in row["text"].splitlines() if not line.startswith("Movie: ")]
+        assert len(questions) == QUESTIONS
+        for line in questions:
+            found = re.fullmatch(f"{pattern}({answers})", line)
+            assert found and found[2] == row["title"], line

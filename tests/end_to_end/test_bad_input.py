@@ -1,7 +1,6 @@
 """Mistakes of a user: one clear message, a non-zero exit, nothing already computed lost."""
 
 import importlib.util
-import json
 import os
 import pickle
 import shutil
@@ -165,6 +164,17 @@ def test_full_disk(run: Run, small_disk: Path) -> None:
 
 
 @pytest.mark.ray
+def test_disk_that_gets_full_in_a_stage_with_workers(small_disk: Path, tmp_path: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    recipe = main_job.write_recipe(tmp_path)
+    workspace = small_disk / "w"
+    arguments = ["demo", recipe, "--workspace", workspace, "--stages", "prepare,collab", "--collab.dim", "1024"]
+    printed = main_job.train(*arguments, log=tmp_path / "log", status=2)
+    assert printed.splitlines()[-1].startswith(f"error: the disk behind {workspace} is full")
+    assert [path.parent.name.split("-")[0] for path in workspace.rglob("manifest.json")] == ["prepare"]
+
+
+@pytest.mark.ray
 def test_loss_that_is_not_finite(tmp_path: Path) -> None:
     recipe = main_job.write_recipe(tmp_path)
     arguments = ["demo", recipe, "--workspace", tmp_path / "w", "--stages", "prepare,collab"]
@@ -172,5 +182,5 @@ def test_loss_that_is_not_finite(tmp_path: Path) -> None:
     printed = main_job.train(*arguments, *flags, log=tmp_path / "log", status=2)
     assert "error: stage collab, step" in printed.splitlines()[-1]
     assert "not finite" in printed.splitlines()[-1]
-    artifacts = json.loads(json.dumps(sorted(path.parent.name for path in tmp_path.rglob("manifest.json"))))
+    artifacts = [path.parent.name for path in tmp_path.rglob("manifest.json")]
     assert len(artifacts) == 1 and artifacts[0].startswith("prepare-")

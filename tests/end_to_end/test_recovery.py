@@ -14,7 +14,17 @@ pytestmark = pytest.mark.ray
 
 LONGER = {
     "pretrain": ["--pretrain.max-steps", "400", "--pretrain.epochs", "400"],
-    "adapt": ["--adapt.max-steps", "90", "--adapt.batch", "33", "--adapt.validate-every", "0.15"],
+    # with dropout: a restart draws the same masks
+    "adapt": [
+        "--adapt.dropout",
+        "0.2",
+        "--adapt.max-steps",
+        "90",
+        "--adapt.batch",
+        "33",
+        "--adapt.validate-every",
+        "0.15",
+    ],
     "align": ["--align.epochs", "60", "--align.validate-every", "6", "--align.patience", "99"],
     "collab": ["--collab.epochs", "80", "--collab.validate-every", "8", "--collab.patience", "99"],
     "fuse": ["--fuse.max-steps", "90", "--fuse.batch", "33", "--fuse.validate-every", "0.15"],

@@ -1,6 +1,5 @@
 """The main job on 1, 2 and 3 workers: the same steps, the same results; and what it leaves behind."""
 
-import html.parser
 import json
 import shutil
 from pathlib import Path
@@ -79,7 +78,6 @@ def test_what_the_run_leaves(runs: dict[int, tuple[Path, str]]) -> None:
         assert (folder / name).is_file()
     assert list((folder / "tensorboard").glob("events.*"))
     assert "https://" not in (folder / "report.html").read_text()
-    html.parser.HTMLParser().feed((folder / "report.html").read_text())
     for words in ("sella-rec", "best attainable", "report.html", "results.json", "tensorboard --logdir"):
         assert words in printed
     records = json.loads((folder / "results.json").read_text())

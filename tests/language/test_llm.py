@@ -103,7 +103,7 @@ def test_a_source_is_told_by_its_files(copy, decoder):
 def test_models_that_are_no_causal_ones_are_refused(tmp_path):
     small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertModel(BertConfig(**small, intermediate_size=16)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match=r"saved from a BertModel, lack .* causal language model"):
+    with pytest.raises(UserError, match=r"BertModel, which is no causal language model"):
         llms.load_model(tmp_path / "bert")
     t5 = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(t5).save_pretrained(tmp_path / "t5")
@@ -340,3 +340,33 @@ def test_pretraining_text_is_scored_alike_however_it_is_padded(decoder):
     assert loss(*texts) == pytest.approx(tuple(np.sum(singles, axis=0)), rel=1e-5)
     tokenizer = llms.load_tokenizer(decoder)
     assert singles[0][1] == len(tokenizer(texts[0])["input_ids"]), "each token but the start, and the end token"
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_a_masked_language_model_is_refused(kind, decoder, tmp_path):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    for name in (f"{kind}ForMaskedLM", "BertLMHeadModel" if kind == "Bert" else "RobertaForCausalLM"):
+        getattr(transformers, name)(config).save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}, which is no causal language model"):
+            llms.load_model(tmp_path / name)
+
+
+def test_a_model_without_position_ids_is_refused(tmp_path):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=100, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="bloom has no max_position_embeddings"):
+        llms.load_model(tmp_path)
+
+
+def test_gpt2_is_a_causal_model_with_a_context(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(
+        tmp_path
+    )
+    assert llms.context_length(llms.load_model(tmp_path).config) == 64

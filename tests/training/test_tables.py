@@ -1,6 +1,7 @@
 """Embedding tables: initial rows that don't depend on sharding, updates as a plain optimizer's, rows saved and read back.
 
-One process with a gloo group of one: the tables' own code on the real engine. Several workers are in test_loop.py.
+One process with a gloo group of one: the tables' own code on the real engine. Several workers:
+tests/end_to_end/test_worker_counts.py.
 """
 
 import json

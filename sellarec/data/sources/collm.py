@@ -216,6 +216,10 @@ def _history(table: pa.Table) -> _History:
     """The histories of `table`, each without the padding id that leads it."""
     lengths, values = _flat(table["his"])
     titles = _flat(table["his_title"])[1] if "his_title" in table.column_names else pa.nulls(len(values), pa.string())
+    if values.null_count:
+        entry = pc.index(pc.is_null(values), True).as_py()
+        row = int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
+        raise UserError(f"{name}: the history of row {row} holds an empty value.")
     items = values.to_numpy(zero_copy_only=False)
     ends = np.cumsum(lengths)
     starts = (ends - lengths)[lengths > 0]

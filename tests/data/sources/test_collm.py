@@ -235,3 +235,15 @@ def test_the_published_movielens_split(sellarec_data, tmp_path):
         assert from_parquet.interactions[split].equals(log[split])
     assert from_parquet.items.equals(prepared.items)
     assert from_parquet.users.equals(prepared.users)
+
+
+def test_an_empty_value_in_a_history_is_refused_with_its_row(tmp_path):
+    for split, frame in frames().items():
+        table = pa.Table.from_pandas(frame.drop(columns="his_title"), preserve_index=False)
+        if split == "train":
+            table = table.set_column(
+                table.schema.get_field_index("his"), "his", pa.array([[0], [0, None], [0, 5]], pa.list_(pa.int64()))
+            )
+        pq.write_table(table, tmp_path / f"{split}_ood2.parquet")
+    with pytest.raises(UserError, match="history of row 1 holds an empty value"):
+        read_collm(tmp_path)
