@@ -9,12 +9,14 @@ import importlib.resources
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 import yaml
 
+from sellarec.data.sources.tables import Columns
 from sellarec.errors import UserError
 
 STAGES = ("prepare", "pretrain", "adapt", "collab", "distil", "align", "fuse", "evaluate")
@@ -26,8 +28,8 @@ def runtime(default: Any) -> Any:
     return field(default=default, metadata={"runtime": True})
 
 
-def alias(flag: str) -> Any:
-    return tyro.conf.arg(aliases=(flag,))
+def alias(*flags: str) -> Any:
+    return tyro.conf.arg(aliases=flags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,20 +60,46 @@ class World:
 class Data:
     """Where the interactions come from and how they become the prepared log."""
 
-    source: Literal["world", "collm", "movielens"] = "world"
-    """Format of the source: a generated world, CoLLM's published split, or MovieLens' ratings.csv and movies.csv."""
-    path: Annotated[str | None, alias("--data")] = runtime(None)
-    """Folder or file of the source; not asked for where the prepared log already stands."""
-    history_cap: int = 50
-    """Most recent positives kept in a row's history (items)."""
+    source: Literal["world", "movielens", "amazon", "collm", "lcrec", "recbole", "lightgcn", "tables"] = "world"
+    """Format of the source: a generated world, a published format, or any tables (CSV, JSON lines, Parquet) by `columns`."""
+    path: Annotated[str | None, alias("--data", "--path")] = runtime(None)
+    """Folder, file or URI of the source; not asked for where the prepared log already stands."""
+    dataset: str | None = None
+    """Which dataset of the format: of movielens ml-100k, ml-1m, ml-latest-small, ml-10m, ml-20m, ml-25m or ml-32m, of
+    amazon its year 2014, 2018 or 2023."""
+    categories: tuple[str, ...] = ()
+    """Categories of amazon, as in its files' names (Books, Video_Games, ...)."""
+    form: str | None = None
+    """Which of amazon's published forms is read, where several lie there (reviews, 5core, 5core/rating_only, ...)."""
+    period: tuple[str, str] | None = None
+    """Dates of amazon's rows that are read: from the first on, before the second (UTC, as 2017-01-01)."""
+    columns: Columns = field(default_factory=lambda: Columns(user="user", item="item"))
+    """Which column of tables holds what."""
+    items: str | None = runtime(None)
+    """File or folder of tables that describes items, by `item_columns`."""
+    item_columns: Columns = field(default_factory=lambda: Columns(item="item"))
+    """Which column of the items' tables holds what."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """A row that can't be read is refused with its line, or dropped and counted."""
+    positive_rating: float = 4.0
+    """Lowest rating that counts as a positive, where the source gives ratings and no labels."""
+    k_core: int = 0
+    """Users and items with fewer rows are left out, again and again until none is left; 0 keeps all."""
+    k_core_once: bool = False
+    """Count rows for the k-core once, before any is left out."""
+    split_by: Literal["auto", "given", "shares", "dates", "leave-one-out", "random"] = "auto"
+    """given: by the source; shares: of all rows in time order; dates: at `split_dates`; leave-one-out: a user's last row is
+    test, the one before valid; random: shares of each user's rows; auto: given where the source gives one, else shares."""
     split: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Fractions of rows by time for train, valid and test, where the source gives no split."""
+    """Fractions of rows for train, valid and test."""
+    split_dates: tuple[str, str] | None = None
+    """First dates of valid and of test (UTC, as 2017-12-01)."""
     split_seed: int = 0
     """Seed of whatever is drawn while preparing, a generated world included."""
-    positive_rating: float = 4.0
-    """Lowest rating that counts as a positive, where the source gives ratings."""
-    noun: str = "movie"
-    """What an item is called in prompts."""
+    history_cap: int = 50
+    """Most recent positives kept in a row's history (items)."""
+    noun: str | None = None
+    """What an item is called in prompts; None takes the source's word."""
     world: World = field(default_factory=World)
 
 
@@ -394,15 +422,7 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
         UserError: an unknown recipe or setting, or settings that contradict each other.
         SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
     """
-    first_flag = next((i for i, text in enumerate(arguments) if text.startswith("-")), len(arguments))
-    recipes, flags = list(arguments[:first_flag]), list(arguments[first_flag:])
-    settings: dict[str, Any] = {}
-    names = []
-    for recipe in recipes or ["demo"]:
-        name, laid_over = read_recipe(recipe)
-        names.append(name)
-        settings.update(laid_over)
-    flags = [argument for name, value in settings.items() for argument in _as_flag(name, value)] + flags
+    names, flags = _with_recipes(arguments, "demo")
     description = (
         f"usage: {program} [RECIPE ...] [OPTIONS]\n\n{Config.__doc__}\n\nA RECIPE is a .yaml file or one of: "
         f"{', '.join(built_in_recipes())} (default: demo). Later ones are laid over earlier ones, then the flags."
@@ -414,6 +434,53 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
         config = dataclasses.replace(config, name="-".join(names))
     check(config)
     return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Write the prepared log of a dataset."""
+
+    out: Path
+    """Folder to write into; on a cluster, one that all nodes share."""
+    init_from: Path | None = None
+    """A prepared log whose user and item ids are kept: what is new gets ids after them."""
+    data: Data = field(default_factory=Data)
+
+
+def parse_prepare(arguments: Sequence[str]) -> Prepare:
+    """The settings of a command line `DATASET [--flag value ...]` of jobs/prepare.py, checked. A DATASET is a data recipe.
+
+    Raises:
+        UserError: an unknown recipe or setting, or settings that contradict each other.
+        SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
+    """
+    if arguments and arguments[0].startswith("-") and not {"-h", "--help"} & set(arguments):
+        raise UserError(f"the dataset comes first, before {arguments[0]}: one of {', '.join(built_in_recipes())}")
+    _, flags = _with_recipes(arguments, "demo", only="data.")
+    description = (
+        f"usage: prepare.py DATASET [--path PATH] --out DIR [OPTIONS]\n\n{Prepare.__doc__}\n\nA DATASET is a .yaml file or one "
+        f"of: {', '.join(built_in_recipes())}."
+    )
+    settings = tyro.cli(
+        Prepare, args=flags, prog="prepare.py", description=description, config=(tyro.conf.FlagConversionOff,)
+    )
+    _check_bounds(settings)
+    check_data(settings.data)
+    return settings
+
+
+def _with_recipes(arguments: Sequence[str], default: str, only: str = "") -> tuple[list[str], list[str]]:
+    """The names of a command line's recipes, and its flags after those that the recipes stand for."""
+    first_flag = next((i for i, text in enumerate(arguments) if text.startswith("-")), len(arguments))
+    recipes, flags = list(arguments[:first_flag]), list(arguments[first_flag:])
+    settings: dict[str, Any] = {}
+    names = []
+    for recipe in recipes or [default]:
+        name, laid_over = read_recipe(recipe)
+        names.append(name)
+        settings.update(laid_over)
+    chosen = {name: value for name, value in settings.items() if name.startswith(only)}
+    return names, [argument for name, value in chosen.items() for argument in _as_flag(name, value)] + flags
 
 
 def _as_flag(name: str, value: Any) -> list[str]:
@@ -440,11 +507,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: naming the settings and their values.
     """
-    for name, value, _ in leaves(config):
-        if isinstance(value, float | int) and not isinstance(value, bool):
-            low = _LOWEST.get(name.rpartition(".")[2], 0)
-            if not value >= low or value in (float("inf"),):
-                raise UserError(f"{name} is {value}, but must be a finite number, at least {low}")
+    _check_bounds(config)
     for name, value, _ in leaves(config):
         if name.rpartition(".")[2] == "warmup" and value > 1:
             raise UserError(f"{name} is {value}: a fraction of the steps from 0 to 1 is needed")
@@ -458,25 +521,20 @@ def check(config: Config) -> None:
             near = difflib.get_close_matches(name, STAGES, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise UserError(f"there is no stage '{name}': {hint}the stages are {', '.join(STAGES)}")
+    check_data(config.data)
     data = config.data
-    if data.source == "world" and data.path is not None:
+    if config.data.history_cap < config.prompt.history:
         raise UserError(
-            f"data.source is world, which is generated, but data.path is {data.path}: "
-            "leave the path out, or name the recipe of your data (for instance `train.py ml-latest-small --data ...`)"
+            f"prompt.history is {config.prompt.history}, but data.history_cap keeps only {data.history_cap} items a row: "
+            "raise data.history_cap or lower prompt.history"
         )
     defaults = {name: value for name, value, _ in leaves(Config())}
     for name, value, _ in leaves(config):
-        if value != defaults[name] and name.startswith(_UNUSED[data.source]):
-            raise UserError(
-                f"{name} is {value}, but data.source is {data.source}, for which it means nothing: leave out one of the two"
-            )
         if value != defaults[name] and name.startswith("pretrain.") and config.llm.model != EMBEDDED:
             raise UserError(
                 f"{name} is {value}, but llm.model is {config.llm.model}: only the embedded model is pre-trained here; "
                 "leave out one of the two"
             )
-    if not (abs(sum(data.split) - 1) <= 1e-6 and min(data.split) > 0):
-        raise UserError(f"data.split is {data.split}: three fractions above 0 that add up to 1 are needed")
     if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):
         raise UserError(
             f"llm.revision is {config.llm.revision}, but llm.model is {config.llm.model}: only a hub id has revisions"
@@ -497,18 +555,71 @@ def check(config: Config) -> None:
         raise UserError(f"fuse.unseen_dropout is {config.fuse.unseen_dropout}: a share from 0 to below 1 is needed")
     if not 0 <= config.adapt.dropout < 1:
         raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
-    if data.history_cap < config.prompt.history:
+
+
+def _check_bounds(settings: Any) -> None:
+    for name, value, _ in leaves(settings):
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            low = _LOWEST.get(name.rpartition(".")[2], 0)
+            if not value >= low or value in (float("inf"),):
+                raise UserError(f"{name} is {value}, but must be a finite number, at least {low}")
+
+
+def check_data(data: Data) -> None:
+    """Refuse settings of data that contradict each other.
+
+    Raises:
+        UserError: naming the settings and their values.
+    """
+    if data.source == "world" and data.path is not None:
         raise UserError(
-            f"prompt.history is {config.prompt.history}, but data.history_cap keeps only {data.history_cap} items a row: "
-            "raise data.history_cap or lower prompt.history"
+            f"data.source is world, which is generated, but data.path is {data.path}: "
+            "leave the path out, or name the recipe of your data (for instance `train.py ml-latest-small --data ...`)"
         )
+    defaults = {name: value for name, value, _ in leaves(Data(), "data.")}
+    for name, value, _ in leaves(data, "data."):
+        sources = next((found for beginning, found in _ONLY_FOR.items() if name.startswith(beginning)), None)
+        if value != defaults[name] and sources is not None and data.source not in sources:
+            raise UserError(
+                f"{name} is {value}, but data.source is {data.source}, for which it means nothing: leave out one of the two"
+            )
+    if not (abs(sum(data.split) - 1) <= 1e-6 and min(data.split) > 0):
+        raise UserError(f"data.split is {data.split}: three fractions above 0 that add up to 1 are needed")
+    if (data.split_by == "dates") != (data.split_dates is not None):
+        raise UserError(
+            f"data.split_by is {data.split_by} and data.split_dates {data.split_dates}: a split by dates needs both, "
+            "another one neither"
+        )
+    for name in ("period", "split_dates"):
+        dates = getattr(data, name)
+        if dates is not None and seconds(dates[0]) >= seconds(dates[1]):
+            raise UserError(f"data.{name} is {dates[0]} and {dates[1]}: the second date must come after the first")
 
 
-# Settings that say nothing of a source, by the beginning of their names.
-_UNUSED = {
-    "world": ("data.positive_rating", "data.noun"),
-    "collm": ("data.positive_rating", "data.split", "data.world."),
-    "movielens": ("data.world.",),
+def seconds(date: str) -> int:
+    """Seconds since 1970 of a date, or a date and time, in UTC.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found = datetime.fromisoformat(date)
+    except ValueError as error:
+        raise UserError(f"'{date}' is no date as 2017-12-01 or 2017-12-16T12:00") from error
+    return int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp())
+
+
+# Settings that say something of some sources only, by the beginning of their names.
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "data.world.": ("world",),
+    "data.dataset": ("movielens", "amazon"),
+    "data.categories": ("amazon",),
+    "data.form": ("amazon",),
+    "data.period": ("amazon",),
+    "data.columns.": ("tables",),
+    "data.items": ("tables",),
+    "data.item_columns.": ("tables",),
+    "data.positive_rating": ("movielens", "amazon", "recbole", "tables"),
 }
 
 # Lowest values that make sense, by the last part of the name; 0 where a name isn't listed.

@@ -21,9 +21,11 @@ import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
-from sellarec.data.log import Log, read_log, write_log
-from sellarec.data.prepare import prepare
-from sellarec.data.sources import source_hashes
+from sellarec.data.files import file_hash
+from sellarec.data.log import Log, read_log
+from sellarec.data.prepare import prepare, rules_of
+from sellarec.data.raw import Source
+from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, UserError
 from sellarec.language.templates import templates
 from sellarec.training.launch import Cluster, check_room, connect, run_task, run_workers, train
@@ -94,6 +96,15 @@ class Run:
     @classmethod
     def of(cls, config: Config) -> "Run":
         return cls(config, Store(Place.of(config.workspace)), Console())
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.config.data)
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the source's files, by name."""
+        return {Path(path).name: file_hash(path) for path in self.source.files}
 
     @property
     def place(self) -> Place:
@@ -188,7 +199,7 @@ def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
     if {"adapt", "distil", "fuse", "evaluate"} & set(wanted):
         origins["llm"] = EMBEDDED if this.config.llm.model == EMBEDDED else this.llm().identity
     if "prepare" in wanted and this.config.data.source != "world":
-        origins["data"] = source_hashes(_source_path(this.config), this.config.data.source)
+        origins["data"] = this.hashes
     return origins
 
 
@@ -224,12 +235,6 @@ def _closure(wanted: tuple[str, ...], config: Config, standing: set[str]) -> set
     return needed
 
 
-def _source_path(config: Config) -> Path:
-    if config.data.path is None:
-        raise UserError(f"the data of source {config.data.source} are not given: name their folder or file with --data")
-    return Path(config.data.path).expanduser()
-
-
 def _facts(this: Run, stage: str) -> dict[str, Any]:
     """All that a stage's result depends on."""
     config = this.config
@@ -240,7 +245,7 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
         "inputs": {name: this.marks[name] for name in inputs_of(stage, config)},
     }
     if stage == "prepare" and config.data.source != "world":
-        facts["sources"] = source_hashes(_source_path(config), config.data.source)
+        facts["sources"] = this.hashes
     if stage in ("pretrain", "adapt", "fuse", "evaluate"):
         facts["templates"] = fingerprint(templates())
     if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
@@ -306,29 +311,29 @@ def _is_full_disk(error: BaseException, workspace: Place) -> bool:
 
 
 def _prepare(this: Run) -> dict[str, Any]:
-    from sellarec.data.sources.collm import read_collm
-    from sellarec.data.sources.movielens import read_movielens
-    from sellarec.data.world import generate_world
+    def start_ray() -> None:
+        if this.cluster is None:
+            this.cluster = connect(this.config.workers, this.console)
 
     data = this.config.data
-    if data.source == "world":
-        raw = generate_world(data.world, data.split, data.split_seed)
-    elif data.source == "collm":
-        raw = read_collm(_source_path(this.config), noun=data.noun)
-    else:
-        raw = read_movielens(_source_path(this.config), positive_rating=data.positive_rating, noun=data.noun)
-    prepared = prepare(raw, history_cap=data.history_cap, split=data.split)
+    with this.artifact("prepare").writing() as folder:
+        facts = prepare(
+            this.source,
+            rules_of(data, this.source),
+            folder,
+            hashes=this.hashes,
+            bad_rows=data.bad_rows,
+            start_ray=start_ray,
+            say=this.console.line,
+        )
+    rows = facts["rows"]
     for split in ("train", "valid"):
-        count, positives = prepared.facts["rows"][split], prepared.facts["positives"][split]
+        count, positives = rows[split], facts["positives"][split]
         if positives in (0, count):
             raise UserError(
-                f"{positives} of the {count} rows of the {split} split are positives ({prepared.facts['label_rule']}): rows of "
+                f"{positives} of the {count} rows of the {split} split are positives ({facts['label_rule']}): rows of "
                 "both labels are needed to train and to select; mend the label rule or the split"
             )
-    with this.artifact("prepare").writing() as folder:
-        log = write_log(prepared, folder)
-    facts = log.facts
-    rows = facts["rows"]
     this.console.line(
         f"prepare   {facts['users']:,} users, {facts['items']:,} items; rows: {rows['train']:,} train, {rows['valid']:,} valid, "
         f"{rows['test']:,} test ({facts['cold']['test']:,} cold)"
@@ -339,7 +344,7 @@ def _prepare(this: Run) -> dict[str, Any]:
 def _order(this: Run, split: str, batch: int, seed: int | None) -> Any:
     from sellarec.training.stream import Order, row_groups
 
-    return Order(tuple(row_groups([str(this.log().split_path(split))])), batch, seed)
+    return Order(tuple(row_groups([str(path) for path in this.log().split_paths(split)])), batch, seed)
 
 
 def _positive_rate(log: Log) -> float:
@@ -347,7 +352,7 @@ def _positive_rate(log: Log) -> float:
 
 
 def _titles(log: Log) -> list[str]:
-    return log.items()["title"].to_pylist()
+    return log.items(["title"])["title"].to_pylist()
 
 
 def _train(this: Run, stage: str, build: Callable[[], Any], train_order: Any) -> dict[str, Any]:
@@ -392,13 +397,12 @@ def _pretrain(this: Run) -> dict[str, Any]:
     from sellarec.training.stream import Order, row_groups
 
     log = this.log()
-    items = log.directory / "items.parquet"
     words = [text for template in templates().values() for text in (template["text"], *template["answers"])]
     settings = this.config.pretrain
     with this.artifact("pretrain").writing() as folder:
-        build_decoder(log.items()["text"].to_pylist(), words, settings, this.config.seed, folder / "initial")
+        build_decoder(log.items(["text"])["text"].to_pylist(), words, settings, this.config.seed, folder / "initial")
     initial = this.artifact("pretrain") / "initial"
-    order = Order(tuple(row_groups([str(items)])), settings.batch, this.config.seed)
+    order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
     return _train(this, "pretrain", partial(_build_pretrain, initial, settings), order)
 
 
@@ -412,7 +416,7 @@ def _adapt(this: Run) -> dict[str, Any]:
     from sellarec.language.adapt import build_adapt
 
     log, config = this.log(), this.config
-    build = partial(build_adapt, this.llm(), _titles(log), config.prompt, config.data.noun, config.adapt)
+    build = partial(build_adapt, this.llm(), _titles(log), config.prompt, log.facts["noun"], config.adapt)
     return _train(this, "adapt", build, _order(this, "train", config.adapt.batch, config.seed))
 
 
@@ -432,11 +436,11 @@ def _distil(this: Run) -> dict[str, Any]:
         distil,
         "distil",
         this.console,
-        items=log.directory / "items.parquet",
+        items=[str(path) for path in log.paths("items")],
         text=config.distil.text,
         source=this.llm(),
         adapter=this.artifact("adapt").local() / "adapter",
-        noun=config.data.noun,
+        noun=log.facts["noun"],
         batch=config.distil.micro_batch,
         workers=config.workers,
         gpus=this.gpus(),
@@ -481,7 +485,7 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
         this.llm(),
         _titles(log),
         config.prompt,
-        config.data.noun,
+        log.facts["noun"],
         this.artifact("adapt").local() / "adapter",
         tables,
         config.align.hidden,
@@ -515,7 +519,7 @@ def _evaluate(this: Run) -> dict[str, Any]:
     build: dict[str, Callable[[], Any]] = {
         "collab": partial(MatrixFactorization, tables, _positive_rate(log), config.collab.l2),
         "text-only": partial(
-            build_adapted, this.llm(), _titles(log), config.prompt, config.data.noun,
+            build_adapted, this.llm(), _titles(log), config.prompt, log.facts["noun"],
             this.artifact("adapt").local() / "adapter",
         ),
         "sella-rec": _fuse_builder(this, "fuse"),

@@ -62,6 +62,12 @@ def is_file(path: str) -> bool:
     return filesystem.get_file_info(inner).type == pyarrow.fs.FileType.File
 
 
+def file_size(path: str) -> int:
+    """Bytes of a file."""
+    filesystem, inner = filesystem_of(path)
+    return filesystem.get_file_info(inner).size
+
+
 def open_file(path: str) -> pa.NativeFile:
     """A file for reading bytes, seekable.
 
@@ -116,16 +122,16 @@ def _blocks(path: str, stream: IO[bytes] | None, quotes: bool) -> Iterator[tuple
         with stream if stream is not None else open_file(path) as source:
             file = pa.PythonFile(source, "r") if stream is not None else source
             raw = pa.CompressedInputStream(file, "gzip") if path.endswith(".gz") else file
-            is_first, size = True, 0
+            is_first, size, enough = True, 0, BLOCK_BYTES
             # Small pieces: where one can't be unpacked, those before it still tell the line.
             while piece := raw.read(PIECE_BYTES):
                 held.append(piece.removeprefix(b"\xef\xbb\xbf") if is_first else piece)
                 is_first = False
                 size += len(piece)
-                if size < BLOCK_BYTES:
+                if size < enough:
                     continue
                 block = b"".join(held)
-                end = _block_end(block, quotes)
+                end = block_end(block, quotes)
                 if not end and size > MAX_LINE_BYTES:
                     raise UserError(
                         f"{path}, line {number:,}: no end of the {'row' if quotes else 'line'} within "
@@ -135,6 +141,7 @@ def _blocks(path: str, stream: IO[bytes] | None, quotes: bool) -> Iterator[tuple
                     yield number, block[:end]
                     number += block.count(b"\n", 0, end)
                 held, size = [block[end:]], size - end
+                enough = BLOCK_BYTES if end else 2 * size
             if block := b"".join(held):
                 yield number, block
     except (EOFError, OSError, zlib.error, zipfile.BadZipFile, pa.ArrowInvalid) as error:
@@ -144,7 +151,7 @@ def _blocks(path: str, stream: IO[bytes] | None, quotes: bool) -> Iterator[tuple
         raise UserError(f"Cannot read {path} after line {line:,}: {error}.") from error
 
 
-def _block_end(held: bytes, quotes: bool) -> int:
+def block_end(held: bytes, quotes: bool) -> int:
     """The end of the last line, or 0 where there is none; with `quotes`, of the last before which all quotes are closed."""
     end = held.rfind(b"\n") + 1
     is_open = quotes and held.count(b'"', 0, end) % 2 == 1

@@ -110,6 +110,13 @@ class Log:
         return _read(self.paths("users"), columns)
 
 
+def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
+    """Put the facts beside the tables: without them there is no log."""
+    unfinished = directory / f".{FACTS_FILE}"
+    unfinished.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(directory / FACTS_FILE)
+
+
 def read_log(directory: Path) -> Log:
     """Open the prepared log in `directory`.
 

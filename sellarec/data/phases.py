@@ -77,7 +77,9 @@ class Rules:
 # ---- a source's part ----
 
 
-def partition_rows(part: Part, number: int, partitions: int, bad_rows: Any, features: Sequence[str], work: Path) -> dict:
+def partition_rows(
+    part: Part, number: int, partitions: int, bad_rows: Any, features: Sequence[str], work: Path
+) -> dict:
     """Write a part's rows to their user partitions, and its distinct ids.
 
     Files: rows/PARTITION/PART-CHUNK.arrow, ids/{user,item}/PART-CHUNK.arrow.
@@ -106,9 +108,9 @@ def partition_rows(part: Part, number: int, partitions: int, bad_rows: Any, feat
         sample += known.gather(np.linspace(0, len(known) - 1, min(SAMPLED_ROWS, len(known))).astype(np.int64)).to_list()
         if "split" in rows.columns:
             facts["splits"] = sorted({*facts["splits"], *rows["split"].unique().to_list()})
-        for name, found in values.items():
+        for name, counter in values.items():
             if name in rows.columns:
-                found.update(dict(rows[name].value_counts().iter_rows()))
+                counter.update(dict(rows[name].value_counts().iter_rows()))
         waiting.append(rows)
         if sum(map(len, waiting)) >= FLUSH_ROWS:
             _flush(waiting, number, chunk, partitions, work)
@@ -188,7 +190,7 @@ def _write(table: pl.DataFrame, path: Path) -> None:
 
 def _read_all(folder: Path) -> pl.DataFrame:
     """All files of a folder, in the order of their names."""
-    tables = [pl.read_ipc(path, memory_map=False) for path in sorted(folder.glob("*.arrow"))]
+    tables = [pl.read_ipc(path) for path in sorted(folder.glob("*.arrow"))]
     return pl.concat(tables, how="diagonal") if tables else pl.DataFrame()
 
 
@@ -219,7 +221,7 @@ def cut_core(partition: int, rules: Rules, work: Path) -> dict:
     sorted_rows = work / "sorted" / f"{partition:05d}.arrow"
     if not sorted_rows.exists():
         return {"removed": 0}
-    keys = pl.read_ipc(sorted_rows, columns=["user_key", "item_key"], memory_map=False)
+    keys = pl.read_ipc(sorted_rows, columns=["user_key", "item_key"])
     user, item = keys["user_key"].to_numpy(), keys["item_key"].to_numpy()
     mask = work / "core" / f"{partition:05d}.npy"
     left = np.load(mask) if mask.exists() else np.ones(len(user), bool)
@@ -274,7 +276,7 @@ def build_histories(
     path = work / "sorted" / f"{partition:05d}.arrow"
     if not path.exists():
         return {"buckets": {}}
-    rows = pl.read_ipc(path, memory_map=False)
+    rows = pl.read_ipc(path)
     mask = work / "core" / f"{partition:05d}.npy"
     if mask.exists():
         rows = rows.filter(pl.Series(np.load(mask)))
@@ -364,7 +366,7 @@ def _random_rank(rows: pl.DataFrame, first: np.ndarray, seed: int) -> np.ndarray
 def _bucket(number: int, work: Path, columns: list[str] | None = None) -> pl.DataFrame:
     """A bucket's rows in the log's order: by split, time and position."""
     files = sorted((work / "buckets" / f"{number:05d}").glob("*.arrow"))
-    rows = pl.concat([pl.read_ipc(path, columns=columns, memory_map=False) for path in files], how="diagonal")
+    rows = pl.concat([pl.read_ipc(path, columns=columns) for path in files], how="diagonal")
     return rows.sort(pl.col("split"), pl.col("timestamp").fill_null(NO_TIME), pl.col("position"))
 
 
@@ -398,8 +400,15 @@ HISTORY_ONLY = 1 << 61
 
 
 def write_bucket(
-    number: int, first: int, ends: Sequence[int], users: int, items: int, bucket_in_split: dict[int, int],
-    vocabularies: dict[str, list[str]], log: Path, work: Path,
+    number: int,
+    first: int,
+    ends: Sequence[int],
+    users: int,
+    items: int,
+    bucket_in_split: dict[int, int],
+    vocabularies: dict[str, list[str]],
+    log: Path,
+    work: Path,
 ) -> dict:
     """Write a bucket's rows with dense ids: interactions/SPLIT/part-NUMBER.parquet.
 
@@ -469,7 +478,7 @@ def write_sequences(partition: int, log: Path, work: Path) -> dict:
     path = work / "sequences" / f"{partition:05d}.arrow"
     if not path.exists():
         return {"users": 0}
-    rows = pl.read_ipc(path, memory_map=False)
+    rows = pl.read_ipc(path)
     user = pl.Series("user", look_up(rows["user_key"].to_numpy(), work / "numbers" / "user"))
     item = pl.Series("item", look_up(rows["item_key"].to_numpy(), work / "numbers" / "item"))
     rating = pl.lit(None, pl.Float32).alias("rating") if "rating" not in rows.columns else pl.col("rating")
@@ -511,7 +520,7 @@ def read_described(kind: str, part: Part, number: int, bad_rows: Any, work: Path
 def list_catalog(number: int, work: Path) -> dict:
     """Let the items of a described part appear after all interactions: firsts/item/catalog-PART.arrow."""
     for path in sorted((work / "described" / "item").glob(f"{number:05d}-*.arrow")):
-        rows = pl.read_ipc(path, columns=["key", "position"], memory_map=False)
+        rows = pl.read_ipc(path, columns=["key", "position"])
         firsts = rows.group_by("key").agg((pl.col("position").min() + CATALOG_ONLY).alias("row"))
         _write(firsts, work / "firsts" / "item" / f"catalog-{path.name}")
     return {}
@@ -519,7 +528,7 @@ def list_catalog(number: int, work: Path) -> dict:
 
 def spread(kind: str, path: Path, work: Path) -> dict:
     """Write the rows of a file of ids or descriptions to the ranges of dense ids that they belong to."""
-    rows = pl.read_ipc(path, memory_map=False)
+    rows = pl.read_ipc(path)
     number = look_up(rows["key"].to_numpy(), work / "numbers" / kind, unknown=-1)
     rows = rows.with_columns(pl.Series("number", number)).filter(pl.col("number") >= 0)
     rows = rows.with_columns((pl.col("number") // RANGE_ROWS).alias("range"))
@@ -556,11 +565,14 @@ def write_range(kind: str, part: int, count: int, log: Path, work: Path) -> dict
     table = table.sort("number")
     if kind == "item":
         title = table["title"].cast(pl.String).fill_null("")
-        clean = title.str.replace_all(CONTROL, " ").str.strip_chars()
+        clean = title.str.replace_all(CONTROL, " ")
         text = table["text"].cast(pl.String).fill_null("")
         text = pl.select(pl.when(text.str.strip_chars() == "").then(clean).otherwise(text))[:, 0]
         table = table.with_columns(clean.alias("title"), text.alias("text"))
-        facts = {"without_title": int((clean == "").sum()), "control_characters": int((title != clean).sum())}
+        facts = {
+            "without_title": int((clean.str.strip_chars() == "").sum()),
+            "control_characters": int((title != clean).sum()),
+        }
     seen = np.load(work / "numbers" / f"{kind}.seen.npy", mmap_mode="r")[low:high]
     table = table.rename({"number": kind, "id": "external_id"}).with_columns(pl.Series("seen", np.array(seen)))
     schema = ITEMS if kind == "item" else USERS

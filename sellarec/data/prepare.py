@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from sellarec.config import Data, seconds
 from sellarec.data import phases
-from sellarec.data.files import file_hash
-from sellarec.data.log import FACTS_FILE, Log, read_log
+from sellarec.data.files import file_size
+from sellarec.data.log import Log, read_log
 from sellarec.data.phases import Rules
 from sellarec.data.raw import SPLITS, Dropped, Part, Source
 from sellarec.errors import UserError
@@ -43,34 +44,33 @@ def prepare(
     rules: Rules,
     folder: Path,
     *,
+    hashes: dict[str, str],
     bad_rows: str = "refuse",
-    rows_expected: int | None = None,
     previous: Path | None = None,
     start_ray: Callable[[], None],
     say: Callable[[str], None],
-) -> Log:
-    """Write the prepared log of a source into `folder`, and return it.
+) -> dict[str, Any]:
+    """Write the tables of the prepared log of a source into `folder`, and return the facts for its manifest.
 
     Rows of a split are in time order, then in the source's; rows without a time come last. Users and items are numbered
     by first appearance in train, then valid, then test; items without interactions follow in the source's order, and are
     left out under a k-core. Of exact repeats of a row the first counts.
 
     Args:
+        hashes: SHA-256 of the source's files, by name.
         bad_rows: refuse the first row that can't be read, or drop and count all of them.
-        rows_expected: about how many rows there will be; sizes the pieces. None: few.
         previous: a log whose ids are kept; what is new here follows after them.
-        start_ray: called before the first phase with more than one piece.
+        start_ray: called before pieces are handed to other processes: where the rows are more than PIECE_ROWS.
         say: prints a line of progress.
 
     Raises:
         UserError: a bad row or file, an empty split, a split by time of rows without times.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    work = folder / "work"
-    hashes = {Path(path).name: file_hash(path) for path in source.files}
     old = None if previous is None else read_log(previous)
-    run = partial(_run, work=work, start_ray=start_ray, say=say)
-    partitions = max(1, -(-(rows_expected or 0) // PIECE_ROWS))
+    partitions = max(1, -(-(source.rows_about or _rows_about(source)) // PIECE_ROWS))
+    work = folder / "work"
+    _begin(work, [repr(rules), hashes, bad_rows, str(previous), partitions])
+    run = partial(_run, work=work, start_ray=start_ray if partitions > 1 else None, say=say)
 
     # rows by user
     read = run(
@@ -148,7 +148,16 @@ def prepare(
         "interactions",
         {
             str(b): partial(
-                phases.write_bucket, b, starts[b], ends, counts["user"], counts["item"], parts[b], vocabularies, folder, work
+                phases.write_bucket,
+                b,
+                starts[b],
+                ends,
+                counts["user"],
+                counts["item"],
+                parts[b],
+                vocabularies,
+                folder,
+                work,
             )
             for b in starts
         },
@@ -176,7 +185,9 @@ def prepare(
         "cold": {name: sum(part["cold"] for part in splits[name]) for name in SPLITS[1:]},
         "label_rule": _label_rule(source, rules, columns),
         "split_rule": split_rule,
-        "warm_rule": "as the source publishes it" if "warm" in columns else "user and item both occur in the train split",
+        "warm_rule": "as the source publishes it"
+        if "warm" in columns
+        else "user and item both occur in the train split",
         "k_core_rule": _core_rule(rules),
         "history_rule": "as the source publishes it"
         if given_histories
@@ -190,27 +201,79 @@ def prepare(
         "id_types": types,
         "sources": hashes,
         "noun": source.noun,
-        "extends": None if old is None else {"log": str(previous), "users": old.facts["users"], "items": old.facts["items"]},
+        "extends": None
+        if old is None
+        else {"log": str(previous), "users": old.facts["users"], "items": old.facts["items"]},
     }
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(work)
-    return Log(folder, facts)
+    return facts
+
+
+def rules_of(data: Data, source: Source) -> Rules:
+    """The rules that settings stand for: `auto` is the source's own split where it gives one."""
+    split = data.split_by
+    if split == "auto":
+        split = "shares" if source.split_rule is None else "given"
+    dates = None if data.split_dates is None else (seconds(data.split_dates[0]), seconds(data.split_dates[1]))
+    return Rules(
+        split, data.split, dates, data.positive_rating, data.history_cap, data.k_core, data.k_core_once, data.split_seed
+    )
+
+
+def _begin(work: Path, made_for: list) -> None:
+    """Keep the pieces of an earlier try that was cut off, if it was the same in all that matters; else delete them."""
+    mark = work / "made-for.json"
+    if not mark.exists() or json.loads(mark.read_text()) != json.loads(json.dumps(made_for)):
+        shutil.rmtree(work, ignore_errors=True)
+        for table in ("interactions", "sequences", "items", "users"):
+            shutil.rmtree(work.parent / table, ignore_errors=True)
+        work.mkdir(parents=True)
+        mark.write_text(json.dumps(made_for))
+
+
+BYTES_OF_ROW = {
+    ".parquet": 8,
+    ".csv": 20,
+    ".dat": 20,
+    ".data": 20,
+    ".inter": 20,
+    ".txt": 8,
+    ".jsonl": 150,
+    ".json": 100,
+}
+"""About the least bytes that an interaction takes in a file of a kind."""
+
+
+def _rows_about(source: Source) -> int:
+    """At most about so many rows, by the sizes of the files; packed ones unpack to some five times their size."""
+    total = 0.0
+    for path in source.files:
+        packed = path.endswith((".gz", ".zip"))
+        suffix = Path(path.removesuffix(".gz")).suffix
+        total += file_size(path) * (5 if packed else 1) / BYTES_OF_ROW.get(suffix, 20)
+    return int(total)
 
 
 def _run(
-    phase: str, pieces: dict[str, Callable[[], dict]], *, work: Path, start_ray: Callable[[], None], say: Callable[[str], None]
+    phase: str,
+    pieces: Mapping[str, Callable[[], dict]],
+    *,
+    work: Path,
+    start_ray: Callable[[], None] | None,
+    say: Callable[[str], None],
 ) -> list[dict]:
     """Carry out a phase on each of its pieces that isn't done yet; what they return, in the order of the pieces.
 
-    A piece that is done has a file in work/done/PHASE. A single piece is done here, several by Ray Data.
+    A piece that is done has a file in work/done/PHASE. The pieces of a small log are done here, else by Ray Data.
     """
     done = work / "done" / phase
     done.mkdir(parents=True, exist_ok=True)
     marks = {name: done / f"{number:06d}.json" for number, name in enumerate(pieces)}
     todo = [name for name, mark in marks.items() if not mark.exists()]
     start = told = time.monotonic()
-    if len(todo) == 1:
-        _carry_out(pieces[todo[0]], marks[todo[0]])
+    if start_ray is None or len(todo) == 1:
+        for name in todo:
+            _carry_out(pieces[name], marks[name])
     elif todo:
         start_ray()
         import ray.data
@@ -226,11 +289,10 @@ def _run(
                 return {"error": str(error)}
             return {"error": ""}
 
-        finished = 0
-        for row in ray.data.from_items(items, override_num_blocks=len(items)).map(carry_out).iter_rows():
+        results = ray.data.from_items(items, override_num_blocks=len(items)).map(carry_out).iter_rows()
+        for finished, row in enumerate(results, start=1):
             if row["error"]:
                 raise UserError(row["error"])
-            finished += 1
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
                 share = (len(pieces) - len(todo) + finished) / len(pieces)
@@ -261,7 +323,9 @@ def _id_types(read: list[dict], old: Log | None) -> dict[str, str]:
     types = {}
     for kind, names in found.items():
         if len(names) > 1:
-            raise UserError(f"{kind} ids are numbers in some parts of the source and text in others: give one or the other")
+            raise UserError(
+                f"{kind} ids are numbers in some parts of the source and text in others: give one or the other"
+            )
         (types[kind],) = names
         if old is not None and old.facts["id_types"][kind] != types[kind]:
             raise UserError(
@@ -289,7 +353,7 @@ def _earlier(old: Log, kind: str, id_type: str) -> Part:
     return Part(f"{kind}s of {old.directory}", partial(_read_earlier, old.paths(f"{kind}s"), kind, id_type))
 
 
-def _read_earlier(paths: list[Path], kind: str, id_type: str, dropped: Dropped) -> Iterable:
+def _read_earlier(paths: list[Path], kind: str, id_type: str, dropped: Dropped) -> Iterator:
     for path in paths:
         table = pq.read_table(path).drop_columns([kind, "seen"])
         position = table.schema.get_field_index("external_id")

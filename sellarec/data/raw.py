@@ -97,6 +97,7 @@ class Source:
         label_rule: how `label` was made where the source gives it.
         split_rule: how `split` was made where the source gives it.
         features: categorical features of an interaction, beside user and item.
+        rows_about: about how many interactions there are, where that is known beforehand; else it is told by the files' sizes.
         rating_range: lowest and highest rating there can be; rows outside are bad.
     """
 
@@ -109,7 +110,7 @@ class Source:
     split_rule: str | None = None
     features: tuple[str, ...] = ()
     rating_range: tuple[float, float] | None = None
-
+    rows_about: int = 0
 
 
 def part_of_table(name: str, table: pa.Table, left_out: dict[str, int] | None = None) -> Part:

@@ -68,7 +68,7 @@ class ItemEncoder:
 
 
 def distil(
-    items: Path,
+    items: list[str],
     text: str,
     source: llms.LlmSource,
     adapter: Path,
@@ -82,7 +82,7 @@ def distil(
     """Encode the whole catalog with `workers` actors and write `vectors/part-*.parquet`, in item order.
 
     Args:
-        items: the log's items.parquet.
+        items: the log's files of items, in order.
         text: the column that is read, title or text.
         board: actor that takes progress records.
 
@@ -97,9 +97,9 @@ def distil(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    catalog = pq.read_metadata(items).num_rows
+    catalog = sum(pq.read_metadata(path).num_rows for path in items)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    dataset = ray.data.read_parquet(str(items), columns=["item", text]).rename_columns(["item", "text"])
+    dataset = ray.data.read_parquet(items, columns=["item", text]).rename_columns(["item", "text"])
     vectors = dataset.repartition(max(1, -(-catalog // BLOCK_ROWS))).map_batches(
         ItemEncoder,
         fn_constructor_args=(source, adapter, noun, threads, board, catalog),

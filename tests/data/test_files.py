@@ -103,13 +103,14 @@ def test_a_gzip_that_is_none(tmp_path):
         list(lines(str(tmp_path / "a.gz")))
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_a_line_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(files, "PIECE_BYTES", 4096)
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 20)
     (tmp_path / "a.txt").write_bytes(b"one\n" + bytes(2 << 20))
     with pytest.raises(UserError, match=r"a\.txt, line 2: no end of the line within 1 MiB"):
         list(lines(str(tmp_path / "a.txt")))
-    (tmp_path / "b.csv").write_bytes(b'one\n"two\n' + b"three\n" * (1 << 18))
+    (tmp_path / "b.csv").write_bytes(b'one\n"two\n' + b"three\n" * (1 << 20))
     with pytest.raises(UserError, match=r"b\.csv, line 2: no end of the row within 1 MiB.*every quote closed"):
         list(line_blocks(str(tmp_path / "b.csv"), quotes=True))
 

@@ -1,22 +1,43 @@
-"""Where interactions come from: each source returns `Raw`, under its own ids."""
+"""Where interactions come from: each module opens datasets in one published format, `open_source` any of them by config."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal
+import dataclasses
+from typing import TYPE_CHECKING
 
-from sellarec.data.raw import file_hash
-from sellarec.data.sources import collm, movielens
+from sellarec.data.raw import Source
+from sellarec.errors import UserError
 
-Kind = Literal["collm", "movielens"]
-"""A published format: CoLLM's zip of pickles (or the same as Parquet), or GroupLens's CSV files."""
+if TYPE_CHECKING:
+    from sellarec.config import Data
 
 
-def source_hashes(path: Path, kind: Kind) -> dict[str, str]:
-    """Return file name to SHA-256 of the files that reading `path` as `kind` reads, without reading their rows.
+def open_source(data: Data) -> Source:
+    """Open what `data` names: find its files, without reading their rows.
 
     Raises:
-        UserError: the files are not there, or cannot be read.
+        UserError: files that are missing or of another format, or settings that the source doesn't know.
     """
-    files = {"collm": collm.find_files, "movielens": movielens.find_files}[kind](path)
-    return {file.name: file_hash(file) for file in files}
+    from sellarec.config import seconds
+    from sellarec.data.sources import amazon, collm, lcrec, lightgcn, movielens, recbole, tables
+    from sellarec.data.world import generate_world
+
+    if data.source == "world":
+        source = generate_world(data.world, data.split, data.split_seed)
+    elif data.path is None:
+        raise UserError(
+            f"the data of source {data.source} are not given: name their folder or file with --data (--path in prepare.py)"
+        )
+    elif data.source == "movielens":
+        source = movielens.open_movielens(data.path, data.dataset or "ml-latest-small")
+    elif data.source == "amazon":
+        period = None if data.period is None else (seconds(data.period[0]), seconds(data.period[1]))
+        edition = data.dataset or "2023"
+        source = amazon.open_amazon(data.path, edition, data.categories, form=data.form, period=period)  # type: ignore[arg-type]
+    elif data.source == "tables":
+        described = None if data.items is None else data.item_columns
+        source = tables.open_tables(data.path, data.columns, items=data.items, item_columns=described)
+    else:
+        reader = {"collm": collm.open_collm, "lcrec": lcrec.open_lcrec, "recbole": recbole.open_recbole}
+        source = {**reader, "lightgcn": lightgcn.open_lightgcn}[data.source](data.path)
+    return dataclasses.replace(source, noun=data.noun or source.noun)

@@ -128,7 +128,7 @@ def _with_archive(path: str, action: Callable[[zipfile.ZipFile], Result]) -> Res
         try:
             with zipfile.ZipFile(file) as archive:
                 return action(archive)
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, pa.ArrowInvalid) as error:
             raise UserError(
                 f"{path} is truncated, damaged or no zip ({file.size():,} bytes; {error}). Download it again."
             ) from error
@@ -189,6 +189,9 @@ def _checked(table: pa.Table, name: str, dropped: Dropped) -> pa.Table:
             ) from error
         if column not in ("title", "his_title"):
             checks.append((pc.is_null(values), f"the {column} is empty"))
+    history = columns["his"].combine_chunks()
+    holed = pc.list_parent_indices(history).filter(pc.is_null(pc.list_flatten(history)))
+    checks.append((pc.is_in(pa.array(np.arange(len(history))), holed), "the history holds an empty value"))
     checks.append((pc.invert(pc.is_in(columns["label"], pa.array([0, 1]))), "the label must be 0 or 1"))
     if "his_title" in columns:
         lengths = [pc.list_value_length(columns[column]).fill_null(0) for column in ("his", "his_title")]
@@ -216,10 +219,6 @@ def _history(table: pa.Table) -> _History:
     """The histories of `table`, each without the padding id that leads it."""
     lengths, values = _flat(table["his"])
     titles = _flat(table["his_title"])[1] if "his_title" in table.column_names else pa.nulls(len(values), pa.string())
-    if values.null_count:
-        entry = pc.index(pc.is_null(values), True).as_py()
-        row = int(np.searchsorted(np.cumsum(lengths), entry, side="right"))
-        raise UserError(f"{name}: the history of row {row} holds an empty value.")
     items = values.to_numpy(zero_copy_only=False)
     ends = np.cumsum(lengths)
     starts = (ends - lengths)[lengths > 0]

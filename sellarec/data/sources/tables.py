@@ -8,6 +8,7 @@ import difflib
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,8 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from sellarec.data.files import decoded, is_file, line_blocks, names_in, open_file
-from sellarec.data.raw import SPLITS, Dropped, Part, Source
+from sellarec.data.files import block_end, decoded, is_file, line_blocks, names_in, open_file
+from sellarec.data.raw import MAX_SHOWN, SPLITS, Dropped, Part, Source
 from sellarec.data.sources.text import (
     MAX_ROWS,
     Rows,
@@ -214,6 +215,7 @@ def csv_rows(
         content = b"\n".join(block.split(b"\n", header_lines)[header_lines:])
         if not content.strip():
             continue
+        _refuse_open_quote(path, first, block, delimiter)
         misfits: list[int] = []
 
         def keep(row: pacsv.InvalidRow, misfits: list[int] = misfits) -> str:
@@ -546,6 +548,16 @@ def _split_header(path: str, first: int, block: bytes, delimiter: str) -> tuple[
             text = decoded(path, first + count - 1, line).rstrip("\r")
             return tuple(next(csv.reader([text], delimiter=delimiter))), count
     return None, 0
+
+
+def _refuse_open_quote(path: str, first: int, block: bytes, delimiter: str) -> None:
+    """Arrow would take for one value all that follows a quote that is never closed; only the last block can have one."""
+    if block.count(b'"') % 2:
+        start = block_end(block, quotes=True)
+        line = block[start:].split(b"\n", 1)[0]
+        if re.search(rf'(^|{delimiter})"'.encode(), line):
+            number = first + block.count(b"\n", 0, start)
+            raise UserError(f"{path}, line {number}: a quote is never closed. It reads: {line[:MAX_SHOWN]!r}.")
 
 
 def _csv_place(path: str, first: int, content: bytes, record: int) -> tuple[str, str]:

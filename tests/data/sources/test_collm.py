@@ -13,10 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from sellarec.data.prepare import prepare
-from sellarec.data.raw import SPLITS
-from sellarec.data.sources import source_hashes
-from sellarec.data.sources.collm import read_collm
+from sellarec.data.raw import SPLITS, Dropped, Part
+from sellarec.data.sources.collm import open_collm
 from sellarec.errors import UserError
 
 COLUMNS = ["uid", "iid", "label", "timestamp", "his", "his_title", "title", "flag", "not_cold"]
@@ -56,28 +54,45 @@ def write_parquet(folder: Path, tables: dict[str, pd.DataFrame]) -> Path:
     return folder
 
 
+def read(parts: tuple[Part, ...], dropped: Dropped | None = None) -> pa.Table:
+    """All rows of parts, each read as a task would: from its pickle."""
+    dropped = dropped or Dropped("refuse")
+    return pa.concat_tables([table for part in parts for table in pickle.loads(pickle.dumps(part)).read(dropped)])
+
+
+def read_collm(path: Path, dropped: Dropped | None = None) -> pa.Table:
+    return read(open_collm(str(path)).interactions, dropped)
+
+
 def test_reads_rows_histories_and_titles(tmp_path):
-    raw = read_collm(write_zip(tmp_path / "books.zip", frames()), noun="book")
-    assert raw.noun == "book"
-    assert raw.interactions["history"].to_pylist() == [[], [1], [5], [1, 6], [], [1, 2]]
-    assert raw.interactions["warm"].to_pylist() == [True, True, True, True, False, True]
-    assert raw.interactions["split"].to_pylist() == ["train"] * 3 + ["valid"] + ["test"] * 2
-    assert raw.items.to_pydict()["external_id"] == [1, 2, 3, 5, 6]
+    source = open_collm(str(write_zip(tmp_path / "books.zip", frames())), noun="book")
+    assert source.noun == "book"
+    assert [part.name.rsplit("/", 1)[-1] for part in source.interactions] == [f"{s}_ood2.pkl)" for s in SPLITS]
+    rows = read(source.interactions)
+    assert rows["history"].to_pylist() == [[], [1], [5], [1, 6], [], [1, 2]]
+    assert rows["warm"].to_pylist() == [True, True, True, True, False, True]
+    assert rows["split"].to_pylist() == ["train"] * 3 + ["valid"] + ["test"] * 2
+    assert rows["timestamp"].to_pylist() == [100, 110, 105, 200, 300, 290]
+    types = {"user": pa.int64(), "item": pa.int64(), "label": pa.int8(), "timestamp": pa.int64()}
+    types |= {"split": pa.string(), "history": pa.list_(pa.int64()), "warm": pa.bool_()}
+    assert dict(zip(rows.schema.names, rows.schema.types, strict=True)) == types
     # Item 5 is titled only by a history, item 3 and item 6 by nothing.
-    assert raw.items.to_pydict()["title"] == ["Heat (1995)", "Casino (1995)", "", "Babe (1995)", ""]
+    titles = {1: "Heat (1995)", 2: "Casino (1995)", 3: None, 5: "Babe (1995)", 6: None}
+    assert read(source.items).to_pydict() == {"item": list(titles), "title": list(titles.values())}
 
 
-def test_prepared_rows_are_in_time_order_and_untitled_items_are_counted(tmp_path):
-    prepared = prepare(read_collm(write_zip(tmp_path / "a.zip", frames())), history_cap=10)
-    assert prepared.facts["items_without_title"] == 2
-    assert prepared.interactions["train"]["timestamp"].to_pylist() == [100, 105, 110]
-    assert prepared.interactions["test"]["timestamp"].to_pylist() == [290, 300]
-    assert prepared.facts["cold"] == {"valid": 0, "test": 1}
+def test_tables_are_small(tmp_path, monkeypatch):
+    monkeypatch.setattr("sellarec.data.sources.collm.MAX_ROWS", 2)
+    source = open_collm(str(write_zip(tmp_path / "books.zip", frames())))
+    tables = [table for part in source.interactions for table in part.read(Dropped("refuse"))]
+    assert [len(table) for table in tables] == [2, 1, 1, 2]
+    assert pa.concat_tables(tables)["history"].to_pylist() == [[], [1], [5], [1, 6], [], [1, 2]]
 
 
 @pytest.mark.parametrize("form", ["zip", "folder with zip", "pickles", "parquet"])
-def test_every_form_gives_the_same_rows(tmp_path, form):
-    expected = read_collm(write_zip(tmp_path / "expected.zip", frames()))
+@pytest.mark.parametrize("as_uri", [False, True])
+def test_every_form_gives_the_same_rows(tmp_path, form, as_uri):
+    expected = open_collm(str(write_zip(tmp_path / "expected.zip", frames())))
     folder = tmp_path / "given"
     folder.mkdir()
     write = {
@@ -87,11 +102,10 @@ def test_every_form_gives_the_same_rows(tmp_path, form):
         "parquet": lambda: write_parquet(folder, frames()),
     }
     path = write[form]()
-    raw = read_collm(path)
-    assert raw.interactions.equals(expected.interactions)
-    assert raw.items.equals(expected.items)
-    assert raw.sources == source_hashes(path, "collm")
-    assert set(raw.sources) == {file.name for file in folder.iterdir()}
+    source = open_collm(path.as_uri() if as_uri else str(path))
+    assert read(source.interactions).equals(read(expected.interactions))
+    assert read(source.items).equals(read(expected.items))
+    assert {Path(file).name for file in source.files} == {file.name for file in folder.iterdir()}
 
 
 def test_a_missing_path_says_what_was_looked_for(tmp_path):
@@ -171,19 +185,27 @@ def test_a_missing_column(tmp_path):
         read_collm(write_pickles(tmp_path, tables))
 
 
-def test_a_label_that_is_no_label(tmp_path):
+def test_bad_rows_are_refused_with_their_place_or_dropped(tmp_path):
     tables = frames()
     tables["train"].loc[1, "label"] = 4
-    with pytest.raises(UserError, match=r"train_ood2\.pkl: the label must be 0 or 1, but row 1 has 4"):
-        read_collm(write_pickles(tmp_path, tables))
+    tables["test"]["timestamp"] = [None, 290.0]
+    path = write_pickles(tmp_path, tables)
+    with pytest.raises(
+        UserError, match=r"train_ood2\.pkl, row 1: the label must be 0 or 1\. It reads: .uid 7, .*label 4"
+    ):
+        read_collm(path)
+    dropped = Dropped("drop")
+    assert read_collm(path, dropped)["user"].to_pylist() == [7, 9, 7, 7]
+    assert dropped.counts == {"the label must be 0 or 1": 1, "the timestamp is empty": 1}
+    # Items are of the rows that stay; nothing is counted twice.
+    assert read(open_collm(str(path)).items, dropped)["item"].to_pylist() == [1, 2, 5, 6]
+    assert sum(dropped.counts.values()) == 2
 
 
 def test_a_missing_value(tmp_path):
     tables = frames()
     tables["train"]["timestamp"] = [100.0, None, 110.0]
-    with pytest.raises(
-        UserError, match=r"train_ood2\.pkl: the column timestamp has 1 empty values, the first in row 1"
-    ):
+    with pytest.raises(UserError, match=r"train_ood2\.pkl, row 1: the timestamp is empty"):
         read_collm(write_pickles(tmp_path, tables))
 
 
@@ -197,44 +219,47 @@ def test_a_column_of_another_type(tmp_path):
 def test_titles_that_do_not_match_their_history(tmp_path):
     tables = frames()
     tables["train"].at[2, "his_title"] = [""]
-    with pytest.raises(UserError, match=r"train_ood2\.pkl: row 2 has a history of 2 items, but titles for 1"):
+    with pytest.raises(UserError, match=r"train_ood2\.pkl, row 2: the history has not as many titles as items"):
         read_collm(write_pickles(tmp_path, tables))
 
 
-def test_an_empty_split(tmp_path):
+def test_an_empty_split_gives_no_rows(tmp_path):
     tables = frames()
     tables["valid"] = tables["valid"].iloc[:0]
-    with pytest.raises(UserError, match=r"The valid split is empty: of 5 rows, 3, 0, 2 .*Split rule: the split as pub"):
-        prepare(read_collm(write_pickles(tmp_path, tables)), history_cap=5)
+    assert set(read_collm(write_pickles(tmp_path, tables))["split"].to_pylist()) == {"train", "test"}
 
 
 def test_the_published_movielens_split(sellarec_data, tmp_path):
     published = sellarec_data / "collm-ml1m"
-    raw = read_collm(published / "ml-1m.zip")
-    prepared = prepare(raw, history_cap=50)
-    facts, log = prepared.facts, prepared.interactions
-    assert facts["rows"] == {"train": 33_891, "valid": 10_401, "test": 7_331}
-    positive_rate = {split: facts["positives"][split] / facts["rows"][split] for split in SPLITS}
+    source = open_collm(str(published / "ml-1m.zip"))
+    log, items = read(source.interactions), read(source.items)
+    by_split = {split: log.filter(pc.equal(log["split"], split)) for split in SPLITS}
+    assert {split: rows.num_rows for split, rows in by_split.items()} == {
+        "train": 33_891,
+        "valid": 10_401,
+        "test": 7_331,
+    }
+    positive_rate = {split: pc.mean(rows["label"]).as_py() for split, rows in by_split.items()}
     assert positive_rate == pytest.approx({"train": 0.53675, "valid": 0.52831, "test": 0.54536}, abs=1e-5)
-    assert facts["cold"]["test"] == 3_178
-    assert pc.sum(pc.greater(log["test"]["history_length"], 0)).as_py() == 7_269
-    assert (facts["users"], facts["items"], facts["items_without_title"]) == (838, 3_255, 0)
+    test = by_split["test"]
+    assert pc.sum(pc.invert(test["warm"])).as_py() == 3_178
+    assert pc.sum(pc.greater(pc.list_value_length(test["history"]), 0)).as_py() == 7_269
+    assert len(pc.unique(log["user"])) == 838
+    assert (items.num_rows, items["title"].null_count) == (3_255, 0)
     # What the source calls warm is what training has seen.
-    for split in SPLITS:
-        assert log[split]["warm"].equals(pc.and_(log[split]["user_seen"], log[split]["item_seen"]))
+    for rows in by_split.values():
+        seen = [pc.is_in(rows[name], by_split["train"][name].combine_chunks()) for name in ("user", "item")]
+        assert rows["warm"].equals(pc.and_(*seen))
     # Every row's item is titled as the row says.
     titles = pq.read_table(published / "test_ood2.parquet", columns=["iid", "title"])
-    external = prepared.items["external_id"].cast(pa.int64())
-    found = prepared.items["title"].take(pc.index_in(titles["iid"], external))
+    found = items["title"].take(pc.index_in(titles["iid"], items["item"].combine_chunks()))
     assert found.to_pylist() == titles["title"].to_pylist()
 
     for split in SPLITS:
         (tmp_path / f"{split}_ood2.parquet").symlink_to(published / f"{split}_ood2.parquet")
-    from_parquet = prepare(read_collm(tmp_path), history_cap=50)
-    for split in SPLITS:
-        assert from_parquet.interactions[split].equals(log[split])
-    assert from_parquet.items.equals(prepared.items)
-    assert from_parquet.users.equals(prepared.users)
+    from_parquet = open_collm(str(tmp_path))
+    assert read(from_parquet.interactions).equals(log)
+    assert read(from_parquet.items).equals(items)
 
 
 def test_an_empty_value_in_a_history_is_refused_with_its_row(tmp_path):
@@ -245,5 +270,5 @@ def test_an_empty_value_in_a_history_is_refused_with_its_row(tmp_path):
                 table.schema.get_field_index("his"), "his", pa.array([[0], [0, None], [0, 5]], pa.list_(pa.int64()))
             )
         pq.write_table(table, tmp_path / f"{split}_ood2.parquet")
-    with pytest.raises(UserError, match="history of row 1 holds an empty value"):
+    with pytest.raises(UserError, match="row 1: the history holds an empty value"):
         read_collm(tmp_path)
