@@ -50,9 +50,18 @@ def main(arguments: list[str]) -> int:
         connect(1, console)
         write_raw(generated, settings.out, settings.gzip, lambda name, size: console.line(f"{name}: {size:,} bytes"))
         if not settings.raw_only:
-            from sellarec.data.prepare import Rules, prepare
+            from sellarec.config import Data
+            from sellarec.data.log import write_manifest
+            from sellarec.data.prepare import prepare, rules_of
 
-            prepare(synthetic_source(generated), settings.out / "log", Rules(), console)
+            source = synthetic_source(generated)
+            log = settings.out / "log"
+            # Ray runs already, for the raw files
+            facts = prepare(source, rules_of(Data(), source), log, hashes={}, start_ray=lambda: None, say=console.line)
+            write_manifest(log, facts)
+            console.line(
+                f"log: {facts['users']:,} users, {facts['items']:,} items, {sum(facts['rows'].values()):,} rows: {log}"
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

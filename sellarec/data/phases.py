@@ -44,6 +44,9 @@ EARLIEST, LATEST = -62_135_596_800, 253_402_300_799
 
 SplitRule = Literal["given", "shares", "dates", "leave-one-out", "random"]
 
+MAX_VALUES = 100_000
+"""Values of a categorical feature of an interaction; one with more is an id."""
+
 SAMPLED_ROWS = 64
 """Times of each table that is read which tell where the time buckets begin."""
 
@@ -89,10 +92,10 @@ def partition_rows(
     """
     dropped = Dropped(bad_rows)
     facts: dict[str, Any] = {"rows": 0, "without_time": 0, "splits": [], "columns": [], "types": {}}
-    values: dict[str, Counter] = {name: Counter() for name in ("domain", *features)}
+    values: dict[str, Counter[str]] = {name: Counter() for name in ("domain", *features)}
     sample: list[int] = []
     waiting: list[pl.DataFrame] = []
-    chunk = 0
+    chunk = tables = 0
     for table in part.read(dropped):
         if table.num_rows == 0:
             continue
@@ -108,9 +111,15 @@ def partition_rows(
         sample += known.gather(np.linspace(0, len(known) - 1, min(SAMPLED_ROWS, len(known))).astype(np.int64)).to_list()
         if "split" in rows.columns:
             facts["splits"] = sorted({*facts["splits"], *rows["split"].unique().to_list()})
+        if "history" in table.column_names:
+            listed = pc.unique(pc.list_flatten(_one(table["history"])))
+            ids = pl.DataFrame({"key": keys_of(listed), "id": pl.Series(listed.cast(pa.large_string()), dtype=pl.String)})
+            _write(ids, work / "ids" / "item" / f"{number:05d}-{tables:05d}-history.arrow")
+            tables += 1
         for name, counter in values.items():
             if name in rows.columns:
-                counter.update(dict(rows[name].value_counts().iter_rows()))
+                counter.update(dict(rows[name].drop_nulls().value_counts().iter_rows()))
+                check_values(name, len(counter))
         waiting.append(rows)
         if sum(map(len, waiting)) >= FLUSH_ROWS:
             _flush(waiting, number, chunk, partitions, work)
@@ -119,6 +128,11 @@ def partition_rows(
         _flush(waiting, number, chunk, partitions, work)
     counted = {name: dict(found) for name, found in values.items() if found}
     return {**facts, "dropped": dict(dropped.counts), "values": counted, "times": sample}
+
+
+def check_values(name: str, count: int) -> None:
+    if count > MAX_VALUES:
+        raise UserError(f"the feature {name} has {count:,} values or more, above {MAX_VALUES:,}: leave it out")
 
 
 def _rows_of(table: pa.Table, number: int, first: int, name: str) -> pl.DataFrame:
@@ -176,7 +190,8 @@ def _flush(tables: list[pl.DataFrame], number: int, chunk: int, partitions: int,
     rows = pl.concat(tables)
     name = f"{number:05d}-{chunk:05d}.arrow"
     for kind in ("user", "item"):
-        ids = rows.select(pl.col(f"{kind}_key").alias("key"), pl.col(kind).alias("id")).unique("key", keep="first")
+        # two ids of one key are both kept, so that `write_range` finds them
+        ids = rows.select(pl.col(f"{kind}_key").alias("key"), pl.col(kind).alias("id")).unique()
         _write(ids, work / "ids" / kind / name)
     rows = rows.drop("user", "item").with_columns((pl.col("user_key") % partitions).alias("partition"))
     for (partition,), part in rows.partition_by("partition", as_dict=True, include_key=False).items():
@@ -213,18 +228,26 @@ def sort_users(partition: int, rules: Rules, work: Path) -> dict:
     return {"rows": len(rows), "dropped": {"exact repeat of an earlier row": before - len(rows)}}
 
 
-def cut_core(partition: int, rules: Rules, work: Path) -> dict:
+def core_mask(partition: int, cuts: int, work: Path) -> Path:
+    """The file that says which rows of a sorted partition are left after so many cuts (only the last two are there)."""
+    return work / "core" / f"{partition:05d}-{cuts % 2}.npy"
+
+
+def cut_core(partition: int, cuts: int, rules: Rules, work: Path) -> dict:
     """Leave out rows of users, and of the items named in core/rare.npy, that have fewer than k rows.
 
-    Writes core/PARTITION.npy (which rows of the sorted partition are left) and the items' new counts.
+    Writes which rows are left (never over the file that it reads, or a cut that is done again would find nothing to leave
+    out) and the items' new counts.
+
+    Args:
+        cuts: how often rows have been left out before.
     """
     sorted_rows = work / "sorted" / f"{partition:05d}.arrow"
     if not sorted_rows.exists():
         return {"removed": 0}
     keys = pl.read_ipc(sorted_rows, columns=["user_key", "item_key"])
     user, item = keys["user_key"].to_numpy(), keys["item_key"].to_numpy()
-    mask = work / "core" / f"{partition:05d}.npy"
-    left = np.load(mask) if mask.exists() else np.ones(len(user), bool)
+    left = np.load(core_mask(partition, cuts, work)) if cuts else np.ones(len(user), bool)
     before = int(left.sum())
     _, group = np.unique(user, return_inverse=True)
     rare = np.load(work / "core" / "rare.npy")
@@ -234,7 +257,7 @@ def cut_core(partition: int, rules: Rules, work: Path) -> dict:
     else:
         left &= frequent
         left &= np.bincount(group, weights=left)[group] >= rules.k_core
-    np.save(mask, left)
+    np.save(core_mask(partition, cuts + 1, work), left)
     counts = pl.DataFrame({"item_key": item[left]}).group_by("item_key").len("count").cast({"count": pl.Int64})
     _write(counts, work / "counts" / f"{partition:05d}.arrow")
     return {"removed": before - int(left.sum())}
@@ -257,7 +280,14 @@ def rare_items(rules: Rules, work: Path) -> None:
 
 
 def build_histories(
-    partition: int, rules: Rules, edges: Sequence[int], by_position: bool, by_split: bool, has_valid: bool, work: Path
+    partition: int,
+    rules: Rules,
+    cuts: int,
+    edges: Sequence[int],
+    by_position: bool,
+    by_split: bool,
+    has_valid: bool,
+    work: Path,
 ) -> dict:
     """Give a partition's rows their label, split and history, and write them to time buckets.
 
@@ -265,6 +295,7 @@ def build_histories(
     source gives histories, those are kept.
 
     Args:
+        cuts: how often rows were left out for the k-core.
         edges: times at which a bucket begins, but for the first.
         by_position: no row has a time, and `edges` are positions.
         by_split: the split is known here (not a matter of all rows' times), and comes before time in the order of buckets.
@@ -277,9 +308,8 @@ def build_histories(
     if not path.exists():
         return {"buckets": {}}
     rows = pl.read_ipc(path)
-    mask = work / "core" / f"{partition:05d}.npy"
-    if mask.exists():
-        rows = rows.filter(pl.Series(np.load(mask)))
+    if cuts:
+        rows = rows.filter(pl.Series(np.load(core_mask(partition, cuts, work))))
     if rows.is_empty():
         return {"buckets": {}}
     user = rows["user_key"].to_numpy()
@@ -331,7 +361,7 @@ def _splits(rows: pl.DataFrame, rules: Rules, first: np.ndarray, sizes: np.ndarr
         last = size - 1 - place
         return np.where(size < 3, 0, np.where(last == 0, 2, np.where(last == 1, 1, 0)))
     if rules.split == "random":
-        rank = _random_rank(rows, first, rules.seed)
+        rank = _random_rank(rows["user_key"].to_numpy(), first, rules.seed)
         train, valid = (np.round(size * share).astype(np.int64) for share in (rules.shares[0], rules.shares[1]))
         return np.where(rank < train, 0, np.where(rank < train + valid, 1, 2))
     if rules.split == "dates":
@@ -342,21 +372,28 @@ def _splits(rows: pl.DataFrame, rules: Rules, first: np.ndarray, sizes: np.ndarr
     if not has_valid:
         train = np.flatnonzero(split == 0)
         owner = first[train]
-        rank = _random_rank(rows[train], np.searchsorted(owner, owner), rules.seed)
+        rank = _random_rank(rows["user_key"].to_numpy()[train], np.searchsorted(owner, owner), rules.seed)
         count = np.bincount(owner, minlength=len(rows))[owner]
         part = rules.shares[1] / (rules.shares[0] + rules.shares[1])
         split[train[rank < np.floor(count * part)]] = 1
     return split
 
 
-def _random_rank(rows: pl.DataFrame, first: np.ndarray, seed: int) -> np.ndarray:
-    """The place of each row in a random order of its user's rows, a function of (seed, position)."""
+def _random_rank(user: np.ndarray, first: np.ndarray, seed: int) -> np.ndarray:
+    """The place of each row in a random order of its user's rows: a function of the seed, the user and how many there are.
+
+    Args:
+        user: keys, of rows sorted by user.
+        first: for each row, the place of its user's first one.
+    """
     salt = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+    place = np.arange(len(user))
     with np.errstate(over="ignore"):
-        drawn = keys_of(pa.array((rows["position"].to_numpy().view(np.uint64) * np.uint64(2) + salt).view(np.int64)))
+        of_user = keys_of(pa.array((user + salt).view(np.int64)))
+        drawn = keys_of(pa.array((of_user + (place - first).astype(np.uint64)).view(np.int64)))
     order = np.lexsort((drawn, first))
-    rank = np.empty(len(rows), np.int64)
-    rank[order] = np.arange(len(rows)) - first[order]
+    rank = np.empty(len(user), np.int64)
+    rank[order] = place - first[order]
     return rank
 
 
@@ -383,10 +420,10 @@ def first_rows(number: int, first: int, given_histories: bool, work: Path) -> di
         found = rows.group_by(pl.col(f"{kind}_key").alias("key")).agg(pl.col("row").min().cast(pl.Int64))
         if kind == "item" and given_histories:
             lists = rows.select(pl.col("history").alias("key"), "row").explode("key").drop_nulls()
-            lists = lists.with_row_index("place", offset=0)
             # in the order of rows, then within the list
-            rank = (pl.col("row").cast(pl.Int64) * (1 << 20) + (pl.col("place") % (1 << 20)).cast(pl.Int64)).min()
-            others = lists.group_by("key").agg((rank + HISTORY_ONLY).alias("row"))
+            place = pl.int_range(pl.len(), dtype=pl.Int64).over("row")
+            rank = (pl.col("row").cast(pl.Int64) * (1 << 20) + place).alias("rank")
+            others = lists.with_columns(rank).group_by("key").agg((pl.col("rank").min() + HISTORY_ONLY).alias("row"))
             found = pl.concat([found, others.select("key", "row")])
         _write(found, work / "firsts" / kind / f"{number:05d}.arrow")
     return {"rows": len(rows)}
@@ -503,8 +540,10 @@ def read_described(kind: str, part: Part, number: int, bad_rows: Any, work: Path
     """Write what a source's part tells of users or items: described/KIND/PART-CHUNK.arrow, and their order of appearance."""
     dropped = Dropped(bad_rows)
     count = 0
+    types = set()
     for chunk, table in enumerate(part.read(dropped)):
         ids = _one(table[kind])
+        types.add("int64" if pa.types.is_integer(ids.type) else "string")
         position = (number << 40) + count + np.arange(len(ids), dtype=np.int64)
         columns: dict[str, Any] = {"key": keys_of(ids), "id": ids.cast(pa.large_string()), "position": position}
         for name in KIND_COLUMNS[kind]:
@@ -514,7 +553,7 @@ def read_described(kind: str, part: Part, number: int, bad_rows: Any, work: Path
         assert isinstance(rows, pl.DataFrame)
         _write(rows, work / "described" / kind / f"{number:05d}-{chunk:05d}.arrow")
         count += len(ids)
-    return {"rows": count, "dropped": dict(dropped.counts)}
+    return {"rows": count, "types": sorted(types), "dropped": dict(dropped.counts)}
 
 
 def list_catalog(number: int, work: Path) -> dict:

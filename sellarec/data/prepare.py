@@ -6,8 +6,10 @@ pieces are not done again. Pieces lie in `work/` inside the log's folder, which 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import time
 from collections import Counter
@@ -47,7 +49,7 @@ def prepare(
     hashes: dict[str, str],
     bad_rows: str = "refuse",
     previous: Path | None = None,
-    start_ray: Callable[[], None],
+    start_ray: Callable[[], None] | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Write the tables of the prepared log of a source into `folder`, and return the facts for its manifest.
@@ -60,7 +62,8 @@ def prepare(
         hashes: SHA-256 of the source's files, by name.
         bad_rows: refuse the first row that can't be read, or drop and count all of them.
         previous: a log whose ids are kept; what is new here follows after them.
-        start_ray: called before pieces are handed to other processes: where the rows are more than PIECE_ROWS.
+        start_ray: called before pieces are handed to other processes: where the rows are more than PIECE_ROWS. With None
+            all is done in this process.
         say: prints a line of progress.
 
     Raises:
@@ -69,7 +72,8 @@ def prepare(
     old = None if previous is None else read_log(previous)
     partitions = max(1, -(-(source.rows_about or _rows_about(source)) // PIECE_ROWS))
     work = folder / "work"
-    _begin(work, [repr(rules), hashes, bad_rows, str(previous), partitions])
+    parts = hashlib.sha256(pickle.dumps((source.interactions, source.items, source.users, source.features))).hexdigest()
+    _begin(work, [repr(rules), hashes, parts, bad_rows, old and [str(previous), old.facts], partitions])
     run = partial(_run, work=work, start_ray=start_ray if partitions > 1 else None, say=say)
 
     # rows by user
@@ -88,7 +92,9 @@ def prepare(
     types = _id_types(read, old)
     without_time = sum(part["without_time"] for part in read)
     columns = set().union(*(part["columns"] for part in read))
-    split, split_rule = _split_rule(source, rules, rows, without_time)
+    has_valid = any("valid" in part["splits"] for part in read)
+    split, split_rule = _split_rule(source, rules, rows, without_time, has_valid)
+    vocabularies = _vocabularies(read)
     given_histories = "history" in columns
     described = {
         "item": [*([_earlier(old, "item", types["item"])] if old else []), *source.items],
@@ -104,25 +110,25 @@ def prepare(
         )
         for kind, parts in described.items()
     }
+    for kind in told:
+        _check_types(kind, types[kind], told[kind])
 
     # each user's rows in order, without repeats, and the k-core
     by_user = range(partitions)
     ordered = run("sorting", {str(p): partial(phases.sort_users, p, rules, work) for p in by_user})
     dropped = _sum(part["dropped"] for part in [*read, *told["item"], *told["user"], *ordered])
+    cuts = 0
     if rules.k_core:
-        removed = _cut_to_core(rules, partitions, work, run)
-        dropped["below the k-core"] = removed
+        cuts, dropped["below the k-core"] = _cut_to_core(rules, partitions, work, run)
 
     # rows by time
     by_split = split in ("given", "leave-one-out", "random", "dates")
     by_position = without_time == rows
-    buckets = max(1, -(-rows // PIECE_ROWS))
-    edges = _edges(read, buckets, by_position)
-    has_valid = any("valid" in part["splits"] for part in read)
+    edges = _edges(read, max(1, -(-rows // PIECE_ROWS)), by_position)
     built = run(
         "histories",
         {
-            str(p): partial(phases.build_histories, p, rules, edges, by_position, by_split, has_valid, work)
+            str(p): partial(phases.build_histories, p, rules, cuts, edges, by_position, by_split, has_valid, work)
             for p in by_user
         },
     )
@@ -130,7 +136,7 @@ def prepare(
     rows = sum(sizes.values())
     if rows == 0:
         raise UserError("the k-core leaves no rows: lower data.k_core")
-    starts, ends = _rows_of_splits(sizes, buckets, by_split, rules.shares, split_rule)
+    starts, ends = _rows_of_splits(sizes, len(edges) + 1, by_split, rules.shares, split_rule)
 
     # dense ids
     run("first rows", {str(b): partial(phases.first_rows, b, starts[b], given_histories, work) for b in starts})
@@ -142,8 +148,7 @@ def prepare(
     (counts,) = run("ids", {"all": partial(_number_all, ends[0], kept, types, work)})
 
     # what is read later
-    vocabularies = _vocabularies(read)
-    parts = _parts_of_splits(starts, sizes, ends)
+    places = _parts_of_splits(starts, sizes, ends)
     written = run(
         "interactions",
         {
@@ -154,7 +159,7 @@ def prepare(
                 ends,
                 counts["user"],
                 counts["item"],
-                parts[b],
+                places[b],
                 vocabularies,
                 folder,
                 work,
@@ -205,7 +210,7 @@ def prepare(
         if old is None
         else {"log": str(previous), "users": old.facts["users"], "items": old.facts["items"]},
     }
-    shutil.rmtree(work)
+    _delete(work)
     return facts
 
 
@@ -220,15 +225,25 @@ def rules_of(data: Data, source: Source) -> Rules:
     )
 
 
+MADE_FOR = "made-for.json"
+"""What the pieces in `work/` were made for."""
+
+
 def _begin(work: Path, made_for: list) -> None:
     """Keep the pieces of an earlier try that was cut off, if it was the same in all that matters; else delete them."""
-    mark = work / "made-for.json"
+    mark = work / MADE_FOR
     if not mark.exists() or json.loads(mark.read_text()) != json.loads(json.dumps(made_for)):
-        shutil.rmtree(work, ignore_errors=True)
+        if work.exists():
+            _delete(work)
         for table in ("interactions", "sequences", "items", "users"):
             shutil.rmtree(work.parent / table, ignore_errors=True)
         work.mkdir(parents=True)
-        mark.write_text(json.dumps(made_for))
+        _write_json(mark, made_for)
+
+
+def _delete(work: Path) -> None:
+    (work / MADE_FOR).unlink(missing_ok=True)  # first, so that a deletion that is cut off leaves nothing that seems whole
+    shutil.rmtree(work)
 
 
 BYTES_OF_ROW = {
@@ -301,10 +316,13 @@ def _run(
 
 
 def _carry_out(piece: Callable[[], dict], mark: Path) -> None:
-    result = piece()
-    unfinished = mark.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(result))
-    os.replace(unfinished, mark)
+    _write_json(mark, piece())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(value))
+    os.replace(unfinished, path)
 
 
 def _number_all(train_rows: int, previous: Path | None, types: dict[str, str], work: Path) -> dict[str, int]:
@@ -335,11 +353,23 @@ def _id_types(read: list[dict], old: Log | None) -> dict[str, str]:
     return types
 
 
-def _split_rule(source: Source, rules: Rules, rows: int, without_time: int) -> tuple[str, str]:
+def _check_types(kind: str, id_type: str, told: list[dict]) -> None:
+    """Refuse descriptions whose ids would never meet those of the interactions."""
+    others = {found for part in told for found in part["types"]} - {id_type}
+    if others:
+        raise UserError(
+            f"{kind} ids are {id_type} in the interactions and {others.pop()} in the descriptions of {kind}s: "
+            "give one or the other"
+        )
+
+
+def _split_rule(source: Source, rules: Rules, rows: int, without_time: int, has_valid: bool) -> tuple[str, str]:
     if rules.split == "given":
         if source.split_rule is None:
             raise UserError("the source gives no split: choose data.split_by shares, dates, leave-one-out or random")
-        return rules.split, source.split_rule
+        share = rules.shares[1] / (rules.shares[0] + rules.shares[1])
+        drawn = "" if has_valid else f"; of each user's train rows {share:.3g} are valid, rounded down, drawn at random"
+        return rules.split, source.split_rule + drawn
     if without_time and rules.split in ("shares", "dates"):
         raise UserError(f"{without_time:,} of {rows:,} rows have no timestamp, so the log cannot be split by time.")
     if rules.split == "dates":
@@ -361,16 +391,19 @@ def _read_earlier(paths: list[Path], kind: str, id_type: str, dropped: Dropped) 
         yield table.set_column(position, kind, ids)
 
 
-def _cut_to_core(rules: Rules, partitions: int, work: Path, run: Callable) -> int:
-    removed = 0
+def _cut_to_core(rules: Rules, partitions: int, work: Path, run: Callable) -> tuple[int, int]:
+    """Cut until nothing more is left out; returns how often, and how many rows."""
+    removed = number = 0
     for number in range(1 if rules.k_core_once else 1_000_000):
         run(f"rare items {number}", {"all": partial(_rare_items, rules, work)})
-        cut = run(f"k-core {number}", {str(p): partial(phases.cut_core, p, rules, work) for p in range(partitions)})
+        cut = run(
+            f"k-core {number}", {str(p): partial(phases.cut_core, p, number, rules, work) for p in range(partitions)}
+        )
         found = sum(part["removed"] for part in cut)
         removed += found
         if found == 0:
             break
-    return removed
+    return number + 1, removed
 
 
 def _rare_items(rules: Rules, work: Path) -> dict:
@@ -427,18 +460,12 @@ def _parts_of_splits(starts: dict[int, int], sizes: Counter, ends: list[int]) ->
     return found
 
 
-MAX_VALUES = 100_000
-"""Values of a categorical feature of an interaction; one with more is an id."""
-
-
 def _vocabularies(read: list[dict]) -> dict[str, list[str]]:
     """The values of each categorical feature, the most frequent first."""
     found = {}
     for name in dict.fromkeys(name for part in read for name in part["values"]):
         counts = _sum(part["values"].get(name, {}) for part in read)
-        counts.pop("null", None)
-        if len(counts) > MAX_VALUES:
-            raise UserError(f"the feature {name} has {len(counts):,} values, above {MAX_VALUES:,}: leave it out")
+        phases.check_values(name, len(counts))
         found[name] = sorted(counts, key=lambda value: (-counts[value], value))
     return found
 

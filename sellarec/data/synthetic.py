@@ -510,6 +510,7 @@ def synthetic_source(settings: Synthetic) -> Source:
         files=(),
         noun="product",
         rating_range=(1.0, 5.0),
+        rows_about=settings.interactions,
     )
 
 
