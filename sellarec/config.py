@@ -3,9 +3,11 @@
 A field marked `runtime` changes how a run is carried out, never what it computes, so fingerprints leave it out.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.resources
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +41,7 @@ class World:
     items: int = 400
     """Items in the catalog."""
     interactions: int = 20_000
-    """Rows of the log, all splits together."""
+    """Rows that are drawn, all splits together; repeats of a user and an item are left out."""
     genres: int = 6
     """Genres; each title carries words of one, and each user's taste is over them."""
     new_users: float = 0.3
@@ -375,6 +377,10 @@ def read_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
                 flatten(value, f"{name}.")
             elif name in known:
                 settings[name] = value
+            elif name in sections:
+                raise UserError(
+                    f"recipe {path}: {name} is a section of settings, not a setting: give it as '{name}: {{...}}'"
+                )
             else:
                 near = difflib.get_close_matches(name, [*known, *sections], n=3, cutoff=0.5)
                 hint = f"did you mean {', '.join(near)}?" if near else "`--help` lists every setting"
@@ -396,13 +402,15 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
     """
     first_flag = next((i for i, text in enumerate(arguments) if text.startswith("-")), len(arguments))
     recipes, flags = list(arguments[:first_flag]), list(arguments[first_flag:])
-    settings: dict[str, Any] = {}
-    names = []
+    names, laid_over = [], []
     for recipe in recipes or ["demo"]:
-        name, laid_over = read_recipe(recipe)
+        name, settings = read_recipe(recipe)
         names.append(name)
-        settings.update(laid_over)
-    flags = [argument for name, value in settings.items() for argument in _as_flag(name, value)] + flags
+        _check_values(recipe, settings)
+        laid_over += [argument for setting, value in settings.items() for argument in _as_flag(setting, value)]
+    if any(flag in ("--stages", "--stages=") for flag in flags) and not _has_stages(flags):
+        raise UserError(f"--stages names none: give some of {', '.join(STAGES)}, separated by commas, or leave it out")
+    flags = laid_over + flags
     description = (
         f"usage: {program} [RECIPE ...] [OPTIONS]\n\n{Config.__doc__}\n\nA RECIPE is a .yaml file or one of: "
         f"{', '.join(built_in_recipes())} (default: demo). Later ones are laid over earlier ones, then the flags."
@@ -416,9 +424,37 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
     return config
 
 
+def _has_stages(flags: list[str]) -> bool:
+    split = _split_stages(flags)
+    after = split[split.index("--stages") + 1 :]
+    return bool(after) and not after[0].startswith("-")
+
+
+def _check_values(recipe: str, settings: dict[str, Any]) -> None:
+    """Refuse a value of a recipe that its setting can't take."""
+    if not _parses([argument for name, value in settings.items() for argument in _as_flag(name, value)]):
+        for name, value in settings.items():
+            if not _parses(_as_flag(name, value)):
+                kind = next(f.type for other, _, f in leaves(Config()) if other == name)
+                raise UserError(
+                    f"recipe {recipe}: {name} is {value!r}, which is none of {kind}: `--help` tells what it takes"
+                )
+
+
+def _parses(flags: list[str]) -> bool:
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            tyro.cli(Config, args=_split_stages(flags), config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        return False
+    return True
+
+
 def _as_flag(name: str, value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]  # a value may begin with a dash
 
 
 def _split_stages(flags: list[str]) -> list[str]:
@@ -426,9 +462,9 @@ def _split_stages(flags: list[str]) -> list[str]:
     out: list[str] = []
     for flag in flags:
         if flag.startswith("--stages="):
-            out += ["--stages", *flag.removeprefix("--stages=").split(",")]
+            out += ["--stages", *(part.strip() for part in flag.removeprefix("--stages=").split(",") if part.strip())]
         elif out and out[-1] == "--stages":
-            out += [part for part in flag.split(",") if part]
+            out += [part.strip() for part in flag.split(",") if part.strip()]
         else:
             out.append(flag)
     return out
@@ -443,8 +479,9 @@ def check(config: Config) -> None:
     for name, value, _ in leaves(config):
         if isinstance(value, float | int) and not isinstance(value, bool):
             low = _LOWEST.get(name.rpartition(".")[2], 0)
-            if not value >= low or value in (float("inf"),):
-                raise UserError(f"{name} is {value}, but must be a finite number, at least {low}")
+            high = MAX_WORLD if name.startswith("data.world.") else MAX_NUMBER
+            if not low <= value <= high:
+                raise UserError(f"{name} is {value}, but must be a number from {low} to {high:,}")
     for name, value, _ in leaves(config):
         if name.rpartition(".")[2] == "warmup" and value > 1:
             raise UserError(f"{name} is {value}: a fraction of the steps from 0 to 1 is needed")
@@ -503,6 +540,12 @@ def check(config: Config) -> None:
             "raise data.history_cap or lower prompt.history"
         )
 
+
+MAX_NUMBER = 2**31 - 1
+"""No setting is above it."""
+
+MAX_WORLD = 10_000_000
+"""The generated world is made in memory."""
 
 # Settings that say nothing of a source, by the beginning of their names.
 _UNUSED = {
