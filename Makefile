@@ -1,4 +1,4 @@
-# make demo       the main job on its embedded default; make demo ARGS="--seed 2" hands flags on
+# make demo       the main job on its embedded default; make demo ARGS="--seed 2 --name seed-2" hands flags on
 # make test       the tests;  make test-all  also the slow ones
 # make lint       ruff and mypy
 # make env        only the environment, .venv, which the targets above make or bring up to date by themselves

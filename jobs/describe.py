@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from sellarec.errors import UserError
+from sellarec.errors import UserError, exit_status
 
 
 @dataclass(frozen=True)
@@ -24,26 +24,21 @@ class Settings:
     """Rows of each split to show, the latest ones."""
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     settings = tyro.cli(Settings, args=arguments, prog="describe.py", description=__doc__)
-    try:
-        if settings.examples < 0:
-            raise UserError(f"examples is {settings.examples}: a number from 0 is needed")
-        from sellarec.data.describe import as_page, as_text, describe
+    if settings.examples < 0:
+        raise UserError(f"examples is {settings.examples}: a number from 0 is needed")
+    from sellarec.data.describe import as_page, as_text, describe
 
-        description = describe(settings.folder)
-        print(as_text(description))
-        out = settings.out or settings.folder / "describe.html"
-        page = as_page(description, show_examples(settings, description.facts.get("noun", "item")))
-        try:
-            out.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"Cannot write {out}: {error.strerror}; give --out") from error
-        print(f"\npage           {out}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    description = describe(settings.folder)
+    print(as_text(description))
+    out = settings.out or settings.folder / "describe.html"
+    page = as_page(description, show_examples(settings, description.facts.get("noun", "item")))
+    try:
+        out.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"Cannot write {out}: {error.strerror}; give --out") from error
+    print(f"\npage           {out}")
 
 
 def show_examples(settings: Settings, noun: str) -> list[dict]:
@@ -75,4 +70,4 @@ def show_examples(settings: Settings, noun: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_status(main, sys.argv[1:]))

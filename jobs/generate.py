@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from sellarec.environment import check_environment
-from sellarec.errors import UserError
+from sellarec.errors import exit_status
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,40 +33,35 @@ class Settings:
     """Leave out the prepared log."""
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
     settings = tyro.cli(
         Settings, args=arguments, prog="generate.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
     )
-    try:
-        check_environment()
-        from sellarec.data.synthetic import Synthetic, synthetic_source, write_raw
-        from sellarec.training.launch import connect
-        from sellarec.training.progress import Console
+    check_environment()
+    from sellarec.data.synthetic import Synthetic, synthetic_source, write_raw
+    from sellarec.training.launch import connect
+    from sellarec.training.progress import Console
 
-        generated = Synthetic(
-            users=settings.users, items=settings.items, interactions=settings.interactions, seed=settings.seed
+    generated = Synthetic(
+        users=settings.users, items=settings.items, interactions=settings.interactions, seed=settings.seed
+    )
+    console = Console()
+    connect(1, console)
+    write_raw(generated, settings.out, settings.gzip, lambda name, size: console.line(f"{name}: {size:,} bytes"))
+    if not settings.raw_only:
+        from sellarec.config import Data
+        from sellarec.data.log import write_manifest
+        from sellarec.data.prepare import prepare, rules_of
+
+        source = synthetic_source(generated)
+        log = settings.out / "log"
+        # Ray runs already, for the raw files
+        facts = prepare(source, rules_of(Data(), source), log, hashes={}, start_ray=lambda: None, say=console.line)
+        write_manifest(log, facts)
+        console.line(
+            f"log: {facts['users']:,} users, {facts['items']:,} items, {sum(facts['rows'].values()):,} rows: {log}"
         )
-        console = Console()
-        connect(1, console)
-        write_raw(generated, settings.out, settings.gzip, lambda name, size: console.line(f"{name}: {size:,} bytes"))
-        if not settings.raw_only:
-            from sellarec.config import Data
-            from sellarec.data.log import write_manifest
-            from sellarec.data.prepare import prepare, rules_of
-
-            source = synthetic_source(generated)
-            log = settings.out / "log"
-            # Ray runs already, for the raw files
-            facts = prepare(source, rules_of(Data(), source), log, hashes={}, start_ray=lambda: None, say=console.line)
-            write_manifest(log, facts)
-            console.line(
-                f"log: {facts['users']:,} users, {facts['items']:,} items, {sum(facts['rows'].values()):,} rows: {log}"
-            )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_status(main, sys.argv[1:]))

@@ -3,47 +3,40 @@
 import sys
 from pathlib import Path
 
-from sellarec.config import parse_prepare
 from sellarec.environment import check_environment
-from sellarec.errors import StageFailed, UserError
+from sellarec.errors import UserError, exit_status
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        check_environment()
-        settings = parse_prepare(arguments)
-        from sellarec.data.files import file_hash
-        from sellarec.data.log import write_manifest
-        from sellarec.data.prepare import prepare, rules_of
-        from sellarec.data.sources import open_source
-        from sellarec.training.launch import connect
-        from sellarec.training.progress import Console
+def main(arguments: list[str]) -> None:
+    check_environment()
+    from sellarec.config import parse_prepare  # after the check: these import what it looks for
 
-        console = Console()
-        if (settings.out / "manifest.json").exists():
-            raise UserError(f"{settings.out} holds a prepared log already: give another --out, or delete it")
-        source = open_source(settings.data)
-        facts = prepare(
-            source,
-            rules_of(settings.data, source),
-            settings.out,
-            hashes={Path(path).name: file_hash(path) for path in source.files},
-            bad_rows=settings.data.bad_rows,
-            previous=settings.init_from,
-            start_ray=lambda: connect(1, console),
-            say=console.line,
-        )
-        write_manifest(settings.out, facts)
-        rows = ", ".join(f"{count:,} {name}" for name, count in facts["rows"].items())
-        console.line(f"{facts['users']:,} users, {facts['items']:,} items; rows: {rows}: {settings.out}")
-    except (UserError, StageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("interrupted: finished pieces are kept; the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    settings = parse_prepare(arguments)
+    from sellarec.data.files import file_hash
+    from sellarec.data.log import write_manifest
+    from sellarec.data.prepare import prepare, rules_of
+    from sellarec.data.sources import open_source
+    from sellarec.training.launch import connect
+    from sellarec.training.progress import Console
+
+    console = Console()
+    if (settings.out / "manifest.json").exists():
+        raise UserError(f"{settings.out} holds a prepared log already: give another --out, or delete it")
+    source = open_source(settings.data)
+    facts = prepare(
+        source,
+        rules_of(settings.data, source),
+        settings.out,
+        hashes={Path(path).name: file_hash(path) for path in source.files},
+        bad_rows=settings.data.bad_rows,
+        previous=settings.init_from,
+        start_ray=lambda: connect(1, console),
+        say=console.line,
+    )
+    write_manifest(settings.out, facts)
+    rows = ", ".join(f"{count:,} {name}" for name, count in facts["rows"].items())
+    console.line(f"{facts['users']:,} users, {facts['items']:,} items; rows: {rows}: {settings.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_status(main, sys.argv[1:]))

@@ -6,11 +6,8 @@ What stands is not run again, so an interrupted table goes on where it was.
 import sys
 from dataclasses import dataclass
 
-from sellarec.artifacts import Place
-from sellarec.config import parse
 from sellarec.environment import check_environment
-from sellarec.errors import StageFailed, UserError
-from sellarec.evaluation.results import PAIR_SEPARATOR, format_table
+from sellarec.errors import UserError, exit_status
 
 
 @dataclass(frozen=True)
@@ -26,46 +23,45 @@ TABLES = {
 }
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str]) -> None:
+    if arguments in (["-h"], ["--help"]):
+        print(f"{__doc__}\nTables: {', '.join(TABLES)}")
+        return
     if not arguments or arguments[0] not in TABLES:
-        print(f"{__doc__}\nTables: {', '.join(TABLES)}", file=sys.stderr)
-        return 0 if arguments in (["-h"], ["--help"]) else 2
+        raise UserError(
+            f"the table comes first: one of {', '.join(TABLES)}; not {arguments[0] if arguments else 'nothing'}"
+        )
     name, flags = arguments[0], arguments[1:]
+    own = [flag for flag in flags if flag.split("=")[0] in ("--seed", "--name", "--stages")]
+    if own or (flags and not flags[0].startswith("-")):
+        raise UserError(f"{(own or flags)[0]} is given, but a table sets its recipes, seeds, names and stages itself")
     table = TABLES[name]
-    try:
-        check_environment()
-        own = [flag for flag in flags if flag.split("=")[0] in ("--seed", "--name", "--stages")]
-        if own:
-            raise UserError(
-                f"{own[0]} is given, but a table sets its runs' seeds, names and stages itself: leave it out"
-            )
-        from sellarec.pipeline import Run, run
+    check_environment()
+    from sellarec.artifacts import Place
+    from sellarec.config import parse
+    from sellarec.evaluation.results import format_table
+    from sellarec.pipeline import Run, run
 
-        sections, records = [], []
-        for seed in table.seeds:
-            run_flags = [*flags, "--seed", str(seed), "--name", f"{name}-seed-{seed}"]
-            this = Run.of(parse([*table.recipes, *run_flags], program="reproduce.py"))
-            run(this)
-            found = this.place.read_json("results.json")
-            records += found
-            sections.append(f"Seed {seed}\n\n{format_table(found)}")
-        summary = summarise(records)
-        print(f"\n{summary}\n")
-        place = Place.of(this.config.workspace) / "tables"
-        place.write_text(f"{name}.txt", "\n\n".join([*sections, summary]) + "\n")
-        place.write_json(f"{name}.json", records)
-        print(f"table        {place}/{name}.txt")
-    except (UserError, StageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("interrupted: what stands is kept; the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    sections, records = [], []
+    for seed in table.seeds:
+        run_flags = [*flags, "--seed", str(seed), "--name", f"{name}-seed-{seed}"]
+        this = Run.of(parse([*table.recipes, *run_flags], program="reproduce.py"))
+        run(this)
+        found = this.place.read_json("results.json")
+        records += found
+        sections.append(f"Seed {seed}\n\n{format_table(found)}")
+    summary = summarise(records)
+    print(f"\n{summary}\n")
+    place = Place.of(this.config.workspace) / "tables"
+    place.write_text(f"{name}.txt", "\n\n".join([*sections, summary]) + "\n")
+    place.write_json(f"{name}.json", records)
+    print(f"table        {place}/{name}.txt")
 
 
 def summarise(records: list[dict]) -> str:
     """For each paired difference of AUC, all rows and cold rows: mean over seeds, and the lowest bound of any seed."""
+    from sellarec.evaluation.results import PAIR_SEPARATOR
+
     lines = [
         "paired difference of AUC     rows   mean over seeds   lowest 95% bound of a seed   above zero in every seed"
     ]
@@ -82,4 +78,4 @@ def summarise(records: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_status(main, sys.argv[1:]))

@@ -2,26 +2,19 @@
 
 import sys
 
-from sellarec.config import parse
 from sellarec.environment import check_environment
-from sellarec.errors import StageFailed, UserError
+from sellarec.errors import exit_status
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        check_environment()
-        config = parse(arguments)
-        from sellarec.pipeline import Run, run  # after the checks: it takes a second
+def main(arguments: list[str]) -> None:
+    check_environment()
+    from sellarec.config import parse  # after the check: these import what it looks for
 
-        run(Run.of(config))
-    except (UserError, StageFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("interrupted: finished stages are kept; the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    config = parse(arguments)
+    from sellarec.pipeline import Run, run
+
+    run(Run.of(config))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_status(main, sys.argv[1:]))

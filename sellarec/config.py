@@ -3,9 +3,11 @@
 A field marked `runtime` changes how a run is carried out, never what it computes, so fingerprints leave it out.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.resources
+import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +43,7 @@ class World:
     items: int = 400
     """Items in the catalog."""
     interactions: int = 20_000
-    """Rows of the log, all splits together."""
+    """Rows that are drawn, all splits together; repeats of a user and an item are left out."""
     genres: int = 6
     """Genres; each title carries words of one, and each user's taste is over them."""
     new_users: float = 0.3
@@ -403,6 +405,10 @@ def read_recipe(recipe: str) -> tuple[str, dict[str, Any]]:
                 flatten(value, f"{name}.")
             elif name in known:
                 settings[name] = value
+            elif name in sections:
+                raise UserError(
+                    f"recipe {path}: {name} is a section of settings, not a setting: give it as '{name}: {{...}}'"
+                )
             else:
                 near = difflib.get_close_matches(name, [*known, *sections], n=3, cutoff=0.5)
                 hint = f"did you mean {', '.join(near)}?" if near else "`--help` lists every setting"
@@ -423,6 +429,8 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
         SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
     """
     names, flags = _with_recipes(arguments, "demo")
+    if any(flag in ("--stages", "--stages=") for flag in arguments) and not _has_stages(list(arguments)):
+        raise UserError(f"--stages names none: give some of {', '.join(STAGES)}, separated by commas, or leave it out")
     description = (
         f"usage: {program} [RECIPE ...] [OPTIONS]\n\n{Config.__doc__}\n\nA RECIPE is a .yaml file or one of: "
         f"{', '.join(built_in_recipes())} (default: demo). Later ones are laid over earlier ones, then the flags."
@@ -477,15 +485,44 @@ def _with_recipes(arguments: Sequence[str], default: str, only: str = "") -> tup
     names = []
     for recipe in recipes or [default]:
         name, laid_over = read_recipe(recipe)
+        _check_values(recipe, laid_over)
         names.append(name)
         settings.update(laid_over)
     chosen = {name: value for name, value in settings.items() if name.startswith(only)}
     return names, [argument for name, value in chosen.items() for argument in _as_flag(name, value)] + flags
 
 
+def _has_stages(flags: list[str]) -> bool:
+    split = _split_stages(flags)
+    after = split[split.index("--stages") + 1 :]
+    return bool(after) and not after[0].startswith("-")
+
+
+def _check_values(recipe: str, settings: dict[str, Any]) -> None:
+    """Refuse a value of a recipe that its setting can't take."""
+    if not _parses([argument for name, value in settings.items() for argument in _as_flag(name, value)]):
+        for name, value in settings.items():
+            if not _parses(_as_flag(name, value)):
+                kind = next(f.type for other, _, f in leaves(Config()) if other == name)
+                raise UserError(
+                    f"recipe {recipe}: {name} is {value!r}, which is none of {kind}: `--help` tells what it takes"
+                )
+
+
+def _parses(flags: list[str]) -> bool:
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            tyro.cli(Config, args=_split_stages(flags), config=(tyro.conf.FlagConversionOff,))
+    except SystemExit:
+        return False
+    return True
+
+
 def _as_flag(name: str, value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [f"--{name.replace('_', '-')}", *(str(v) for v in values)]
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]  # a value may begin with a dash
 
 
 def _split_stages(flags: list[str]) -> list[str]:
@@ -493,9 +530,9 @@ def _split_stages(flags: list[str]) -> list[str]:
     out: list[str] = []
     for flag in flags:
         if flag.startswith("--stages="):
-            out += ["--stages", *flag.removeprefix("--stages=").split(",")]
+            out += ["--stages", *(part.strip() for part in flag.removeprefix("--stages=").split(",") if part.strip())]
         elif out and out[-1] == "--stages":
-            out += [part for part in flag.split(",") if part]
+            out += [part.strip() for part in flag.split(",") if part.strip()]
         else:
             out.append(flag)
     return out
@@ -561,8 +598,9 @@ def _check_bounds(settings: Any) -> None:
     for name, value, _ in leaves(settings):
         if isinstance(value, float | int) and not isinstance(value, bool):
             low = _LOWEST.get(name.rpartition(".")[2], 0)
-            if not value >= low or value in (float("inf"),):
-                raise UserError(f"{name} is {value}, but must be a finite number, at least {low}")
+            high = MAX_WORLD if name.startswith("data.world.") else MAX_NUMBER
+            if not low <= value <= high:
+                raise UserError(f"{name} is {value}, but must be a number from {low} to {high:,}")
 
 
 def check_data(data: Data) -> None:
@@ -594,6 +632,13 @@ def check_data(data: Data) -> None:
         dates = getattr(data, name)
         if dates is not None and seconds(dates[0]) >= seconds(dates[1]):
             raise UserError(f"data.{name} is {dates[0]} and {dates[1]}: the second date must come after the first")
+
+
+MAX_NUMBER = 2**31 - 1
+"""No setting is above it."""
+
+MAX_WORLD = 10_000_000
+"""The generated world is made in memory."""
 
 
 def seconds(date: str) -> int:

@@ -1,5 +1,9 @@
 """The errors that end a job with a message instead of a traceback."""
 
+import os
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """A user's mistake: the message says what was wrong, with both values, and what to do.
@@ -11,5 +15,22 @@ class UserError(Exception):
 class StageFailed(Exception):
     """A stage ended for a reason that isn't the user's mistake: the message names the stage and the cause.
 
-    Jobs print the message, write the traceback to the run's folder, and exit with status 1.
+    Jobs print the message, have the traceback written into the run's folder, and exit with status 1.
     """
+
+
+def exit_status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
+    """Run a job's `main` on its arguments: its exit status, with one line on stderr where it is not 0."""
+    try:
+        main(arguments)
+        sys.stdout.flush()
+    except (UserError, StageFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is kept; the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of what is printed has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0

@@ -173,10 +173,14 @@ def _run(this: Run) -> None:
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
     recorded = this.place.read_json("artifacts.json") or {}
     needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
+    _check_inputs(this, [stage for stage in STAGES if stage in needed], wanted, recorded)
     try:
         for stage in STAGES:
             if stage in needed:
-                _stage(this, stage, stage in wanted, recorded.get(stage))
+                if stage in wanted:
+                    _stage(this, stage)
+                else:
+                    this.seconds[stage] = None
                 recorded[stage] = f"{stage}-{this.marks[stage]}"
                 this.place.write_json("artifacts.json", recorded)
                 if stage == "prepare":  # the data are good: from here on the name is taken
@@ -207,8 +211,10 @@ def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
     """A name belongs to one config: the same one resumes, another one is refused. Returns what to record of it."""
     mine = json.loads(json.dumps({**result_settings(this.config), **origins}))
     earlier = this.place.read_json("settings.json") or {}
-    # stages that weren't run didn't ask where their data or model come from
-    names = [name for name in mine if name in earlier and earlier[name] != mine[name]]
+    # what only stages that haven't been run depend on may still change
+    stages = [stage for stage in STAGES if stage in (this.place.read_json("artifacts.json") or {})]
+    fixed = {"llm", "data"}.union(*(_settings_names(stage, this.config) for stage in stages))
+    names = [name for name in mine if name in fixed and name in earlier and earlier[name] != mine[name]]
     if names:
         shown = ", ".join(f"{name} {earlier[name]} then, {mine[name]} now" for name in names[:5])
         raise UserError(
@@ -216,6 +222,14 @@ def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
             f"{', ...' if len(names) > 5 else ''}): choose another --name, or delete {this.place}"
         )
     return {**earlier, **mine}
+
+
+def _settings_names(stage: str, config: Config) -> set[str]:
+    """Dotted names of the settings that a stage's result depends on."""
+    names: set[str] = set()
+    for section, found in settings_of(stage, config).items():
+        names |= {f"{section}.{name}" for name in found} if isinstance(found, dict) else {section}
+    return names
 
 
 def _stands(this: Run, stage: str, artifact: str) -> bool:
@@ -253,27 +267,45 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
     return json.loads(json.dumps(facts))
 
 
-def _stage(this: Run, stage: str, wanted: bool, recorded: str | None) -> None:
-    """Find the artifact of a stage, or make it where the stage is wanted."""
-    if not wanted and recorded is not None:
-        # its inputs aren't asked for: the run's own record says which artifact it is
-        this.marks[stage] = recorded.removeprefix(f"{stage}-")
-        if this.store.manifest(stage, this.marks[stage]) is not None:
-            this.seconds[stage] = None
-            return
-    if not wanted and stage == "prepare" and this.config.data.source != "world" and this.config.data.path is None:
+def _check_inputs(this: Run, needed: list[str], wanted: tuple[str, ...], recorded: dict[str, str]) -> None:
+    """Find the fingerprints of all stages, and refuse before any work if one that isn't wanted doesn't stand.
+
+    Raises:
+        UserError: naming all that are missing.
+    """
+    missing = []
+    for stage in needed:
+        if stage not in wanted and stage in recorded and _stands(this, stage, recorded[stage]):
+            # its inputs aren't asked for: the run's own record says which artifact it is
+            this.marks[stage] = recorded[stage].removeprefix(f"{stage}-")
+            continue
+        if (
+            stage not in wanted
+            and stage == "prepare"
+            and this.config.data.source != "world"
+            and not this.config.data.path
+        ):
+            raise UserError(
+                "no prepared log is recorded for this run: run stage prepare first, or name the data with --data"
+            )
+        this.marks[stage] = fingerprint(_facts(this, stage))
+        if stage not in wanted and not _stands(this, stage, f"{stage}-{this.marks[stage]}"):
+            missing.append(stage)
+    if missing:
         raise UserError(
-            "no prepared log is recorded for this run: run stage prepare first, or name the data with --data"
+            f"{', '.join(missing)} {'has' if len(missing) == 1 else 'have'} not been run with these settings in "
+            f"{this.store.workspace}: add to --stages"
         )
+
+
+def _stage(this: Run, stage: str) -> None:
+    """Find the artifact of a stage, or make it."""
     facts = _facts(this, stage)
-    this.marks[stage] = fingerprint(facts)
     place = this.artifact(stage)
     if this.store.manifest(stage, this.marks[stage]) is not None:
         this.console.line(f"{stage:<9} stands already: {place}")
         this.seconds[stage] = None
         return
-    if not wanted:
-        raise UserError(f"stage {stage} has not been run with these settings (no {place}): add it to --stages")
     with this.store.lease(place, this.console.line) as is_held:
         if this.store.manifest(stage, this.marks[stage]) is not None:  # another process made it meanwhile
             this.console.line(f"{stage:<9} stands now: {place}")

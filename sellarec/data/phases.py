@@ -113,7 +113,9 @@ def partition_rows(
             facts["splits"] = sorted({*facts["splits"], *rows["split"].unique().to_list()})
         if "history" in table.column_names:
             listed = pc.unique(pc.list_flatten(_one(table["history"])))
-            ids = pl.DataFrame({"key": keys_of(listed), "id": pl.Series(listed.cast(pa.large_string()), dtype=pl.String)})
+            ids = pl.DataFrame(
+                {"key": keys_of(listed), "id": pl.Series(listed.cast(pa.large_string()), dtype=pl.String)}
+            )
             _write(ids, work / "ids" / "item" / f"{number:05d}-{tables:05d}-history.arrow")
             tables += 1
         for name, counter in values.items():

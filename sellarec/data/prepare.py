@@ -242,7 +242,9 @@ def _begin(work: Path, made_for: list) -> None:
 
 
 def _delete(work: Path) -> None:
-    (work / MADE_FOR).unlink(missing_ok=True)  # first, so that a deletion that is cut off leaves nothing that seems whole
+    (work / MADE_FOR).unlink(
+        missing_ok=True
+    )  # first, so that a deletion that is cut off leaves nothing that seems whole
     shutil.rmtree(work)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -153,13 +154,20 @@ def run_workers(
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="rank_of_best"),
         ),
     )
+    console.line(f"{stage:<9} starting {workers} workers")
+    handler = signal.getsignal(signal.SIGINT)
     with _showing(board, console, on_record) as errors:
         try:
             trainer.fit()
+        except SystemExit as error:  # Ray Train's own handler of Ctrl-C ends the process, with status 0
+            raise KeyboardInterrupt from error
         except TrainingFailedError as error:
             raise StageFailed(
                 f"stage {stage} failed, also when it was taken up again ({RETRIES} times at most): {cause_of(error)}"
             ) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
     if errors:
         raise UserError(errors[0])
     place.delete("checkpoints")
@@ -267,9 +275,10 @@ def describe(record: dict[str, Any]) -> str:
         best = " (best so far)" if record["best"] == record["step"] else f" (best at step {record['best']})"
         return f"{head}  valid AUC {_number(record['valid AUC'])}  UAUC {_number(record['valid UAUC'])}{best}"
     percent = 100 * record["step"] / max(1, record["steps"])
+    left = "" if record["seconds left"] is None else f"  {duration(record['seconds left'])} left"
     return (
         f"{head} ({percent:.0f}%)  loss {record['loss']:.4f}  {record['rows/s']:,.0f} rows/s  "
-        f"waiting for data {record['data wait %']:.0f}%  {duration(record['seconds left'])} left"
+        f"waiting for data {record['data wait %']:.0f}%{left}"
     )
 
 

@@ -155,6 +155,10 @@ class Engine:
                     dense.trainable(task.model), lr=settings.learning_rate, weight_decay=settings.weight_decay
                 )
 
+    def rate(self, step: int, steps: int) -> float:
+        """What the learning rates are multiplied by at a step; 1 for tables alone."""
+        return 1.0 if self.optimizer is None else learning_rate_factor(self.settings, step, steps)
+
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.workers.device, non_blocking=True) for name, value in batch.items()}
 
@@ -302,10 +306,8 @@ class Engine:
                 (output / "tables").write_json(f"{table.name}.json", index(table, parts))
 
 
-def learning_rate_factor(settings: Steps, step: int, steps: int) -> float:
-    """What the learning rates are multiplied by at a step: linear warm-up, then a cosine to 0; 1 without Dense."""
-    if not isinstance(settings, Dense):
-        return 1.0
+def learning_rate_factor(settings: Dense, step: int, steps: int) -> float:
+    """What the learning rates are multiplied by at a step: linear warm-up, then a cosine to 0."""
     warmup = max(1, round(settings.warmup * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -372,7 +374,7 @@ def _train(training: Training) -> None:
             rows = next(batches)
         seed_everything(training.seed, training.stage, position.step, workers.rank)
         try:
-            loss = engine.step(rows, position.step, learning_rate_factor(settings, position.step, steps))
+            loss = engine.step(rows, position.step, engine.rate(position.step, steps))
         except FloatingPointError as error:
             raise FloatingPointError(f"stage {training.stage}, step {position.step + 1} of {steps}: {error}") from error
         position.step += 1
@@ -421,7 +423,7 @@ def _facts(training: Training, engine: Engine, position: Position) -> dict[str, 
     optimizers = {}
     if engine.tables is not None and isinstance(training.settings, Sparse):
         optimizers["tables"] = f"row-wise Adagrad (fused), learning rate {training.settings.table_learning_rate}"
-    if isinstance(training.settings, Dense):
+    if isinstance(training.settings, Dense) and engine.optimizer is not None:
         optimizers["dense"] = f"AdamW, peak learning rate {training.settings.learning_rate}"
     return {
         "steps": position.step,
@@ -481,8 +483,8 @@ class _Reporter:
     def __init__(self, training: Training, workers: Workers, steps: int, first_step: int) -> None:
         self._training, self._rank, self._steps = training, workers.rank, steps
         self._rows = 0.0
-        self._clock = time.monotonic()
-        self._start, self._first_step = self._clock, first_step
+        self._clock = self._start = time.monotonic()
+        self._first_step = first_step
         self._wait = 0.0
         self._losses: list[float] = []
 
@@ -493,6 +495,9 @@ class _Reporter:
         self._wait += time.monotonic() - start
 
     def step(self, position: Position, loss: float, rows: int) -> None:
+        if position.step == self._first_step + 1:
+            # the first step starts things up, so the time left is told by those after it
+            self._start = time.monotonic()
         self._losses.append(loss)
         self._rows += rows
         if time.monotonic() - self._clock > PROGRESS_SECONDS:
@@ -506,7 +511,7 @@ class _Reporter:
         seconds = max(now - self._clock, 1e-9)
         loss = sum(self._losses) / len(self._losses)
         position.losses.append((position.step, loss))
-        done = position.step - self._first_step
+        done = position.step - self._first_step - 1
         self._send(
             {
                 "step": position.step,
@@ -514,7 +519,7 @@ class _Reporter:
                 "loss": loss,
                 "rows/s": self._rows / seconds,
                 "data wait %": 100 * self._wait / seconds,
-                "seconds left": (now - self._start) / done * (self._steps - position.step),
+                "seconds left": (now - self._start) / done * (self._steps - position.step) if done else None,
             }
         )
         self._clock, self._wait, self._rows, self._losses = now, 0.0, 0.0, []

@@ -3,78 +3,103 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prepared import files_of, prepare_into, rules, source_of
 
-from sellarec.data.log import INTERACTIONS, ITEMS, USERS, read_log, write_log
-from sellarec.data.prepare import Prepared, prepare
-from sellarec.data.raw import SPLITS, Raw
+from sellarec.data.log import INTERACTIONS, ITEMS, SEQUENCES, USERS, Log, read_log
+from sellarec.data.raw import SPLITS, Source
 from sellarec.errors import UserError
 
 
-def raw_log(count: int) -> Raw:
+def small_source(count: int) -> Source:
     index = np.arange(count)
-    rows = {"user": index % 7, "item": index % 11, "label": index % 2, "timestamp": index, "rating": index % 5 + 0.5}
-    items = pa.table(
-        {"external_id": np.arange(12), "title": [f"Title {item}" for item in range(12)], "text": [""] * 12}
-    )
-    return Raw(pa.table(rows), items, noun="book", label_rule="every other row")
+    rows = {
+        "user": index % 7,
+        "item": index % 11,
+        "label": pa.array(index % 2, pa.int8()),
+        "timestamp": index,
+        "rating": pa.array(index % 5 + 0.5, pa.float32()),
+    }
+    items = pa.table({"item": np.arange(12), "title": [f"Title {item}" for item in range(12)]})
+    return source_of(pa.table(rows), items)
 
 
 @pytest.fixture
-def prepared() -> Prepared:
-    return prepare(raw_log(40), history_cap=3)
+def log(tmp_path) -> Log:
+    return prepare_into(tmp_path / "log", small_source(40), rules(history_cap=3))
 
 
-def test_what_is_written_is_read(prepared, tmp_path):
-    write_log(prepared, tmp_path / "log")
-    log = pickle.loads(pickle.dumps(read_log(tmp_path / "log")))
-    assert log.facts == prepared.facts
+def test_tables_have_the_schemas_that_are_stated(log):
+    log = pickle.loads(pickle.dumps(log))
+    assert sum(len(log.split(split)) for split in SPLITS) == 40
     for split in SPLITS:
-        table = log.split(split)
-        assert table.schema.equals(INTERACTIONS)
-        assert table.to_pylist() == prepared.interactions[split].to_pylist()
+        assert log.split(split).schema.equals(INTERACTIONS)
         assert log.split(split, ["user", "label"]).column_names == ["user", "label"]
-        assert pq.read_schema(log.split_path(split)).equals(INTERACTIONS)
-    assert log.items().schema.equals(ITEMS)
-    assert log.items().equals(prepared.items)
-    assert log.users().schema.equals(USERS)
-    assert log.users().equals(prepared.users)
+        assert all(pq.read_schema(path).equals(INTERACTIONS) for path in log.split_paths(split))
+    assert log.items().schema.equals(ITEMS) and len(log.items()) == 12
+    assert log.users().schema.equals(USERS) and len(log.users()) == 7
+    assert log.users(["seen"]).column_names == ["seen"]
+    sequences = pa.concat_tables([pq.ParquetFile(path).read() for path in log.paths("sequences")])
+    assert sequences.schema.equals(SEQUENCES) and len(sequences) == 7
 
 
-def test_the_same_log_is_written_byte_for_byte(prepared, tmp_path):
-    write_log(prepared, tmp_path / "a")
-    write_log(prepare(raw_log(40), history_cap=3), tmp_path / "b")
-    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
-    assert len(files) == 6
-    for file in files:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+def test_categorical_features_follow_as_codes_that_the_facts_list(tmp_path):
+    rows = {"user": [1, 2, 1, 2, 1], "item": [1, 2, 3, 4, 5], "timestamp": [1, 2, 3, 4, 5]}
+    features = {"domain": ["Books", "null", "Books", None, "Games"], "verified": ["1", "0", "0", "0", None]}
+    source = source_of(pa.table(rows | features), features=("verified",))
+    log = prepare_into(tmp_path, source, rules(shares=(0.6, 0.2, 0.2)))
+    assert log.facts["features"] == {"domain": ["Books", "Games", "null"], "verified": ["0", "1"]}
+    codes = {name: [c for split in SPLITS for c in log.split(split)[name].to_pylist()] for name in features}
+    assert codes == {"domain": [0, 2, 0, None, 1], "verified": [1, 0, 0, 0, None]}
+    assert log.split("train").schema.equals(
+        INTERACTIONS.append(pa.field("domain", pa.int32())).append(pa.field("verified", pa.int32()))
+    )
+
+
+def test_the_same_log_is_written_byte_for_byte(tmp_path):
+    for name in ("a", "b"):
+        prepare_into(tmp_path / name, small_source(40))
+    assert len(files_of(tmp_path / "a")) == 7
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
 def test_row_groups_are_bounded(tmp_path):
-    log = write_log(prepare(raw_log(100_000), history_cap=3), tmp_path)
-    metadata = pq.ParquetFile(log.split_path("train")).metadata
+    log = prepare_into(tmp_path, small_source(100_000))
+    (path,) = log.split_paths("train")
+    metadata = pq.ParquetFile(path).metadata
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [65_536, 14_464]
 
 
+def test_rows_of_a_split_are_in_time_order_over_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("sellarec.data.prepare.PIECE_ROWS", 10)
+    log = prepare_into(tmp_path, small_source(100))
+    bounds = []
+    for path in log.split_paths("train"):
+        times = pq.ParquetFile(path).read(["timestamp"])["timestamp"].to_numpy()
+        assert (np.diff(times) >= 0).all()
+        bounds += [times[0], times[-1]]
+    assert len(bounds) > 10 and bounds == sorted(bounds)
+
+
 def test_no_log(tmp_path):
-    with pytest.raises(UserError, match=r"holds no prepared log: cannot read log\.json"):
+    with pytest.raises(UserError, match=r"holds no prepared log: cannot read manifest\.json"):
         read_log(tmp_path)
 
 
-def test_damaged_log(prepared, tmp_path):
-    log = write_log(prepared, tmp_path)
-    log.split_path("test").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"Cannot read .*test\.parquet of the prepared log"):
+def test_damaged_log(log):
+    log.split_paths("test")[0].write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"Cannot read the prepared log: .*Prepare the data again"):
         log.split("test")
-    (tmp_path / "log.json").write_text("{")
-    with pytest.raises(UserError, match=r"log\.json is damaged"):
-        read_log(tmp_path)
+    Path(log.directory / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        read_log(log.directory)
 
 
-def test_an_unknown_split_is_a_programming_error(prepared, tmp_path):
+def test_an_unknown_split_is_a_programming_error(log):
     with pytest.raises(ValueError, match="no split 'dev'"):
-        write_log(prepared, tmp_path).split("dev")
+        log.split("dev")

@@ -1,14 +1,16 @@
 """Laws of the generated world: what is planted, who is new when, and what texts must not tell."""
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from prepared import prepare_into, read_parts, rules
 from sklearn.metrics import roc_auc_score
 
 from sellarec.config import World
-from sellarec.data.prepare import prepare
-from sellarec.data.raw import Raw
+from sellarec.data.raw import SPLITS, Dropped
 from sellarec.data.world import QUESTIONS, generate_world
 from sellarec.errors import UserError
 from sellarec.language.templates import templates
@@ -17,16 +19,31 @@ SPLIT = (0.8, 0.1, 0.1)
 SMALL = {"users": 200, "items": 150, "interactions": 6000}
 
 
-def world(seed: int = 0, **changes) -> Raw:
-    return generate_world(World(**SMALL | changes), SPLIT, seed)
+@dataclass
+class Tables:
+    """A world's rows and catalog, as preparation reads them."""
+
+    interactions: pa.Table
+    items: pa.Table
+    dropped: Dropped
+
+
+def tables_of(settings: World, seed: int = 0) -> Tables:
+    source = generate_world(settings, SPLIT, seed)
+    dropped = Dropped("refuse")
+    return Tables(read_parts(source.interactions, dropped), read_parts(source.items), dropped)
+
+
+def world(seed: int = 0, **changes) -> Tables:
+    return tables_of(World(**SMALL | changes), seed)
 
 
 @pytest.fixture(scope="module")
-def large() -> Raw:
-    return generate_world(World(users=1500, items=800, interactions=40_000), SPLIT, 3)
+def large() -> Tables:
+    return tables_of(World(users=1500, items=800, interactions=40_000), 3)
 
 
-def column(raw: Raw, name: str) -> np.ndarray:
+def column(raw: Tables, name: str) -> np.ndarray:
     return raw.interactions[name].to_numpy()
 
 
@@ -41,7 +58,7 @@ def test_the_log_is_in_time_order_and_has_each_pair_once():
     assert (np.diff(column(raw, "timestamp")) >= 0).all()
     pairs = set(zip(column(raw, "user"), column(raw, "item"), strict=True))
     assert len(pairs) == len(raw.interactions)
-    assert len(raw.interactions) + raw.dropped["repeated user and item"] == SMALL["interactions"]
+    assert len(raw.interactions) + raw.dropped.counts["repeated user and item"] == SMALL["interactions"]
     assert column(raw, "user").max() < SMALL["users"] and column(raw, "item").max() < SMALL["items"]
     assert len(raw.items) == SMALL["items"]
 
@@ -51,7 +68,7 @@ def test_new_users_and_items_appear_first_in_the_test_period(kind):
     """Of those planted as new nearly all that occur; without new ones nearly none."""
     found = {}
     for share in (0.0, 0.2):
-        raw = generate_world(World(**{f"new_{kind}s": share}), SPLIT, 0)
+        raw = tables_of(World(**{f"new_{kind}s": share}))
         ids = column(raw, kind)
         test = round(len(ids) * (1 - SPLIT[2]))
         found[share] = len(set(ids[test:]) - set(ids[:test])) / getattr(World(), f"{kind}s")
@@ -62,14 +79,16 @@ def test_new_users_and_items_appear_first_in_the_test_period(kind):
 @pytest.mark.parametrize("interactions", [3000, 10_000, 30_000])
 def test_none_of_the_new_comes_before_the_test_split_however_dense_the_log(interactions):
     users, items = 200, 200
-    raw = generate_world(World(users=users, items=items, interactions=interactions, new_items=0.0), SPLIT, 0)
+    raw = tables_of(World(users=users, items=items, interactions=interactions, new_items=0.0))
     first = np.flatnonzero(column(raw, "user") >= users - round(users * World().new_users))[0]
     test_start = round(len(raw.interactions) * (SPLIT[0] + SPLIT[1]))
     assert test_start <= first < test_start + 50
 
 
-def test_once_prepared_new_users_are_cold_in_the_test_split_alone():
-    splits = prepare(generate_world(World(), SPLIT, 0), history_cap=5, split=SPLIT).interactions
+def test_once_prepared_new_users_are_cold_in_the_test_split_alone(tmp_path):
+    log = prepare_into(tmp_path, generate_world(World(), SPLIT, 0), rules(shares=SPLIT))
+    splits = {name: log.split(name) for name in SPLITS}
+    assert log.facts["items_without_title"] == 0 and log.facts["dropped"]["repeated user and item"] > 0
     for seen in ("user_seen", "item_seen"):
         cold = {name: 1 - np.mean(table[seen].to_numpy()) for name, table in splits.items()}
         assert cold["train"] == 0 and cold["valid"] < 0.01 and cold["test"] > 0.1
@@ -114,7 +133,7 @@ def test_each_planted_part_makes_the_log_easier_to_rank(strength):
 
 
 def test_titles_are_distinct_and_texts_are_there():
-    raw = generate_world(World(users=50, items=3000, interactions=4000), SPLIT, 0)
+    raw = tables_of(World(users=50, items=3000, interactions=4000))
     titles, texts = raw.items["title"].to_pylist(), raw.items["text"].to_pylist()
     assert len(set(titles)) == len(titles)
     assert all(title.strip() == title and title for title in titles)

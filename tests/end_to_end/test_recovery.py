@@ -43,6 +43,26 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_interrupted_job(inputs: Path, tmp_path: Path) -> None:
+    """Ctrl-C in a stage with workers, and in one without after it: a word of it, its exit status, and the job goes on later."""
+    shutil.copytree(inputs / "w", tmp_path / "w")
+    for stage in ("collab", "distil"):
+        (folder,) = (tmp_path / "w/artifacts").glob(f"{stage}-*")
+        shutil.rmtree(folder)
+    common = ["demo", inputs / "tiny.yaml", "--name", "run", "--stages", "collab,distil", "--workspace", tmp_path / "w"]
+    for number, reached in enumerate(("collab    step", "collab    done")):
+        log = tmp_path / f"{number}.log"
+        job = main_job.start(*common, log=log)
+        try:
+            main_job.wait_for(log, reached, job)
+            os.kill(job.pid, signal.SIGINT)
+            assert job.wait(120) == 130, log.read_text()
+        finally:
+            main_job.end(job)
+        assert log.read_text().splitlines()[-1].startswith("interrupted: what is finished is kept")
+    main_job.train(*common, log=tmp_path / "last.log")
+
+
 @pytest.mark.parametrize(
     "stage",
     ["collab", "fuse", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pretrain", "adapt", "align"))],

@@ -66,7 +66,7 @@ def test_same_results(runs: dict[int, tuple[Path, str]], workers: int) -> None:
 @pytest.mark.parametrize("workers", WORKERS)
 def test_every_test_row_is_scored_once(runs: dict[int, tuple[Path, str]], workers: int) -> None:
     workspace = runs[workers][0]
-    rows = pq.read_table(main_job.artifact(workspace, "run", "prepare") / "interactions/test.parquet")["row"]
+    rows = pq.read_table(main_job.artifact(workspace, "run", "prepare") / "interactions/test")["row"]
     scores = pq.read_table(main_job.artifact(workspace, "run", "evaluate") / "scores.parquet")
     assert scores["row"].to_pylist() == rows.to_pylist()
 
