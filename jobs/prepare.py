@@ -16,19 +16,21 @@ def main(arguments: list[str]) -> None:
     from sellarec.data.log import write_manifest
     from sellarec.data.prepare import prepare, rules_of
     from sellarec.data.sources import open_source
+    from sellarec.data.sources.published import fetch
     from sellarec.training.launch import connect
     from sellarec.training.progress import Console
 
     console = Console()
     if (settings.out / "manifest.json").exists():
         raise UserError(f"{settings.out} holds a prepared log already: give another --out, or delete it")
-    source = open_source(settings.data)
+    data = fetch(settings.data, settings.downloads, console.line)
+    source = open_source(data)
     facts = prepare(
         source,
-        rules_of(settings.data, source),
+        rules_of(data, source),
         settings.out,
         hashes={Path(path).name: file_hash(path) for path in source.files},
-        bad_rows=settings.data.bad_rows,
+        bad_rows=data.bad_rows,
         previous=settings.init_from,
         start_ray=lambda: connect(1, console),
         say=console.line,

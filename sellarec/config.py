@@ -452,6 +452,8 @@ class Prepare:
     """Folder to write into; on a cluster, one that all nodes share."""
     init_from: Path | None = None
     """A prepared log whose user and item ids are kept: what is new gets ids after them."""
+    downloads: Path = Path("downloads")
+    """Folder for files that the publisher serves, which are fetched where --path is not given (MovieLens, Amazon)."""
     data: Data = field(default_factory=Data)
 
 
