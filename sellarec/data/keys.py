@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -68,16 +69,16 @@ def look_up(keys: np.ndarray, path: Path, unknown: int | None = None) -> np.ndar
     """
     known = np.load(f"{path}.keys.npy", mmap_mode="r")
     numbers = np.load(f"{path}.numbers.npy", mmap_mode="r")
-    wanted, back = np.unique(keys, return_inverse=True)  # sorted, so that the search runs through the file once
-    if len(known) == 0 and len(wanted) and unknown is None:
+    all_keys = pl.Series("key", keys)
+    wanted = np.sort(all_keys.unique().to_numpy())  # sorted, so that the search runs through the file once
+    found = np.full(len(wanted), -1 if unknown is None else unknown, np.int64)
+    if len(known) and len(wanted):
+        position = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        present = known[position] == wanted
+        found[present] = numbers[position[present]]
+    else:
+        present = np.zeros(len(wanted), bool)
+    if unknown is None and not present.all():
         raise KeyError(f"{path}: a key without a number")
-    if len(wanted) == 0 or len(known) == 0:
-        return np.full(len(keys), unknown or 0, np.int64)
-    position = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    found = np.asarray(numbers[position])
-    absent = known[position] != wanted
-    if absent.any():
-        if unknown is None:
-            raise KeyError(f"{path}: a key without a number")
-        found[absent] = unknown
-    return found[back]
+    table = pl.DataFrame({"key": wanted, "number": found})
+    return all_keys.to_frame().join(table, on="key", how="left", maintain_order="left")["number"].to_numpy()

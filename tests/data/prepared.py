@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def rules(**changes) -> Rules:
 def in_parts(table: pa.Table, parts: int, name: str = "rows") -> tuple[Part, ...]:
     """A table cut into parts, in its order; some are empty where it is short."""
     edges = np.linspace(0, len(table), parts + 1).round().astype(int)
-    cut = [table.slice(low, high - low) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    cut = [table.slice(low, high - low) for low, high in itertools.pairwise(edges)]
     return tuple(part_of_table(f"{name} {number}", piece) for number, piece in enumerate(cut))
 
 
