@@ -85,7 +85,7 @@ def cases(draw) -> Case:
         row["split"] = st.sampled_from(SPLITS if split == "given" else ("train", "train", "test"))
     if draw(st.booleans()):
         row["domain"] = st.sampled_from(["b", "a", "null", None])
-    rows = draw(st.lists(st.fixed_dictionaries(row), min_size=8, max_size=60))
+    rows = draw(st.lists(st.fixed_dictionaries(row), min_size=15, max_size=60))
     for number, made in enumerate(rows):
         made["expected"] = float(number)  # tells in the log which row of the source each one was
     chosen = rules(
@@ -261,15 +261,7 @@ def expected_log(case: Case, drawn: dict[float, str]) -> dict[str, Any]:
     return tables | {"facts": facts}
 
 
-# ---- the log that is found ----
-
-
-def found_log(log: Log, facts: dict[str, Any]) -> dict[str, Any]:
-    tables = {name: log.split(name).to_pylist() for name in SPLITS}
-    tables |= {"items": log.items().to_pylist(), "users": log.users().to_pylist()}
-    sequences = [row for path in log.paths("sequences") for row in pq.ParquetFile(path).read().to_pylist()]
-    tables["sequences"] = sorted(sequences, key=lambda row: row["user"])
-    return tables | {"facts": {name: log.facts[name] for name in facts}}
+# ---- the two side by side ----
 
 
 def tables_found(case: Case) -> dict[str, Any]:
