@@ -68,7 +68,7 @@ def test_no_ids_have_no_keys():
         assert keys_of(empty).tolist() == [] and keys_of(empty).dtype == np.uint64
 
 
-@pytest.mark.parametrize("form", ["{}", "user-{}", "A{:027d}", "{:0>9}" + "x" * 64])
+@pytest.mark.parametrize("form", ["user-{}", "A{:027d}", "{:0>9}" + "x" * 64])
 def test_a_million_ids_have_a_million_keys(form):
     ids = strings([form.format(number) for number in range(1_000_000)])
     assert len(np.unique(keys_of(ids))) == 1_000_000

@@ -305,7 +305,7 @@ def check(case: Case) -> None:
     assert len(in_log) + sum(found["facts"]["dropped"].values()) == len(case.rows)
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(cases())
 def test_all_tables_are_the_referees(case):
     check(case)
