@@ -12,6 +12,8 @@ from pathlib import Path
 import main_job
 import pytest
 
+from sellarec.errors import exit_status
+
 Run = Callable[..., tuple[int, str]]
 
 
@@ -25,7 +27,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
 
     def call(*arguments: str | Path, workspace: Path = tmp_path / "w") -> tuple[int, str]:
         capsys.readouterr()
-        status = job.main([*map(str, arguments), "--workspace", str(workspace)])
+        status = exit_status(job.main, [*map(str, arguments), "--workspace", str(workspace)])
         return status, capsys.readouterr().err
 
     return call
