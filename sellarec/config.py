@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -600,9 +601,11 @@ def _check_bounds(settings: Any) -> None:
     for name, value, _ in leaves(settings):
         if isinstance(value, float | int) and not isinstance(value, bool):
             low = _LOWEST.get(name.rpartition(".")[2], 0)
-            high = MAX_WORLD if name.startswith("data.world.") else MAX_NUMBER
-            if not low <= value <= high:
-                raise UserError(f"{name} is {value}, but must be a number from {low} to {high:,}")
+            if not value >= low or math.isinf(value):
+                raise UserError(f"{name} is {value}, but must be a finite number, at least {low}")
+            high = MAX_WORLD if name.startswith("data.world.") else MAX_INTEGER
+            if isinstance(value, int) and value > high:
+                raise UserError(f"{name} is {value}, but must be at most {high:,}")
 
 
 def check_data(data: Data) -> None:
@@ -636,8 +639,8 @@ def check_data(data: Data) -> None:
             raise UserError(f"data.{name} is {dates[0]} and {dates[1]}: the second date must come after the first")
 
 
-MAX_NUMBER = 2**31 - 1
-"""No setting is above it."""
+MAX_INTEGER = 2**31 - 1
+"""No count is above it."""
 
 MAX_WORLD = 10_000_000
 """The generated world is made in memory."""
