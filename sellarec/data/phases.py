@@ -442,8 +442,6 @@ def write_bucket(
     number: int,
     first: int,
     ends: Sequence[int],
-    users: int,
-    items: int,
     bucket_in_split: dict[int, int],
     vocabularies: dict[str, list[str]],
     log: Path,

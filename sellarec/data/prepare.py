@@ -157,8 +157,6 @@ def prepare(
                 b,
                 starts[b],
                 ends,
-                counts["user"],
-                counts["item"],
                 places[b],
                 vocabularies,
                 folder,
@@ -242,9 +240,8 @@ def _begin(work: Path, made_for: list) -> None:
 
 
 def _delete(work: Path) -> None:
-    (work / MADE_FOR).unlink(
-        missing_ok=True
-    )  # first, so that a deletion that is cut off leaves nothing that seems whole
+    # this first: a deletion that is cut off must leave nothing that seems whole
+    (work / MADE_FOR).unlink(missing_ok=True)
     shutil.rmtree(work)
 
 

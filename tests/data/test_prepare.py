@@ -373,6 +373,17 @@ def test_new_data_extend_the_ids_of_an_earlier_log(tmp_path):
     assert all(row["user_seen"] == seen[f"u{(2, 7, 8)[number // 4]}"] for number, row in enumerate(rows))
 
 
+def test_what_an_earlier_log_knew_by_name_alone_is_seen_once_train_has_it(tmp_path):
+    first = prepare_into(tmp_path / "first", book_source(some_ratings()))
+    # i3 is in the earlier train split and only in the new test split, i99 in the new train split alone
+    more = [(0, item, 1, 2_000 + number) for number, item in enumerate([99, 1, 0, 2, 4, 5, 6, 7, 8, 3])]
+    second = prepare_into(tmp_path / "second", source_of(table_of(more)), previous=first.directory)
+    seen = [{row["external_id"]: row["seen"] for row in log.items().to_pylist()} for log in (first, second)]
+    assert [known["i99"] for known in seen] == [False, True] and [known["i3"] for known in seen] == [True, True]
+    assert not seen[1]["i8"]
+    assert [row["item_seen"] for row in tables_of(second)["rows"]] == [True] * 8 + [False, True]
+
+
 def test_an_extended_log_is_extended_again(tmp_path):
     folder, previous = tmp_path / "0", None
     ids: list[str] = []
