@@ -166,6 +166,7 @@ def test_full_disk(run: Run, small_disk: Path) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_disk_that_gets_full_in_a_stage_with_workers(small_disk: Path, tmp_path: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
     recipe = main_job.write_recipe(tmp_path)
