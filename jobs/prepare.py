@@ -1,7 +1,6 @@
 """A dataset to the prepared log: `python jobs/prepare.py DATASET [--path P] --out DIR`. `--help` lists all settings."""
 
 import sys
-from pathlib import Path
 
 from sellarec.environment import check_environment
 from sellarec.errors import UserError, exit_status
@@ -12,7 +11,7 @@ def main(arguments: list[str]) -> None:
     from sellarec.config import parse_prepare  # after the check: these import what it looks for
 
     settings = parse_prepare(arguments)
-    from sellarec.data.files import file_hash
+    from sellarec.data.files import file_hashes
     from sellarec.data.log import write_manifest
     from sellarec.data.prepare import prepare, rules_of
     from sellarec.data.sources import open_source
@@ -29,7 +28,7 @@ def main(arguments: list[str]) -> None:
         source,
         rules_of(data, source),
         settings.out,
-        hashes={Path(path).name: file_hash(path) for path in source.files},
+        hashes=file_hashes(source.files),
         bad_rows=data.bad_rows,
         previous=settings.init_from,
         start_ray=lambda: connect(1, console),

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
-from sellarec.data.files import file_hash
+from sellarec.data.files import file_hashes
 from sellarec.data.log import Log, read_log
 from sellarec.data.prepare import prepare, rules_of
 from sellarec.data.raw import Source
@@ -104,7 +103,7 @@ class Run:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the source's files, by name."""
-        return {Path(path).name: file_hash(path) for path in self.source.files}
+        return file_hashes(self.source.files)
 
     @property
     def place(self) -> Place:

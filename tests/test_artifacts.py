@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sellarec import artifacts
-from sellarec.artifacts import Place, Store, fingerprint, free_bytes, hash_file
+from sellarec.artifacts import Place, Store, fingerprint, free_bytes
 from sellarec.errors import UserError
 
 PLAIN = st.recursive(
@@ -264,13 +264,6 @@ def test_a_lease_that_disappears_while_it_is_looked_at_is_no_error(tmp_path):
     finally:
         ended.set()
         thread.join()
-
-
-def test_the_hash_of_a_file_is_of_its_bytes(tmp_path):
-    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
-        (tmp_path / name).write_bytes(content)
-    assert hash_file(tmp_path / "a") == hash_file(tmp_path / "b") != hash_file(tmp_path / "c")
-    assert len(hash_file(tmp_path / "a")) == 64
 
 
 def test_free_bytes_are_told_of_a_place_that_is_not_there_yet(tmp_path):

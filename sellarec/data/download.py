@@ -19,15 +19,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sellarec.errors import UserError
+from sellarec.training.progress import PROGRESS_SECONDS
 
 TRIES = 6
 """Tries in a row that bring nothing new before a download is given up."""
 
 BACKOFF_SECONDS = 1.0
 """Wait before the second try; it doubles with each further one."""
-
-PROGRESS_SECONDS = 5.0
-"""Time between two lines of progress."""
 
 TIMEOUT_SECONDS = 60.0
 """Silence of a server after which a connection counts as broken."""

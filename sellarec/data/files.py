@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -160,6 +161,18 @@ def block_end(held: bytes, quotes: bool) -> int:
         is_open ^= held.count(b'"', before, end) % 2 == 1
         end = before
     return end
+
+
+def file_hashes(paths: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of files by their names below the folder that holds them all, wherever that lies.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    # cut at a slash in the next line; commonpath would take a URI's two slashes for one
+    common = os.path.commonprefix(list(paths))  # noqa: RUF071
+    folder = common[: common.rfind("/") + 1]
+    return {path.removeprefix(folder): file_hash(path) for path in paths}
 
 
 def lines(path: str, encoding: str = "utf-8", stream: IO[bytes] | None = None) -> Iterator[tuple[int, str]]:

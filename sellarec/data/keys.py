@@ -16,8 +16,8 @@ _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: a bijection of uint64."""
+def mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint64 whose values look drawn (the end of splitmix64)."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * _MULTIPLIERS[0]
         x = (x ^ (x >> np.uint64(27))) * _MULTIPLIERS[1]
@@ -28,7 +28,7 @@ def keys_of(ids: pa.Array) -> np.ndarray:
     """uint64 keys of int64 or string ids, without nulls."""
     if pa.types.is_integer(ids.type):
         with np.errstate(over="ignore"):
-            return _mix(ids.cast(pa.int64()).to_numpy(zero_copy_only=False).view(np.uint64) + _STEP)
+            return mix(ids.cast(pa.int64()).to_numpy(zero_copy_only=False).view(np.uint64) + _STEP)
     ids = ids.cast(pa.large_binary())
     if len(ids) == 0:
         return np.empty(0, np.uint64)
@@ -47,8 +47,8 @@ def keys_of(ids: pa.Array) -> np.ndarray:
         piece = data[start[:, None] + place]
         piece[place >= (lengths[within] - 8 * word)[:, None]] = 0
         with np.errstate(over="ignore"):
-            found[within] = _mix((found[within] ^ piece.view("<u8")[:, 0]) + _STEP)
-    return _mix(found + _STEP)
+            found[within] = mix((found[within] ^ piece.view("<u8")[:, 0]) + _STEP)
+    return mix(found + _STEP)
 
 
 def write_numbering(keys: np.ndarray, numbers: np.ndarray, path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sellarec.config import Fuse, Prompt
+from sellarec.data.keys import mix
 from sellarec.fusion.projection import HybridProjection, Projection
 from sellarec.language import llm as llms
 from sellarec.language.adapt import answer_loss, answer_score, make_prompts
@@ -111,9 +112,7 @@ def uniform(rows: np.ndarray, *salt: int) -> np.ndarray:
     state = np.random.SeedSequence(salt).generate_state(1, np.uint64)[0]
     with np.errstate(over="ignore"):
         x = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + state
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) / float(1 << 53)
+    return (mix(x) >> np.uint64(11)) / float(1 << 53)
 
 
 def build_fuse(

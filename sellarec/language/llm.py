@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sellarec.artifacts import hash_file
+from sellarec.data.files import file_hash
 from sellarec.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def find_llm(model: str, revision: str | None) -> LlmSource:
         files = sorted(
             path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja")
         )
-        hashes = [(path.name, hash_file(path)) for path in files]
+        hashes = [(path.name, file_hash(str(path))) for path in files]
         return LlmSource(str(folder), None, hashlib.sha256(json.dumps(hashes).encode()).hexdigest())
     if model.startswith(("/", ".", "~")) or model.count("/") > 1 or folder.exists():
         raise UserError(f"there is no folder {model} to take the language model from: give --llm a Hugging Face folder")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sellarec.data import files
-from sellarec.data.files import file_hash, is_file, line_blocks, lines, names_in, open_file
+from sellarec.data.files import file_hash, file_hashes, is_file, line_blocks, lines, names_in, open_file
 from sellarec.errors import UserError
 
 
@@ -135,3 +135,12 @@ def test_blocks_hold_whole_lines_and_whole_quotes(tmp_path_factory, rows, size):
                 before += block.count(b"\n")
                 assert block.endswith(b"\n")
                 assert not quotes or block.count(b'"') % 2 == 0
+
+
+def test_files_of_one_name_in_two_folders_have_hashes_of_their_own(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.csv").write_text(folder)
+    found = file_hashes([str(tmp_path / folder / "x.csv") for folder in ("a", "b")])
+    assert sorted(found) == ["a/x.csv", "b/x.csv"] and len(set(found.values())) == 2
+    assert list(file_hashes([str(tmp_path / "a/x.csv")])) == ["x.csv"] and file_hashes([]) == {}

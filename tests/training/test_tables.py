@@ -183,6 +183,7 @@ def test_saved_rows_are_read_back_and_a_state_that_is_loaded_steps_on_alike(grou
     torch.save(tables.state(), tmp_path / "state.pt")
     step(tables, ids, gradients)
     resumed = sharded(group, table)
+    # written above by this test: sharded tensors are no plain weights
     resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=False))
     np.testing.assert_array_equal(current(resumed, 5), saved.read(0, 5))
     step(resumed, ids, gradients)

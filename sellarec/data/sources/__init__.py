@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 from sellarec.data.raw import Source
 from sellarec.errors import UserError
@@ -29,11 +29,11 @@ def open_source(data: Data) -> Source:
             f"the data of source {data.source} are not given: name their folder or file with --data (--path in prepare.py)"
         )
     elif data.source == "movielens":
-        source = movielens.open_movielens(data.path, data.dataset or "ml-latest-small")
+        source = movielens.open_movielens(data.path, named_dataset(data))
     elif data.source == "amazon":
         period = None if data.period is None else (seconds(data.period[0]), seconds(data.period[1]))
-        edition = data.dataset or "2023"
-        source = amazon.open_amazon(data.path, edition, data.categories, form=data.form, period=period)  # type: ignore[arg-type]
+        edition = cast(amazon.Edition, named_dataset(data))
+        source = amazon.open_amazon(data.path, edition, data.categories, form=data.form, period=period)
     elif data.source == "tables":
         described = None if data.items is None else data.item_columns
         source = tables.open_tables(data.path, data.columns, items=data.items, item_columns=described)
@@ -41,3 +41,17 @@ def open_source(data: Data) -> Source:
         reader = {"collm": collm.open_collm, "lcrec": lcrec.open_lcrec, "recbole": recbole.open_recbole}
         source = {**reader, "lightgcn": lightgcn.open_lightgcn}[data.source](data.path)
     return dataclasses.replace(source, noun=data.noun or source.noun)
+
+
+def named_dataset(data: Data) -> str:
+    """Which dataset of MovieLens or Amazon is meant.
+
+    Raises:
+        UserError: none, or one that doesn't exist.
+    """
+    from sellarec.data.sources import amazon, movielens
+
+    known = movielens.DATASETS if data.source == "movielens" else get_args(amazon.Edition)
+    if data.dataset is None or data.dataset not in known:
+        raise UserError(f"data.dataset is {data.dataset}, but the datasets of {data.source} are {', '.join(known)}")
+    return data.dataset

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sellarec.config import Data
 from sellarec.data.download import download
+from sellarec.data.sources import named_dataset
 from sellarec.errors import UserError
 
 MOVIELENS = "https://files.grouplens.org/datasets/movielens"
@@ -21,12 +22,12 @@ AMAZON = {
 def published_files(data: Data) -> list[str]:
     """Addresses of the files of a dataset; [] where its publisher serves none that could be fetched plainly."""
     if data.source == "movielens":
-        return [f"{MOVIELENS}/{data.dataset or 'ml-latest-small'}.zip"]
+        return [f"{MOVIELENS}/{named_dataset(data)}.zip"]
     if data.source != "amazon":
         return []
     if not data.categories:
         raise UserError("data.categories names no category of amazon, for instance --data.categories Video_Games")
-    edition, form = data.dataset or "2023", data.form or "reviews"
+    edition, form = named_dataset(data), data.form or "reviews"
     reviews = {
         ("2014", "reviews"): "reviews_{}.json.gz",
         ("2014", "5core"): "reviews_{}_5.json.gz",
@@ -41,7 +42,7 @@ def published_files(data: Data) -> list[str]:
         "2018": "metaFiles2/meta_{}.json.gz",
         "2023": "meta_categories/meta_{}.jsonl.gz",
     }
-    if edition not in described or reviews is None:
+    if reviews is None:
         raise UserError(
             f"data.dataset is {edition} and data.form {form}: these files are not fetched, so name their folder with --data"
         )

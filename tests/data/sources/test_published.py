@@ -36,7 +36,10 @@ def test_amazons_files(dataset, form, found):
 
 def test_no_category_or_no_such_form_is_refused():
     with pytest.raises(UserError, match=r"data\.categories names no"):
-        published.published_files(Data(source="amazon"))
+        published.published_files(Data(source="amazon", dataset="2023"))
+    for source in ("amazon", "movielens"):
+        with pytest.raises(UserError, match=f"data.dataset is 1999, but the datasets of {source}"):
+            published.published_files(Data(source=source, dataset="1999", categories=("A",)))
     with pytest.raises(UserError, match="not fetched"):
         published.published_files(Data(source="amazon", dataset="2023", form="ratings", categories=("A",)))
 
