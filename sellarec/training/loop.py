@@ -152,7 +152,10 @@ class Engine:
             task.model.train(isinstance(settings, Dense))
             if isinstance(settings, Dense):
                 self.optimizer = torch.optim.AdamW(
-                    dense.trainable(task.model), lr=settings.learning_rate, weight_decay=settings.weight_decay
+                    dense.trainable(task.model),
+                    lr=settings.learning_rate,
+                    weight_decay=settings.weight_decay,
+                    fused=True,  # one kernel for all parameters: a fifth of a small model's step otherwise
                 )
 
     def rate(self, step: int, steps: int) -> float:
