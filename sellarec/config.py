@@ -197,9 +197,9 @@ class Pretrain(Steps, Dense, Language):
 
     batch: int = 16
     """Texts of the global batch of one optimizer step, all workers together."""
-    epochs: float = 40.0
+    epochs: float = 48.0
     """Passes over the catalog's texts."""
-    max_steps: int | None = 1000
+    max_steps: int | None = 1200
     """Optimizer steps at most; None leaves it to the epochs."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
