@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> None:
     settings = parse_prepare(arguments)
     from sellarec.data.files import file_hashes
     from sellarec.data.log import write_manifest
-    from sellarec.data.prepare import prepare, rules_of
+    from sellarec.data.prepare import check_expected, prepare, rules_of
     from sellarec.data.sources import open_source
     from sellarec.data.sources.published import fetch
     from sellarec.training.launch import connect
@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> None:
         start_ray=lambda: connect(1, console),
         say=console.line,
     )
+    check_expected(facts, data.expected)
     write_manifest(settings.out, facts)
     rows = ", ".join(f"{count:,} {name}" for name, count in facts["rows"].items())
     console.line(f"{facts['users']:,} users, {facts['items']:,} items; rows: {rows}: {settings.out}")

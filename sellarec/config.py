@@ -103,6 +103,9 @@ class Data:
     """Most recent positives kept in a row's history (items)."""
     noun: str | None = None
     """What an item is called in prompts; None takes the source's word."""
+    expected: tuple[int, int, int, int, int] | None = runtime(None)
+    """What a published dataset is known to hold: train, valid and test rows, users, items. A log with other counts is
+    refused, as it is not that dataset; None takes any."""
     world: World = field(default_factory=World)
 
 

@@ -22,7 +22,7 @@ from sellarec.artifacts import Place, Store, fingerprint, free_bytes
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
 from sellarec.data.files import file_hashes
 from sellarec.data.log import Log, read_log
-from sellarec.data.prepare import prepare, rules_of
+from sellarec.data.prepare import check_expected, prepare, rules_of
 from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, UserError
@@ -357,6 +357,7 @@ def _prepare(this: Run) -> dict[str, Any]:
             start_ray=start_ray,
             say=this.console.line,
         )
+    check_expected(facts, data.expected)
     rows = facts["rows"]
     for split in ("train", "valid"):
         count, positives = rows[split], facts["positives"][split]

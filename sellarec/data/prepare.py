@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from sellarec.config import Data, seconds
 from sellarec.data import phases
-from sellarec.data.files import file_size
+from sellarec.data.files import file_hashes, file_size
 from sellarec.data.log import Log, read_log
 from sellarec.data.phases import Rules
 from sellarec.data.raw import SPLITS, Dropped, Part, Source
@@ -73,7 +73,8 @@ def prepare(
     partitions = max(1, -(-(source.rows_about or _rows_about(source)) // PIECE_ROWS))
     work = folder / "work"
     parts = hashlib.sha256(pickle.dumps((source.interactions, source.items, source.users, source.features))).hexdigest()
-    _begin(work, [repr(rules), hashes, parts, bad_rows, old and [str(previous), old.facts], partitions])
+    code = file_hashes([str(path) for path in sorted(Path(__file__).parent.rglob("*.py"))])
+    _begin(work, [repr(rules), hashes, parts, bad_rows, old and [str(previous), old.facts], partitions, code])
     run = partial(_run, work=work, start_ray=start_ray if partitions > 1 else None, say=say)
 
     # rows by user
@@ -210,6 +211,20 @@ def prepare(
     }
     _delete(work)
     return facts
+
+
+def check_expected(facts: dict[str, Any], expected: tuple[int, int, int, int, int] | None) -> None:
+    """Raises UserError where a prepared log hasn't the counts (train, valid, test rows, users, items) that it should have."""
+    if expected is None:
+        return
+    names = ("train rows", "valid rows", "test rows", "users", "items")
+    found = (*(facts["rows"][name] for name in SPLITS), facts["users"], facts["items"])
+    other = [f"{f:,} {n}, not {e:,}" for n, f, e in zip(names, found, expected, strict=True) if f != e]
+    if other:
+        raise UserError(
+            f"the prepared log has {'; '.join(other)}: this is not the published data, or not prepared by its rule; "
+            "--data.expected None takes it as it is"
+        )
 
 
 def rules_of(data: Data, source: Source) -> Rules:
