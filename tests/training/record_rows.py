@@ -1,0 +1,97 @@
+"""A training run that records which rows its workers step on: python record_rows.py FOLDER WORKERS
+
+FOLDER/rows-*.parquet are streamed; FOLDER/seen gets a file per worker process, of lines {time, step, rank, workers, rows}.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import ray.train
+import torch
+from torch import Tensor, nn
+
+from sellarec.artifacts import Place
+from sellarec.config import Sparse, Steps
+from sellarec.training.launch import connect, train
+from sellarec.training.loop import Training
+from sellarec.training.progress import Console
+from sellarec.training.stream import Order, row_groups
+from sellarec.training.tables import Table
+from sellarec.training.task import Batch, Gather
+
+BATCH, EPOCHS, SEED = 64, 2, 3
+SECONDS_A_STEP = 0.03  # so that a kill finds it in the middle
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording(Steps, Sparse):
+    """The loop's settings of a stage with tables and without selection."""
+
+
+class Recorder:
+    """Learns one number a row, and writes down which rows it gets."""
+
+    columns = ("row",)
+    model = None
+    blocks = ()
+    tables = (Table("row", 97, 4, ("row",)),)
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "seen" / f"{os.getpid()}.jsonl"
+
+    def collate(self, rows: pa.Table, step: int | None) -> Batch:
+        context = ray.train.get_context()
+        weight = rows["weight"].to_numpy().copy()
+        line = {
+            "time": time.time(),
+            "step": step,
+            "rank": context.get_world_rank(),
+            "workers": context.get_world_size(),
+            "rows": rows["row"].to_numpy()[weight > 0].tolist(),
+        }
+        with open(self._file, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        time.sleep(SECONDS_A_STEP)
+        return {"id": torch.from_numpy(rows["row"].to_numpy() % 97), "weight": torch.from_numpy(weight)}
+
+    def lookups(self, batch: Batch) -> dict[str, Tensor]:
+        return {"row": batch["id"]}
+
+    def targets(self, batch: Batch) -> Tensor:
+        return batch["weight"].sum()
+
+    def loss(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor], gather: Gather) -> Tensor:
+        return ((vectors["row"].sum(1) - 1).square() * batch["weight"]).sum()
+
+    def score(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
+        raise TypeError("nothing is scored")
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        raise TypeError("there are no dense weights")
+
+    def facts(self) -> dict:
+        return {}
+
+
+def order_of(folder: Path) -> Order:
+    return Order(tuple(row_groups([str(path) for path in sorted(folder.glob("rows-*.parquet"))])), BATCH, SEED)
+
+
+def main(folder: Path, workers: int) -> None:
+    (folder / "seen").mkdir(exist_ok=True)
+    console = Console()
+    connect(workers, console)
+    settings = Recording(batch=BATCH, epochs=EPOCHS, checkpoint_every=0.5, table_learning_rate=0.01)
+    output = Place.of(str(folder / "output"))
+    training = Training("recording", partial(Recorder, folder), settings, SEED, order_of(folder), None, output)
+    train(training, workers, False, console, lambda record: None)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,87 @@
+"""Which rows are stepped on when a worker is killed, and when a killed job goes on with more workers: each once an epoch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import main_job
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import record_rows
+
+pytestmark = pytest.mark.ray
+
+ROWS = (4_000, 3_333)
+"""Of two files: the last batch of an epoch is short, and no slice of 3 workers is whole."""
+
+
+def start(folder: Path, workers: int) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, record_rows.__file__, str(folder), str(workers)]
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def lines(folder: Path) -> list[dict]:
+    """What all workers have recorded, by time; a killed one's last line may be cut off."""
+    found = []
+    for path in (folder / "seen").glob("*.jsonl"):
+        text = path.read_text()
+        found += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return sorted(found, key=lambda line: line["time"])
+
+
+def wait_for_step(folder: Path, step: int, job: subprocess.Popen, workers: int) -> None:
+    deadline = time.monotonic() + 180
+    while not any(line["step"] >= step and line["workers"] == workers for line in lines(folder)):
+        assert job.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.1)
+
+
+def test_each_row_once_an_epoch_across_kills_and_another_number_of_workers(tmp_path: Path) -> None:
+    ends = np.cumsum((0, *ROWS))
+    for number, (low, high) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        table = pa.table({"row": np.arange(low, high)})
+        pq.write_table(table, tmp_path / f"rows-{number}.parquet", row_group_size=500)
+    order = record_rows.order_of(tmp_path)
+    steps, per_epoch = order.steps_per_epoch * record_rows.EPOCHS, order.steps_per_epoch
+
+    job = start(tmp_path, workers=2)
+    try:
+        wait_for_step(tmp_path, per_epoch // 2, job, workers=2)
+        main_job.training_workers(job)[0].send_signal(signal.SIGKILL)
+        killed = time.time()
+        wait_for_step(tmp_path, per_epoch + per_epoch // 3, job, workers=2)
+    finally:
+        main_job.end(job)  # the whole job, its driver and Ray included
+    job = start(tmp_path, workers=3)
+    try:
+        assert job.wait(240) == 0, (tmp_path / "log").read_text()
+    finally:
+        main_job.end(job)
+
+    seen = lines(tmp_path)
+    lives = [
+        [line for line in seen if line["workers"] == 2 and line["time"] < killed],
+        [line for line in seen if line["workers"] == 2 and line["time"] >= killed + 1],
+        [line for line in seen if line["workers"] == 3],
+    ]
+    begins = [min(line["step"] for line in life) for life in lives]
+    assert begins[0] == 0 < begins[1] < per_epoch < begins[2], "each life goes on from a checkpoint of the one before"
+    # the last life that took a step is the one whose step counts
+    rows_of_step = {}
+    for step in range(steps):
+        life = max(number for number, first in enumerate(begins) if first <= step)
+        parts = [line for line in lives[life] if line["step"] == step]
+        assert sorted(line["rank"] for line in parts) == list(range(parts[0]["workers"])), step
+        rows_of_step[step] = [row for line in sorted(parts, key=lambda line: line["rank"]) for row in line["rows"]]
+    for epoch in range(record_rows.EPOCHS):
+        found = [row for step in range(per_epoch) for row in rows_of_step[epoch * per_epoch + step]]
+        assert sorted(found) == list(range(sum(ROWS)))
+        assert found == order.read(epoch, 0, order.rows, ("row",))["row"].to_pylist()
