@@ -1,5 +1,6 @@
 """Which rows are stepped on when a worker is killed, and when a killed job goes on with more workers: each once an epoch."""
 
+import itertools
 import json
 import os
 import signal
@@ -46,7 +47,7 @@ def wait_for_step(folder: Path, step: int, job: subprocess.Popen, workers: int) 
 
 def test_each_row_once_an_epoch_across_kills_and_another_number_of_workers(tmp_path: Path) -> None:
     ends = np.cumsum((0, *ROWS))
-    for number, (low, high) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for number, (low, high) in enumerate(itertools.pairwise(ends)):
         table = pa.table({"row": np.arange(low, high)})
         pq.write_table(table, tmp_path / f"rows-{number}.parquet", row_group_size=500)
     order = record_rows.order_of(tmp_path)
