@@ -226,8 +226,6 @@ class Adapt(Steps, Selection, Dense, Language):
     """Passes over the training rows."""
     max_steps: int | None = 500
     """Optimizer steps at most; None leaves it to the epochs."""
-    validate_every: float = 0.5
-    """Epochs between evaluations on the valid split."""
     batch: int = 64
     """Rows of the global batch of one optimizer step, all workers together."""
     learning_rate: float = 3e-3
@@ -292,8 +290,6 @@ class Fuse(Steps, Selection, Dense, Sparse, Language):
     """Passes over the training rows."""
     max_steps: int | None = 500
     """Optimizer steps at most; None leaves it to the epochs."""
-    validate_every: float = 0.5
-    """Epochs between evaluations on the valid split."""
     batch: int = 64
     """Rows of the global batch of one optimizer step, all workers together."""
     learning_rate: float = 8e-3
