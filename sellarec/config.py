@@ -222,7 +222,7 @@ class Pretrain(Steps, Dense, Language):
 class Adapt(Steps, Selection, Dense, Language):
     """LoRA tuning of the language model on text-only prompts."""
 
-    epochs: float = 2.0
+    epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int | None = 500
     """Optimizer steps at most; None leaves it to the epochs."""
