@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def prepare(
         hashes: SHA-256 of the source's files, by name.
         bad_rows: refuse the first row that can't be read, or drop and count all of them.
         previous: a log whose ids are kept; what is new here follows after them.
-        start_ray: called before pieces are handed to other processes: where the rows are more than PIECE_ROWS. With None
-            all is done in this process.
+        start_ray: called once, before pieces are handed to other processes: where the rows are more than PIECE_ROWS. With
+            None all is done in this process.
         say: prints a line of progress.
 
     Raises:
@@ -75,7 +75,8 @@ def prepare(
     parts = hashlib.sha256(pickle.dumps((source.interactions, source.items, source.users, source.features))).hexdigest()
     code = file_hashes([str(path) for path in sorted(Path(__file__).parent.rglob("*.py"))])
     _begin(work, [repr(rules), hashes, parts, bad_rows, old and [str(previous), old.facts], partitions, code])
-    run = partial(_run, work=work, start_ray=start_ray if partitions > 1 else None, say=say)
+    start_ray = cache(start_ray) if start_ray and partitions > 1 else None
+    run = partial(_run, work=work, start_ray=start_ray, say=say)
 
     # rows by user
     read = run(

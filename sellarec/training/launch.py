@@ -49,6 +49,7 @@ def connect(workers: int, console: Console) -> Cluster:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # its progress is told by ours
     cores = os.cpu_count() or 1
     local = not os.environ.get("RAY_ADDRESS")
     if local:

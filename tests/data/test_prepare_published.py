@@ -123,14 +123,13 @@ def test_rays_processes_prepare_the_same_log(sellarec_data, tmp_path, monkeypatc
     started = []
 
     def start_ray() -> None:
-        if not started:
-            started.append(ray.init(num_cpus=2, include_dashboard=False))
+        started.append(ray.init(num_cpus=2, include_dashboard=False))
 
     try:
         together = prepare_into(tmp_path / "together", source, chosen, start_ray=start_ray)
     finally:
         ray.shutdown()
-    assert started and len(together.paths("sequences")) > 1
+    assert len(started) == 1 and len(together.paths("sequences")) > 1
     for split in SPLITS:
         assert together.split(split).equals(alone.split(split)), split
     assert together.items().equals(alone.items()) and together.users().equals(alone.users())
