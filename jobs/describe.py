@@ -63,9 +63,9 @@ def show_examples(settings: Settings, noun: str) -> list[dict]:
     prompts = Prompts(tokenizer, list(titles.values()), Prompt(), noun, Prompt().max_tokens, "text")
     histories = pa.array([[place[item] for item in e.items[1:]] for e in examples], pa.list_(pa.int64()))
     built = prompts.build(np.array([place[e.items[0]] for e in examples]), histories)
-    for example, tokens, mask in zip(shown, built["tokens"], built["mask"], strict=True):
-        example["prompt"] = tokenizer.decode(tokens[mask])
-        example["tokens"] = int(mask.sum())
+    for example, tokens in zip(shown, built["tokens"].to_pylist(), strict=True):
+        example["prompt"] = tokenizer.decode(tokens)
+        example["tokens"] = len(tokens)
     return shown
 
 

@@ -28,7 +28,7 @@ class AlignTask:
 
     def __init__(self, collab: MatrixFactorization, semantic: Table, projection: Projection, settings: Align) -> None:
         self._collab = collab
-        self.columns = collab.columns
+        self.columns, self.prepare = collab.columns, collab.prepare
         self.tables = (*collab.tables, semantic)
         self.model = projection
         self.blocks = ()

@@ -33,6 +33,7 @@ class MatrixFactorization:
     """
 
     columns = ("row", "user", "item", "label", "user_seen", "item_seen")
+    prepare = None
     model = None
     blocks = ()
 

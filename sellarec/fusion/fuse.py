@@ -19,7 +19,7 @@ from sellarec.fusion.projection import HybridProjection, Projection
 from sellarec.language import llm as llms
 from sellarec.language.adapt import answer_loss, answer_score, make_prompts
 from sellarec.language.prompts import SOFT, Prompts
-from sellarec.language.scorer import PromptScorer
+from sellarec.language.scorer import PromptScorer, left_padded
 from sellarec.training.tables import RowReader, Table
 from sellarec.training.task import Batch, Gather
 
@@ -41,7 +41,7 @@ class Recommender(nn.Module):
     def forward(self, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
         """Logits [b, V] at the deciding position."""
         tokens = self.projection(vectors["user"], vectors["item"], vectors["semantic"])
-        return self.scorer(batch["tokens"], batch["mask"], {name: batch[name] for name in SOFT}, tokens)
+        return self.scorer(batch["tokens"], batch["mask"], {name: batch[f"{name}_position"] for name in SOFT}, tokens)
 
 
 class FuseTask:
@@ -60,25 +60,25 @@ class FuseTask:
         self.blocks = recommender.scorer.blocks
         self.tables = tables
         self.prompts = prompts
+        self.prepare = prompts.prepare
         self._unseen_dropout, self._seed = unseen_dropout, seed
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        items = rows["item"].to_numpy()
         seen = {name: rows[name].to_numpy().astype(np.float32) for name in ("user_seen", "item_seen")}
         if step is not None:
             for number, name in enumerate(seen):
                 drawn = uniform(rows["row"].to_numpy(), self._seed, step, number)
                 seen[name] = seen[name] * (drawn >= self._unseen_dropout)
         return {
-            **self.prompts.build(items, rows["history"].combine_chunks()),
-            **{f"{name}_id": torch.from_numpy(rows[name].to_numpy().copy()) for name in ("user", "item")},
+            **left_padded(rows),
+            **{name: torch.from_numpy(rows[name].to_numpy().copy()) for name in ("user", "item")},
             **{name: torch.from_numpy(value.astype(np.float32)) for name, value in seen.items()},
             "label": torch.from_numpy(rows["label"].to_numpy().astype(np.float32)),
             "weight": torch.from_numpy(rows["weight"].to_numpy().copy()),
         }
 
     def lookups(self, batch: Batch) -> dict[str, Tensor]:
-        return {"user": batch["user_id"], "item": batch["item_id"], "semantic": batch["item_id"]}
+        return {"user": batch["user"], "item": batch["item"], "semantic": batch["item"]}
 
     def targets(self, batch: Batch) -> Tensor:
         return batch["weight"].sum()

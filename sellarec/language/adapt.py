@@ -13,7 +13,7 @@ from sellarec.config import Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.prompts import Prompts
-from sellarec.language.scorer import PromptScorer
+from sellarec.language.scorer import PromptScorer, left_padded
 from sellarec.training.task import Batch, Gather
 
 
@@ -31,11 +31,11 @@ class TextTask:
         self.model = PromptScorer(model)
         self.blocks = self.model.blocks
         self.prompts = prompts
+        self.prepare = prompts.prepare
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        items = rows["item"].to_numpy()
         return {
-            **self.prompts.build(items, rows["history"].combine_chunks()),
+            **left_padded(rows),
             "label": torch.from_numpy(rows["label"].to_numpy().astype(np.float32)),
             "weight": torch.from_numpy(rows["weight"].to_numpy().copy()),
         }

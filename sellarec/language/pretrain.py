@@ -3,11 +3,9 @@
 It is an ordinary Hugging Face Llama with a byte-level BPE tokenizer, saved and loaded as any other model.
 """
 
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,8 @@ from torch.nn import functional as F
 
 from sellarec.config import Pretrain
 from sellarec.language import llm as llms
-from sellarec.language.scorer import trim
+from sellarec.language.scorer import left_padded, trim
+from sellarec.language.texts import Lines
 from sellarec.training.task import Batch, Gather
 
 
@@ -82,10 +81,7 @@ class CausalLoss(nn.Module):
 
 
 class PretrainTask:
-    """Next-token prediction on the catalog's texts, each with its start and end token.
-
-    Of a text of several lines a step reads one, drawn by (text, step): sequences are short, so there are many steps.
-    """
+    """Next-token prediction on lines of the catalog's texts."""
 
     columns = ("text",)
     tables = ()
@@ -93,18 +89,11 @@ class PretrainTask:
     def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
         self.model = CausalLoss(model)
         self.blocks = llms.decoder_layers(model)
-        self._tokenizer, self._context = tokenizer, context
+        self._tokenizer = tokenizer
+        self.prepare = Lines(tokenizer.backend_tokenizer, tokenizer.eos_token, context).prepare
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        texts = [_line(text, step or 0) + self._tokenizer.eos_token for text in rows["text"].to_pylist()]
-        ids = [tokens[: self._context] for tokens in self._tokenizer(texts)["input_ids"]]
-        longest = max(len(tokens) for tokens in ids)
-        tokens = torch.zeros(len(ids), longest, dtype=torch.long)
-        mask = torch.zeros(len(ids), longest, dtype=torch.bool)
-        for row, text in enumerate(ids):
-            tokens[row, longest - len(text) :] = torch.tensor(text)
-            mask[row, longest - len(text) :] = True
-        return {"tokens": tokens, "mask": mask, "weight": torch.from_numpy(rows["weight"].to_numpy().copy())}
+        return {**left_padded(rows), "weight": torch.from_numpy(rows["weight"].to_numpy().copy())}
 
     def lookups(self, batch: Batch) -> dict[str, Tensor]:
         return {}
@@ -130,8 +119,3 @@ class PretrainTask:
 def build_pretrain(folder: Path, settings: Pretrain) -> PretrainTask:
     model = llms.load_model(folder)
     return PretrainTask(model, llms.load_tokenizer(folder), settings.context)
-
-
-def _line(text: str, step: int) -> str:
-    lines = text.split("\n")
-    return lines[np.random.default_rng([zlib.crc32(text.encode()), step]).integers(len(lines))]

@@ -1,6 +1,6 @@
-"""Prompts: built token by token from segments, so that slots carry their positions and nothing is searched for.
+"""Prompts: put together from segments in tokens, so that slots carry their positions and nothing is searched for.
 
-Shapes: b rows, T prompt tokens (left-padded), I items.
+They are built in the tasks that read rows, which load neither torch nor transformers. Shapes: b rows, H titles of a history.
 """
 
 from dataclasses import dataclass
@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
-from sellarec.config import Prompt
 from sellarec.errors import UserError
 from sellarec.language.templates import templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from sellarec.config import Prompt
 
 SOFT = ("user", "item", "semantic")
 """Slots whose input embeddings are replaced by projected vectors."""
@@ -124,13 +123,24 @@ def compile_template(tokenizer: SegmentTokenizer, template: dict[str, Any], kind
 
 
 class Catalog:
-    """All titles in tokens, cut to `title_tokens`, one after the other."""
+    """All titles in tokens, cut to `title_tokens`.
+
+    Attributes:
+        tokens: int32, all titles one after the other.
+        starts, lengths: int64 [items]: where each title lies.
+        shortened: titles that were cut.
+    """
 
     def __init__(self, tokenizer: SegmentTokenizer, titles: list[str], title_tokens: int) -> None:
-        tokens = tokenizer.titles(titles)
-        self.shortened = sum(len(title) > title_tokens for title in tokens)
-        self.titles = [np.asarray(title[:title_tokens], np.int64) for title in tokens]
-        self.longest = max((len(title) for title in self.titles), default=0)
+        whole = tokenizer.titles(titles)
+        self.shortened = sum(len(title) > title_tokens for title in whole)
+        self.lengths = np.array([min(len(title), title_tokens) for title in whole], np.int64)
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.tokens = np.array([token for title in whole for token in title[:title_tokens]], np.int32)
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max(initial=0))
 
 
 class Prompts:
@@ -144,13 +154,13 @@ class Prompts:
         self,
         tokenizer: "PreTrainedTokenizerBase",
         titles: list[str],
-        settings: Prompt,
+        settings: "Prompt",
         noun: str,
         context: int,
         kind: str,
     ) -> None:
         segmenter = SegmentTokenizer(tokenizer)
-        self._catalog = Catalog(segmenter, titles, settings.title_tokens)
+        catalog = Catalog(segmenter, titles, settings.title_tokens)
         self._limit = min(settings.max_tokens, context)
         self._history = settings.history
         both = {name: compile_template(segmenter, template, kind, noun) for name, template in templates().items()}
@@ -159,7 +169,7 @@ class Prompts:
             name: max(compile_template(segmenter, template, k, noun).fixed for k in ("text", "fused"))
             for name, template in templates().items()
         }
-        title = self._catalog.longest
+        title = catalog.longest
         self.template = settings.template
         if settings.template == "auto":
             room = self._limit - widest["full"] - title
@@ -173,12 +183,22 @@ class Prompts:
                 f"{'' if self.template == 'compact' else 'take prompt.template compact, '}lower prompt.title_tokens, raise "
                 "prompt.max_tokens, or take a model with a longer context"
             )
+        self._titles_cut = catalog.shortened
+        # one array of all tokens that a prompt may be made of: those of the template, then the titles
+        constants = [(0,) if isinstance(part, str) else part for part in self.segments.parts]
+        constants += [self.segments.separator, self.segments.none]
+        lengths = [len(tokens) for tokens in constants]
+        places = [(sum(lengths[:number]), length) for number, length in enumerate(lengths)]
+        *self._places, self._separator, self._none = places
+        template_tokens = np.array([token for tokens in constants for token in tokens], np.int32)
+        self._tokens = np.concatenate([template_tokens, catalog.tokens])
+        self._title_starts, self._title_lengths = len(template_tokens) + catalog.starts, catalog.lengths
 
     def facts(self) -> dict[str, Any]:
         """What a manifest should say: the template, and how many titles are cut to prompt.title_tokens."""
-        return {"template": self.template, "titles_cut": self._catalog.shortened}
+        return {"template": self.template, "titles_cut": self._titles_cut}
 
-    def build(self, items: np.ndarray, histories: pa.ListArray) -> dict[str, Tensor]:
+    def build(self, items: np.ndarray, histories: pa.ListArray) -> pa.Table:
         """Prompts of b rows.
 
         Args:
@@ -186,54 +206,64 @@ class Prompts:
             histories: b lists of item ids, the most recent last. The longest run of most recent ones that fits is shown.
 
         Returns:
-            tokens int64 [b, T] (0 where padded and in slots), mask bool [b, T], shown int64 [b] (titles of the history),
-            and for the slots user, item, semantic their position int64 [b], where the template has them.
+            tokens list<int32> (0 in slots), shown int64 (titles of the history), and for the slots user, item and semantic,
+            where the template has them, `{slot}_position` int64: where it stands, counted from the prompt's first token.
         """
+        history, chosen = self._fitting(items, histories)
+        shown = chosen.sum(1)
+        # each row's prompt as a sequence of pieces: where they start in the array of tokens, and how long they are
+        pieces: list[tuple[np.ndarray | int, np.ndarray | int]] = []
+        slots: dict[str, int] = {}
+        for part, place in zip(self.segments.parts, self._places, strict=True):
+            if part == "title":
+                pieces.append((self._title_starts[items], self._title_lengths[items]))
+            elif part == "history":
+                pieces.append((self._none[0], np.where(shown == 0, self._none[1], 0)))
+                for k in reversed(range(chosen.shape[1])):
+                    if k + 1 < chosen.shape[1]:
+                        pieces.append((self._separator[0], np.where(chosen[:, k + 1], self._separator[1], 0)))
+                    title_lengths = np.where(chosen[:, k], self._title_lengths[history[:, k]], 0)
+                    pieces.append((self._title_starts[history[:, k]], title_lengths))
+            else:
+                if isinstance(part, str):
+                    slots[part] = len(pieces)
+                pieces.append(place)
+        starts, lengths = (
+            np.stack([np.broadcast_to(column, len(items)) for column in columns], axis=1)
+            for columns in zip(*pieces, strict=True)
+        )
+        before = np.cumsum(lengths, axis=1) - lengths
+        tokens = self._tokens[_ranges(starts.reshape(-1), lengths.reshape(-1))]
+        offsets = np.concatenate([[0], np.cumsum(lengths.sum(1))]).astype(np.int32)
+        return pa.table(
+            {
+                "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens)),
+                "shown": shown,
+                **{f"{name}_position": before[:, at] for name, at in slots.items()},
+            }
+        )
+
+    def _fitting(self, items: np.ndarray, histories: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+        """The most recent items of each history, most recent first, int64 [b, H], and which of them fit, bool [b, H]."""
         offsets, values = histories.offsets.to_numpy(), histories.values.to_numpy()
-        titles = self._catalog.titles
-        prompts, positions, shown = [], [], np.zeros(len(items), np.int64)
-        for row, item in enumerate(items):
-            history = values[offsets[row] : offsets[row + 1]][-self._history :]
-            room = self._limit - self.segments.fixed - len(titles[item])
-            chosen: list[np.ndarray] = []
-            for earlier in history[::-1]:
-                title = titles[earlier]
-                room -= len(title) + (len(self.segments.separator) if chosen else 0)
-                if room < 0:
-                    break
-                chosen.append(title)
-            shown[row] = len(chosen)
-            tokens: list[int] = []
-            where: list[int] = []
-            for part in self.segments.parts:
-                if part == "title":
-                    tokens.extend(titles[item])
-                elif part == "history":
-                    if not chosen:
-                        tokens.extend(self.segments.none)
-                    for number, title in enumerate(reversed(chosen)):
-                        if number:
-                            tokens.extend(self.segments.separator)
-                        tokens.extend(title)
-                elif isinstance(part, str):
-                    where.append(len(tokens))
-                    tokens.append(0)
-                else:
-                    tokens.extend(part)
-            prompts.append(tokens)
-            positions.append(where)
-        longest = max(len(tokens) for tokens in prompts)
-        out = np.zeros((len(items), longest), np.int64)
-        mask = np.zeros((len(items), longest), bool)
-        for row, tokens in enumerate(prompts):
-            out[row, longest - len(tokens) :] = tokens
-            mask[row, longest - len(tokens) :] = True
-        padding = longest - mask.sum(1)
-        slots = [part for part in self.segments.parts if part in SOFT]
-        at = np.asarray(positions, np.int64).reshape(len(items), len(slots)) + padding[:, None]
-        return {
-            "tokens": torch.from_numpy(out),
-            "mask": torch.from_numpy(mask),
-            "shown": torch.from_numpy(shown),
-            **{name: torch.from_numpy(at[:, i].copy()) for i, name in enumerate(slots)},
-        }
+        recent = np.arange(min(self._history, int(np.diff(offsets).max(initial=0))))
+        valid = recent < np.diff(offsets)[:, None]
+        history = np.zeros(valid.shape, np.int64)
+        history[valid] = values[(offsets[1:, None] - 1 - recent)[valid]]
+        room = self._limit - self.segments.fixed - self._title_lengths[items]
+        cost = self._title_lengths[history] + len(self.segments.separator) * (recent > 0)
+        return history, valid & (np.cumsum(cost, axis=1) <= room[:, None])
+
+    def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray) -> pa.Table:
+        """The rows with their prompts instead of their histories; see `build`."""
+        built = self.build(rows["item"].to_numpy(), rows["history"].combine_chunks())
+        rows = rows.drop_columns(["history"])
+        for name in built.column_names:
+            rows = rows.append_column(name, built[name])
+        return rows
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ..., start + length - 1 of each pair, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

@@ -5,6 +5,8 @@ Shapes: b rows, T prompt tokens, H width of the model, V vocabulary.
 
 from collections.abc import Sequence
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,28 @@ class PromptScorer(nn.Module):
             logits_to_keep=1,
         )
         return output.logits[:, -1].float()
+
+
+def left_padded(rows: pa.Table) -> dict[str, Tensor]:
+    """Rows of tokens as tensors.
+
+    Args:
+        rows: b rows with `tokens` (lists), and `{slot}_position` where they have slots.
+
+    Returns:
+        tokens int64 [b, T] (0 where padded), mask bool [b, T] (False where padded), and `{slot}_position` int64 [b], now
+        counted with the padding.
+    """
+    lists = rows["tokens"].combine_chunks()
+    lengths = np.diff(lists.offsets.to_numpy())
+    longest = int(lengths.max(initial=0))
+    mask = np.arange(longest) >= longest - lengths[:, None]
+    tokens = np.zeros(mask.shape, np.int64)
+    tokens[mask] = lists.flatten().to_numpy()
+    positions = {
+        name: rows[name].to_numpy() + longest - lengths for name in rows.column_names if name.endswith("_position")
+    }
+    return {name: torch.from_numpy(value) for name, value in {"tokens": tokens, "mask": mask, **positions}.items()}
 
 
 def trim(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -14,7 +14,7 @@ import random
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.train
 import torch
@@ -169,6 +170,12 @@ class Engine:
         size = self.micro_batch or rows
         return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
+    def _by_length(self, rows: pa.Table) -> pa.Table:
+        """Prompts by their length, so that those of a micro-batch are alike long and little is padded."""
+        if self.micro_batch is None or "tokens" not in rows.column_names:
+            return rows
+        return rows.take(np.argsort(pc.list_value_length(rows["tokens"]).to_numpy(), kind="stable"))
+
     def step(self, rows: pa.Table, step: int, rate: float) -> float:
         """One optimizer step on this worker's slice; `rate` multiplies the learning rates.
 
@@ -179,7 +186,7 @@ class Engine:
             FloatingPointError: the loss or a gradient is not finite; no weight has been changed. On all workers alike.
         """
         task, workers = self.task, self.workers
-        batch = self._to_device(task.collate(rows, step))
+        batch = self._to_device(task.collate(self._by_length(rows), step))
         (count,) = workers.sum(task.targets(batch).item())
         vectors: dict[str, Tensor] = {}
         if self.tables is not None:
@@ -219,13 +226,13 @@ class Engine:
         return mean
 
     @torch.no_grad()
-    def score(self, slices: list[pa.Table], report: Callable[[float], None]) -> dict[str, np.ndarray]:
+    def score(self, slices: Iterable[pa.Table], report: Callable[[int], None]) -> dict[str, np.ndarray]:
         """Scores of all workers' rows: `row` int64 and `score` float32, padding left out, sorted by row.
 
         All workers call it with equally many slices, and all get the whole.
 
         Args:
-            report: is told every PROGRESS_SECONDS which share of the slices is done.
+            report: is told every PROGRESS_SECONDS how many slices are done.
         """
         task = self.task
         training = task.model is not None and task.model.training
@@ -236,7 +243,8 @@ class Engine:
         for number, rows in enumerate(slices):
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
-                report(number / len(slices))
+                report(number)
+            rows = self._by_length(rows)
             batch = self._to_device(task.collate(rows, None))
             vectors = self.tables.look_up(task.lookups(batch)) if self.tables is not None else {}
             scores = []
@@ -369,7 +377,7 @@ def _train(training: Training) -> None:
     validate_every = max(1, round(selection.validate_every * training.train.steps_per_epoch)) if selection else 0
     steps = training.steps
     reporter = _Reporter(training, workers, steps, position.step)
-    batches = stream(training.train, [*task.columns], workers.rank, workers.world_size, position.step, steps)
+    batches = _slices(training.train, task, workers, position.step, steps)
     saved = time.monotonic()
     stopped = selection is not None and position.evaluations_without >= selection.patience
     while position.step < steps and not stopped:
@@ -383,7 +391,7 @@ def _train(training: Training) -> None:
         position.step += 1
         if len(position.first_losses) < FIRST_LOSSES:
             position.first_losses.append(loss)
-        reporter.step(position, loss, training.train.batch_rows((position.step - 1) % training.train.steps_per_epoch))
+        reporter.step(position, loss, training.train.batch_rows(position.step - 1))
         improved = False
         if selection and valid and (position.step % validate_every == 0 or position.step == steps):
             improved = valid.evaluate(engine, position, selection)
@@ -407,6 +415,14 @@ def _train(training: Training) -> None:
     engine.export(training.output)
     if workers.rank == 0:
         training.output.write_json("training.json", _facts(training, engine, position))
+
+
+def _slices(
+    order: Order, task: Task, workers: Workers, first: int, last: int, more: Sequence[str] = ()
+) -> Generator[pa.Table]:
+    """This worker's slices of steps [first, last), prepared for a task, with the columns that it reads and `more`."""
+    columns = list(dict.fromkeys([*task.columns, *more]))
+    return stream(order, columns, task.prepare, workers.rank, workers.world_size, first, last)
 
 
 def _report_checkpoint(engine: Engine, position: Position, improved: bool) -> None:
@@ -448,9 +464,8 @@ class _Valid:
     def __init__(self, stage: str, order: Order | None, task: Task, workers: Workers, board: Any) -> None:
         self._stage = stage
         assert order is not None
-        self._report = partial(_scored, workers, board, stage, "valid", order.rows)
-        columns = list(dict.fromkeys([*task.columns, "row", "user", "label"]))
-        self._slices = list(stream(order, columns, workers.rank, workers.world_size, 0, order.steps_per_epoch))
+        self._report = partial(_scored, workers, board, stage, "valid", order)
+        self._slices = list(_slices(order, task, workers, 0, order.steps_per_epoch, ("row", "user", "label")))
         wanted = ("row", "user", "label", "weight")
         labels = [np.stack([part[c].to_numpy().astype(np.int64) for c in wanted]) for part in self._slices]
         gathered: list[Any] = [None] * workers.world_size
@@ -538,10 +553,11 @@ class _Reporter:
             self._training.board.put.remote({"stage": self._training.stage, **record})
 
 
-def _scored(workers: Workers, board: Any, stage: str, what: str, rows: int, share: float) -> None:
+def _scored(workers: Workers, board: Any, stage: str, what: str, order: Order, steps: int) -> None:
     """Send how much of a split is scored."""
     if workers.rank == 0:
-        board.put.remote({"stage": stage, "what": what, "scored": round(share * rows), "rows": rows})
+        scored = min(steps * order.batch, order.rows)
+        board.put.remote({"stage": stage, "what": what, "scored": scored, "rows": order.rows})
 
 
 @dataclass(frozen=True)
@@ -576,15 +592,12 @@ def _score(scoring: Scoring) -> None:
     workers = Workers.join()
     order = scoring.order
     columns: dict[str, np.ndarray] = {}
-    slices: list[pa.Table] = []
     for name, build in scoring.build.items():
         start = time.monotonic()
         task = _build(build, workers)
-        if not slices:
-            everything = pq.read_schema(order.groups[0].path).names
-            slices = list(stream(order, everything, workers.rank, workers.world_size, 0, order.steps_per_epoch))
         engine = Engine(task, workers, 0, scoring.settings, scoring.dtype)
-        found = engine.score(slices, partial(_scored, workers, scoring.board, scoring.stage, name, order.rows))
+        slices = _slices(order, task, workers, 0, order.steps_per_epoch)
+        found = engine.score(slices, partial(_scored, workers, scoring.board, scoring.stage, name, order))
         columns["row"], columns[name] = found["row"], found["score"]
         if workers.rank == 0:
             seconds = time.monotonic() - start

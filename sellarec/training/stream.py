@@ -3,10 +3,16 @@
 Row groups are shuffled, then rows within windows of row groups; the global batch of a step is the next `batch` rows of that
 order, and worker r of W takes the r-th of W equal slices. So any number of workers sees the same global batches, and a
 position is (epoch, step) alone. The last batch of an epoch is short; short slices are padded with rows of weight 0.
+
+One Ray Data pipeline reads for all workers: its tasks read each window once, prepare its rows (draw negatives, make
+tokens) and put them into the object store as blocks of the global order. Worker 0 drives it and hands the blocks'
+references on; each worker cuts its own slices out of the blocks.
 """
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +21,21 @@ import pyarrow.parquet as pq
 WINDOW_ROWS = 1 << 18
 """Rows shuffled together; what a reading task holds in memory."""
 
-CHUNK_ROWS = WINDOW_ROWS
-"""Rows of the global order that one reading task delivers at most; it reads the windows that they lie in whole."""
+PREPARED_ROWS = 1 << 12
+"""Rows that are prepared at once."""
+
+BLOCK_BYTES = 4 << 20
+"""What a reading task puts into the object store at once, about."""
+
+AHEAD_BYTES = 1 << 30
+"""What is read ahead of the workers at most."""
+
+PIECES_AT_ONCE = 512
+"""Pieces of one Ray Data pipeline; the next pipeline begins when its last rows are taken."""
+
+Prepare = Callable[[pa.Table, int, np.ndarray], pa.Table]
+"""(rows, epoch, step of each row int64 [n]) -> the same rows with columns added or left out. Runs in the reading tasks, so it
+should pickle small, or as large numpy arrays, which tasks of one machine share."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +52,16 @@ def row_groups(paths: Sequence[str]) -> list[RowGroup]:
         metadata = pq.read_metadata(path)
         groups += [RowGroup(path, i, metadata.row_group(i).num_rows) for i in range(metadata.num_row_groups)]
     return groups
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions [start, stop) of an epoch's order; all of them lie in one window."""
+
+    epoch: int
+    window: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -61,8 +90,8 @@ class Order:
         return -(-self.rows // self.batch)
 
     def batch_rows(self, step: int) -> int:
-        """Rows of a step's global batch, steps counted within an epoch; the last one is short."""
-        return min(self.batch, self.rows - step * self.batch)
+        """Rows of a step's global batch, steps counted over all epochs; the last one of an epoch is short."""
+        return min(self.batch, self.rows - step % self.steps_per_epoch * self.batch)
 
     def windows(self, epoch: int) -> list[list[RowGroup]]:
         """The epoch's windows: runs of row groups of at least WINDOW_ROWS rows (the last one may be smaller)."""
@@ -71,45 +100,55 @@ class Order:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(groups))
             groups = [groups[i] for i in order]
         windows: list[list[RowGroup]] = [[]]
+        rows = 0
         for group in groups:
-            if sum(g.rows for g in windows[-1]) >= WINDOW_ROWS:
+            if rows >= WINDOW_ROWS:
                 windows.append([])
+                rows = 0
             windows[-1].append(group)
+            rows += group.rows
         return windows
 
-    def read(self, epoch: int, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        """Rows at positions [start, stop) of the epoch's order."""
-        parts, first = [], 0
-        start, stop = start * self.every, (stop - 1) * self.every + 1
-        for number, window in enumerate(self.windows(epoch)):
-            rows = sum(group.rows for group in window)
-            low, high = max(start, first), min(stop, first + rows)
-            if low < high:
-                table = pa.concat_tables(
-                    [pq.ParquetFile(g.path).read_row_group(g.index, columns=list(columns)) for g in window]
-                )
-                wanted = np.arange(low, high)
-                wanted = wanted[wanted % self.every == 0] - first
-                if self.seed is not None:
-                    wanted = np.random.default_rng([self.seed, epoch, number]).permutation(rows)[wanted]
-                parts.append(table.take(wanted))
-            first += rows
-        return pa.concat_tables(parts)
+    def pieces(self, first: int, last: int) -> Iterator[Piece]:
+        """The rows of steps [first, last), counted over all epochs: one piece for each window that they lie in."""
+        per_epoch = self.steps_per_epoch
+        for epoch in range(first // per_epoch, -(-last // per_epoch)):
+            start = max(first - epoch * per_epoch, 0) * self.batch
+            stop = min((last - epoch * per_epoch) * self.batch, self.rows)
+            for number, (low, high) in enumerate(self._positions(epoch)):
+                if max(start, low) < min(stop, high):
+                    yield Piece(epoch, number, max(start, low), min(stop, high))
 
-    def slices(self, epoch: int, first: int, last: int, columns: Sequence[str], rank: int, world_size: int) -> pa.Table:
-        """One worker's slices of steps [first, last) of an epoch, one after the other.
+    def _positions(self, epoch: int) -> Iterator[tuple[int, int]]:
+        """Positions [start, stop) of the epoch's order that lie in each window."""
+        ends = np.cumsum([0, *(sum(group.rows for group in window) for window in self.windows(epoch))])
+        return pairwise((-(-ends // self.every)).tolist())
 
-        Returns:
-            The columns and `weight` (float32: 1, or 0 for padding), with `slice_rows(batch, world_size)` rows a step.
-        """
-        share = slice_rows(self.batch, world_size)
-        start = first * self.batch
-        whole = self.read(epoch, start, min(last * self.batch, self.rows), columns)
-        position = np.arange(last - first)[:, None] * self.batch + rank * share + np.arange(share)
-        in_batch = rank * share + np.arange(share) < self.batch
-        valid = in_batch & (position < len(whole))
-        taken = whole.take(np.where(valid, position, 0).reshape(-1))
-        return taken.append_column("weight", pa.array(valid.reshape(-1).astype(np.float32)))
+    def read(self, piece: Piece, columns: Sequence[str]) -> pa.Table:
+        """The rows of a piece, in order."""
+        windows = self.windows(piece.epoch)
+        before = sum(group.rows for window in windows[: piece.window] for group in window)
+        table = pa.concat_tables(
+            pq.ParquetFile(group.path).read_row_group(group.index, columns=list(columns))
+            for group in windows[piece.window]
+        )
+        wanted = np.arange(piece.start, piece.stop) * self.every - before
+        if self.seed is not None:
+            shuffled = np.random.default_rng([self.seed, piece.epoch, piece.window]).permutation(len(table))
+            wanted = shuffled[wanted]
+        return table.combine_chunks().take(wanted)
+
+
+def prepared(order: Order, piece: Piece, columns: Sequence[str], prepare: Prepare | None) -> Iterator[pa.Table]:
+    """The rows of a piece in order, some at a time, as they come out of `prepare`."""
+    table = order.read(piece, columns)
+    if prepare is None:
+        yield table
+        return
+    step = piece.epoch * order.steps_per_epoch + np.arange(piece.start, piece.stop) // order.batch
+    for start in range(0, len(table), PREPARED_ROWS):
+        part = slice(start, start + PREPARED_ROWS)
+        yield prepare(table.slice(start, PREPARED_ROWS), piece.epoch, step[part])
 
 
 def slice_rows(batch: int, world_size: int) -> int:
@@ -117,38 +156,79 @@ def slice_rows(batch: int, world_size: int) -> int:
     return -(-batch // world_size)
 
 
-def stream(
-    order: Order, columns: Sequence[str], rank: int, world_size: int, first_step: int, steps: int
-) -> Generator[pa.Table]:
-    """This worker's slices of the global batches of steps [first_step, steps), counted over all epochs, through Ray Data.
+def slices(
+    blocks: Iterator[pa.Table], order: Order, rank: int, world_size: int, first: int, last: int
+) -> Iterator[pa.Table]:
+    """One worker's slices of steps [first, last), cut out of the rows of these steps.
+
+    Args:
+        blocks: the rows of steps from `first` on, in order, in tables of any size.
 
     Yields:
-        Tables of `slice_rows(batch, world_size)` rows: the columns and `weight`.
+        For each step `slice_rows(batch, world_size)` rows: the columns, and `weight` (float32: 1, or 0 for padding).
     """
+    share = slice_rows(order.batch, world_size)
+    waiting = next(blocks)
+    for step in range(first, last):
+        size = order.batch_rows(step)
+        while len(waiting) < size:
+            waiting = pa.concat_tables([waiting, next(blocks)])
+        start = rank * share
+        rows = waiting.slice(start, max(0, min(share, size - start)))
+        weight = (np.arange(share) < len(rows)).astype(np.float32)
+        if len(rows) < share:
+            # what stands in padding has no meaning: a row of the batch
+            rows = pa.concat_tables([rows, waiting.take(np.zeros(share - len(rows), np.int64))])
+        yield rows.append_column("weight", pa.array(weight))
+        waiting = waiting.slice(size)
+
+
+def stream(
+    order: Order, columns: Sequence[str], prepare: Prepare | None, rank: int, world_size: int, first: int, last: int
+) -> Generator[pa.Table]:
+    """This worker's slices of steps [first, last), counted over all epochs. All workers of a group call it alike.
+
+    Yields:
+        As `slices`.
+    """
+    if first < last:
+        yield from slices(_blocks(order, columns, prepare, rank, first, last), order, rank, world_size, first, last)
+
+
+def _blocks(
+    order: Order, columns: Sequence[str], prepare: Prepare | None, rank: int, first: int, last: int
+) -> Iterator[pa.Table]:
+    """All rows of steps [first, last) in order, on each worker: what worker 0's pipeline reads."""
+    import ray
+    from ray.train.collective import broadcast_from_rank_zero
+
+    references = _pipeline(order, columns, prepare, first, last) if rank == 0 else None
+    while True:
+        # in a list: a reference by itself would be replaced by what it refers to
+        (reference,) = broadcast_from_rank_zero(None if references is None else [next(references)])
+        yield ray.get(reference)
+
+
+def _pipeline(order: Order, columns: Sequence[str], prepare: Prepare | None, first: int, last: int) -> Iterator[Any]:
+    """References to tables that hold the rows of steps [first, last), in order."""
+    import ray
     import ray.data
 
-    per_epoch = order.steps_per_epoch
-    chunk = max(1, CHUNK_ROWS // order.batch)
-    chunks = []
-    step = first_step
-    while step < steps:
-        epoch, within = divmod(step, per_epoch)
-        last = min(within + chunk, per_epoch, within + steps - step)
-        chunks.append({"epoch": epoch, "first": within, "last": last})
-        step += last - within
-    if not chunks:
-        return
     context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
     context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=AHEAD_BYTES)
+    shared = ray.put(prepare)
 
-    def read(descriptors: dict[str, np.ndarray]) -> pa.Table:
-        at = zip(descriptors["epoch"], descriptors["first"], descriptors["last"], strict=True)
-        return pa.concat_tables([order.slices(int(e), int(f), int(s), columns, rank, world_size) for e, f, s in at])
+    def read(piece: dict[str, np.ndarray]) -> Iterator[pa.Table]:
+        found = Piece(**{name: int(value.item()) for name, value in piece.items()})
+        yield from prepared(order, found, columns, ray.get(shared))
 
-    dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
-        read, batch_size=1, batch_format="numpy"
-    )
-    yield from dataset.iter_batches(
-        batch_size=slice_rows(order.batch, world_size), batch_format="pyarrow", prefetch_batches=2
-    )
+    pieces = (asdict(piece) for piece in order.pieces(first, last))
+    while some := list(islice(pieces, PIECES_AT_ONCE)):
+        dataset = ray.data.from_items(some, override_num_blocks=len(some)).map_batches(
+            read, batch_size=1, batch_format="numpy"
+        )
+        for bundle in dataset.iter_internal_ref_bundles():
+            yield from bundle.block_refs

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 from torch import Tensor, nn
 
+from sellarec.training.stream import Prepare
 from sellarec.training.tables import Table
 
 Batch = dict[str, Tensor]
@@ -24,19 +25,21 @@ class Task(Protocol):
     """A model with its loss and scores, written for a single device.
 
     Attributes:
-        columns: columns of the interactions (or of whatever the stage streams) that `collate` reads.
+        columns: columns of the interactions (or of whatever the stage streams) that are read.
+        prepare: what the reading tasks do with the rows (draw negatives, make tokens); None where it is nothing.
         tables: embedding tables, which the loop shards over the workers.
         model: the dense part, which the loop shards with FSDP2; None where there is none.
         blocks: submodules of `model` that are gathered one at a time (decoder layers).
     """
 
     columns: Sequence[str]
+    prepare: Prepare | None
     tables: Sequence[Table]
     model: nn.Module | None
     blocks: Sequence[nn.Module]
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        """Columns and `weight` -> tensors. What is drawn may depend on (step, row), never on the worker; `step` is None
+        """Prepared rows with their `weight` -> tensors. What is drawn may depend on (step, row), never on the worker; `step` is None
         when scoring."""
 
     def lookups(self, batch: Batch) -> dict[str, Tensor]:

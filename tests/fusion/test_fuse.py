@@ -72,6 +72,11 @@ def rows(number: int = 4, **changes) -> pa.Table:
     return pa.table(columns | changes)
 
 
+def batch_of(task: FuseTask, rows: pa.Table, step: int | None) -> dict[str, torch.Tensor]:
+    """The rows as the stream prepares them and the loop takes them."""
+    return task.collate(task.prepare(rows, 0, np.full(len(rows), step or 0)), step)
+
+
 def look_up(task: FuseTask, batch: dict) -> dict[str, torch.Tensor]:
     return {
         name: torch.from_numpy(TABLES[name][ids.numpy()]).requires_grad_() for name, ids in task.lookups(batch).items()
@@ -84,7 +89,7 @@ def no_gather(x: torch.Tensor) -> torch.Tensor:
 
 def test_exactly_the_three_slots_are_replaced(task):
     """Seen from inside: what the decoder is given against its embedding table and the projections' tokens."""
-    batch = task.collate(rows(6), None)
+    batch = batch_of(task, rows(6), None)
     vectors = look_up(task, batch)
     decoder = base_model(task.model.scorer.llm).model
     seen: dict = {}
@@ -101,13 +106,13 @@ def test_exactly_the_three_slots_are_replaced(task):
     expected = decoder.get_input_embeddings()(batch["tokens"])
     for row in range(6):
         for name in SOFT:
-            expected[row, batch[name][row]] = tokens[name][row]
+            expected[row, batch[f"{name}_position"][row]] = tokens[name][row]
     assert torch.equal(seen["inputs_embeds"], expected)
     assert seen["attention_mask"].tolist() == batch["mask"].long().tolist()
 
 
 def test_tokens_have_the_norm_of_the_models_embeddings(task):
-    batch = task.collate(rows(), None)
+    batch = batch_of(task, rows(), None)
     vectors = look_up(task, batch)
     tokens = task.model.projection(vectors["user"], vectors["item"], vectors["semantic"])
     table = base_model(task.model.scorer.llm).get_input_embeddings().weight
@@ -124,7 +129,7 @@ def test_user_and_item_share_a_projection(task):
 
 
 def test_only_projections_and_rows_are_trained(task):
-    batch = task.collate(rows(6), None)
+    batch = batch_of(task, rows(6), None)
     vectors = look_up(task, batch)
     task.loss(task.model, batch, vectors, no_gather).backward()
     for name, weight in task.model.named_parameters():
@@ -139,20 +144,20 @@ def test_only_projections_and_rows_are_trained(task):
 
 def test_rows_of_weight_zero_have_no_effect(task):
     weight = np.array([1, 0, 1, 0], np.float32)
-    batch = task.collate(rows(weight=weight), None)
+    batch = batch_of(task, rows(weight=weight), None)
     vectors = look_up(task, batch)
     loss = task.loss(task.model, batch, vectors, no_gather)
     loss.backward()
     assert task.targets(batch) == 2
     assert all((vector.grad[weight == 0] == 0).all() for vector in vectors.values())
-    kept = task.collate(rows().take([0, 2]), None)
+    kept = batch_of(task, rows().take([0, 2]), None)
     torch.testing.assert_close(task.loss(task.model, kept, look_up(task, kept), no_gather), loss, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["user", "item"])
 def test_the_score_of_an_unseen_one_does_not_depend_on_its_row(task, name):
     seen = np.array([True, False, True, False])
-    batch = task.collate(rows(**{f"{name}_seen": seen}), None)
+    batch = batch_of(task, rows(**{f"{name}_seen": seen}), None)
     vectors = look_up(task, batch)
     score = task.score(task.model, batch, vectors)
     score.sum().backward()
@@ -164,7 +169,7 @@ def test_the_score_of_an_unseen_one_does_not_depend_on_its_row(task, name):
 
 
 def test_the_distilled_vector_of_an_unseen_item_still_counts(task):
-    batch = task.collate(rows(item_seen=np.zeros(4, bool)), None)
+    batch = batch_of(task, rows(item_seen=np.zeros(4, bool)), None)
     vectors = look_up(task, batch)
     changed = {**vectors, "semantic": vectors["semantic"].flip(1)}
     assert (task.score(task.model, batch, vectors) - task.score(task.model, batch, changed)).abs().min() > 0
@@ -198,19 +203,19 @@ def test_uniform_is_uniform_and_rows_and_salts_are_independent():
 def test_a_share_of_training_rows_is_treated_as_unseen(task, step):
     """Users and items apart, the same however rows lie on workers; none when scoring."""
     many = rows(400)
-    batch = task.collate(many, step)
+    batch = batch_of(task, many, step)
     user, item = batch["user_seen"].numpy(), batch["item_seen"].numpy()
     for seen in (user, item):
         assert abs((1 - seen).mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 400)
     assert abs(((1 - user) * (1 - item)).mean() - 0.09) < 5 * np.sqrt(0.09 * 0.91 / 400)
-    part = task.collate(many.slice(150, 20), step)
+    part = batch_of(task, many.slice(150, 20), step)
     np.testing.assert_array_equal(part["user_seen"].numpy(), user[150:170])
-    other = task.collate(many.slice(0, 100), step + 1)
+    other = batch_of(task, many.slice(0, 100), step + 1)
     assert (other["user_seen"].numpy() != user[:100]).any(), "drawn anew in another step"
 
 
 def test_scoring_and_a_dropout_of_zero_treat_every_row_as_it_is(task, make):
-    for batch in (task.collate(rows(50), None), make(unseen_dropout=0.0).collate(rows(50), 3)):
+    for batch in (batch_of(task, rows(50), None), batch_of(make(unseen_dropout=0.0), rows(50), 3)):
         assert batch["user_seen"].all() and batch["item_seen"].all()
 
 
@@ -219,7 +224,7 @@ def test_what_is_saved_scores_alike_when_it_is_loaded(task, make, tmp_path):
     changed = {name: weight + 0.1 for name, weight in weights.items()}
     task.save(tmp_path, changed)
     again = make(trained=tmp_path / "projection.safetensors")
-    batch = again.collate(rows(), None)
+    batch = batch_of(again, rows(), None)
     found = {name: w for name, w in again.model.named_parameters() if w.requires_grad}
     assert set(found) == set(changed) and all(torch.equal(found[name], changed[name]) for name in found)
     vectors = look_up(again, batch)
@@ -249,7 +254,7 @@ def test_the_tables_start_from_what_stages_before_made(task):
         ("semantic", ITEMS, WIDTH),
     }
     assert all((table.read(1, 3) == TABLES[table.name][1:3]).all() for table in task.tables)
-    batch = task.collate(rows(), None)
+    batch = batch_of(task, rows(), None)
     assert set(task.lookups(batch)) == {feature for table in task.tables for feature in table.features}
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +31,7 @@ from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt, build_adapted
 from sellarec.language.prompts import SOFT, Prompts
-from sellarec.language.scorer import PromptScorer, trim
+from sellarec.language.scorer import PromptScorer, left_padded, trim
 
 torch.set_num_threads(1)
 
@@ -213,6 +214,11 @@ def rows_of(items: list[int], histories: list[list[int]]) -> pa.Table:
     )
 
 
+def batch_of(task: Any, rows: pa.Table, step: int | None) -> dict[str, torch.Tensor]:
+    """The rows as the stream prepares them and the loop takes them."""
+    return task.collate(task.prepare(rows, 0, np.full(len(rows), step or 0)), step)
+
+
 ROWS = rows_of([0, 1, 2, 3], [[4, 5, 6, 8], [], [1], [0, 9, 8, 7, 6]])
 
 
@@ -222,7 +228,7 @@ def test_stage_adapt_saves_what_scoring_loads(decoder, titles, tmp_path):
     task = build_adapt(source, titles, PROMPT, "movie", Adapt(rank=2, targets=("q_proj", "down_proj")))
     trained = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}
     assert trained and all("lora_" in name for name in trained)
-    batch = task.collate(ROWS, 0)
+    batch = batch_of(task, ROWS, 0)
     fresh = task.score(task.model, batch, {})
     for weight in trained.values():
         torch.nn.init.normal_(weight, std=0.3)
@@ -230,7 +236,7 @@ def test_stage_adapt_saves_what_scoring_loads(decoder, titles, tmp_path):
     assert (score - fresh).abs().min() > 1e-4
     task.save(tmp_path, {name: weight.detach() for name, weight in trained.items()})
     again = build_adapted(source, titles, PROMPT, "movie", tmp_path / "adapter")
-    torch.testing.assert_close(again.score(again.model, again.collate(ROWS, None), {}), score)
+    torch.testing.assert_close(again.score(again.model, batch_of(again, ROWS, None), {}), score)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         decoder
     )
@@ -244,7 +250,7 @@ def test_targets_that_the_model_has_not_are_refused(decoder, titles):
 
 def test_the_loss_is_the_logistic_one_of_the_score_over_rows_of_weight_one(decoder, titles):
     task = build_adapt(llms.find_llm(str(decoder), None), titles, PROMPT, "movie", Adapt(rank=2))
-    batch = task.collate(ROWS, 0)
+    batch = batch_of(task, ROWS, 0)
     score, label = task.score(task.model, batch, {}).detach().double(), batch["label"]
     losses = torch.log1p(torch.exp(torch.where(label == 1, -score, score)))
     assert task.loss(task.model, batch, {}, torch.clone).item() == pytest.approx(losses.sum().item(), rel=1e-5)
@@ -272,8 +278,8 @@ def test_padding_does_not_touch_a_rows_logits(folder, titles, kind):
     histories = ROWS["history"].combine_chunks()
     items = ROWS["item"].to_numpy()
     vectors = {name: torch.randn(len(items), model.config.hidden_size) * 0.1 for name in SOFT if kind == "fused"}
-    batch = prompts.build(items, histories)
-    slots = {name: batch[name] for name in vectors}
+    batch = left_padded(prompts.build(items, histories))
+    slots = {name: batch[f"{name}_position"] for name in vectors}
     together = scorer(batch["tokens"], batch["mask"], slots, vectors)
     assert together.shape == (4, model.config.vocab_size) and together.dtype == torch.float32
     wider = scorer(
@@ -284,11 +290,11 @@ def test_padding_does_not_touch_a_rows_logits(folder, titles, kind):
     )
     torch.testing.assert_close(wider, together, rtol=0, atol=1e-5)
     for row in range(len(items)):
-        alone = prompts.build(items[row : row + 1], histories.slice(row, 1))
+        alone = left_padded(prompts.build(items[row : row + 1], histories.slice(row, 1)))
         single = scorer(
             alone["tokens"],
             alone["mask"],
-            {name: alone[name] for name in slots},
+            {name: alone[f"{name}_position"] for name in slots},
             {name: vector[row : row + 1] for name, vector in vectors.items()},
         )
         torch.testing.assert_close(together[row], single[0], rtol=0, atol=1e-5)
@@ -333,13 +339,28 @@ def test_pretraining_text_is_scored_alike_however_it_is_padded(decoder):
 
     def loss(*chosen: str) -> tuple[float, float]:
         weight = pa.array(np.ones(len(chosen), np.float32))
-        batch = task.collate(pa.table({"text": list(chosen), "weight": weight}), 0)
+        batch = batch_of(task, pa.table({"text": list(chosen), "weight": weight}), 0)
         return task.loss(task.model, batch, {}, torch.clone).item(), task.targets(batch).item()
 
     singles = [loss(text) for text in texts]
     assert loss(*texts) == pytest.approx(tuple(np.sum(singles, axis=0)), rel=1e-5)
     tokenizer = llms.load_tokenizer(decoder)
     assert singles[0][1] == len(tokenizer(texts[0])["input_ids"]), "each token but the start, and the end token"
+
+
+def test_of_a_text_of_several_lines_each_step_reads_one(decoder):
+    from sellarec.language.texts import Lines
+
+    tokenizer = llms.load_tokenizer(decoder)
+    lines = ["the harbor sea", "x", "golden anchor and tide ; detective alibi crime"]
+    whole = [tokenizer(line + tokenizer.eos_token)["input_ids"] for line in lines]
+    rows = pa.table({"text": ["\n".join(lines)] * 60})
+    prepare = Lines(tokenizer.backend_tokenizer, tokenizer.eos_token, 256).prepare
+    found = prepare(rows, 0, np.arange(60))["tokens"].to_pylist()
+    assert all(found.count(tokens) > 5 for tokens in whole) and all(tokens in whole for tokens in found)
+    assert prepare(rows.slice(0, 7), 3, np.arange(7))["tokens"].to_pylist() == found[:7], "a function of text and step"
+    short = Lines(tokenizer.backend_tokenizer, tokenizer.eos_token, 4).prepare
+    assert short(rows, 0, np.arange(60))["tokens"].to_pylist() == [tokens[:4] for tokens in found]
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta"])

@@ -10,6 +10,7 @@ from sellarec.config import Prompt
 from sellarec.errors import UserError
 from sellarec.language.llm import load_tokenizer
 from sellarec.language.prompts import MIN_HISTORY, SOFT, Catalog, Prompts, SegmentTokenizer, compile_template
+from sellarec.language.scorer import left_padded
 from sellarec.language.templates import templates
 
 EMBEDDED, PRETRAINED = "embedded", ("lm-stories260k", "lm-babyllama")
@@ -40,7 +41,7 @@ def build(prompts: Prompts, rows: list[tuple[int, list[int]]]) -> dict[str, np.n
     """The prompts of (candidate, history) rows."""
     items, histories = zip(*rows, strict=True)
     found = prompts.build(np.asarray(items), pa.array(histories, pa.list_(pa.int64())))
-    return {name: value.numpy() for name, value in found.items()}
+    return {"shown": found["shown"].to_numpy(), **{name: value.numpy() for name, value in left_padded(found).items()}}
 
 
 def tokens_of(found: dict[str, np.ndarray], row: int) -> list[int]:
@@ -73,7 +74,7 @@ def test_answers_are_told_apart_where_their_tokens_in_context_first_differ(token
         if kind == "text":
             assert tokens_of(found, row) == yes[:differs]
         else:
-            after = tokens_of(found, row)[found["semantic"][row] - (~found["mask"][row]).sum() + 1 :]
+            after = tokens_of(found, row)[found["semantic_position"][row] - (~found["mask"][row]).sum() + 1 :]
             assert len(after) > 2 and after[-8:] == yes[:differs][-len(after[-8:]) :]
 
 
@@ -86,7 +87,7 @@ def test_a_prompt_reads_as_its_template_says(tokenizer, titles, template, kind):
     found = build(make(tokenizer, known, kind, template=template), rows)
     for row, (item, history) in enumerate(rows):
         padding = int((~found["mask"][row]).sum())
-        slots = {int(found[slot][row]) - padding for slot in SOFT if slot in found}
+        slots = {int(found[f"{slot}_position"][row]) - padding for slot in SOFT if f"{slot}_position" in found}
         kept = [token for at, token in enumerate(tokens_of(found, row)) if at not in slots]
         said = tokenizer.decode(kept, skip_special_tokens=True).strip()
         assert said == readable(template, [known[i] for i in history], known[item], kind)
@@ -117,12 +118,12 @@ def test_slots_point_at_their_places_under_left_padding(tokenizer, titles, templ
         tokens, mask = found["tokens"][row], found["mask"][row]
         padding = int((~mask).sum())
         assert not mask[:padding].any() and mask[padding:].all(), "padding lies on the left"
-        assert (tokens[:padding] == 0).all() and all(tokens[found[slot][row]] == 0 for slot in SOFT)
-        assert padding < found["user"][row] < found["item"][row] == found["semantic"][row] - 1
+        assert (tokens[:padding] == 0).all() and all(tokens[found[f"{slot}_position"][row]] == 0 for slot in SOFT)
+        assert padding < found["user_position"][row] < found["item_position"][row] == found["semantic_position"][row] - 1
         for slot, literal in before.items():
-            said = tokenizer.decode(tokens[padding : found[slot][row]].tolist())
+            said = tokenizer.decode(tokens[padding : found[f"{slot}_position"][row]].tolist())
             assert said.endswith(literal.split()[-1].format(noun="movie")), (slot, said)
-        after = tokenizer.decode(tokens[found["semantic"][row] + 1 :].tolist())
+        after = tokenizer.decode(tokens[found["semantic_position"][row] + 1 :].tolist())
         title = tokenizer.decode(tokenizer(titles[item], add_special_tokens=False)["input_ids"]).strip()
         assert after.lstrip(": ").startswith(title)
     alone = [build(prompts, [pair]) for pair in ROWS]
@@ -130,7 +131,7 @@ def test_slots_point_at_their_places_under_left_padding(tokenizer, titles, templ
         assert not (~single["mask"]).any()
         padding = int((~found["mask"][row]).sum())
         assert tokens_of(found, row) == single["tokens"][0].tolist()
-        assert all(found[slot][row] - padding == single[slot][0] for slot in SOFT)
+        assert all(found[f"{slot}_position"][row] - padding == single[f"{slot}_position"][0] for slot in SOFT)
 
 
 def test_text_prompts_have_no_slots(embedded, titles):
@@ -177,21 +178,21 @@ def test_histories_may_be_slices_of_a_column(embedded, titles):
     histories = pa.array([[9, 9, 9], [], [1, 2], [3]], pa.list_(pa.int64()))
     part = prompts.build(np.array([5, 6]), histories.slice(2))
     whole = prompts.build(np.array([0, 0, 5, 6]), histories)
-    for row in range(2):
-        assert (
-            part["tokens"][row][part["mask"][row]].tolist() == whole["tokens"][row + 2][whole["mask"][row + 2]].tolist()
-        )
+    assert part.equals(whole.slice(2))
 
 
 def test_long_titles_are_cut_and_counted(embedded, titles):
     segmenter = SegmentTokenizer(embedded)
     whole = Catalog(segmenter, titles, PLENTY)
-    assert whole.shortened == 0 and len(whole.titles) == len(titles)
-    lengths = [len(title) for title in whole.titles]
+    assert whole.shortened == 0 and len(whole.lengths) == len(titles)
     cut = Catalog(segmenter, titles, 6)
-    assert cut.shortened == sum(length > 6 for length in lengths) > 0
+    assert cut.shortened == sum(whole.lengths > 6) > 0
     assert cut.longest == 6
-    assert all((short == long[:6]).all() for short, long in zip(cut.titles, whole.titles, strict=True))
+    for item, title in enumerate(titles):
+        long, short = (
+            catalog.tokens[catalog.starts[item] :][: catalog.lengths[item]].tolist() for catalog in (whole, cut)
+        )
+        assert long == segmenter.titles([title])[0] and short == long[:6]
 
 
 @pytest.mark.parametrize("kind", ["text", "fused"])

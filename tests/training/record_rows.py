@@ -38,6 +38,7 @@ class Recorder:
     """Learns one number a row, and writes down which rows it gets."""
 
     columns = ("row",)
+    prepare = None
     model = None
     blocks = ()
     tables = (Table("row", 97, 4, ("row",)),)

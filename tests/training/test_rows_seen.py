@@ -85,4 +85,5 @@ def test_each_row_once_an_epoch_across_kills_and_another_number_of_workers(tmp_p
     for epoch in range(record_rows.EPOCHS):
         found = [row for step in range(per_epoch) for row in rows_of_step[epoch * per_epoch + step]]
         assert sorted(found) == list(range(sum(ROWS)))
-        assert found == order.read(epoch, 0, order.rows, ("row",))["row"].to_pylist()
+        pieces = order.pieces(epoch * per_epoch, (epoch + 1) * per_epoch)
+        assert found == [row for piece in pieces for row in order.read(piece, ("row",))["row"].to_pylist()]

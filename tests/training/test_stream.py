@@ -1,18 +1,20 @@
 """The order of training rows: each row once an epoch, whatever the workers, the row groups and the windows."""
 
 import tempfile
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sellarec.training import stream
-from sellarec.training.stream import Order, row_groups, slice_rows
+from sellarec.training.stream import Order, prepared, row_groups, slice_rows, slices
 
 COLUMNS = ("row", "twice")
 
@@ -37,18 +39,28 @@ def make_order():
         yield make
 
 
+def rows_of(order: Order, first: int, last: int, columns=COLUMNS, prepare=None) -> Iterator[pa.Table]:
+    """What the reading tasks deliver for steps [first, last)."""
+    for piece in order.pieces(first, last):
+        yield from prepared(order, piece, columns, prepare)
+
+
+def own(order: Order, rank: int, workers: int, first: int, last: int) -> list[pa.Table]:
+    return list(slices(rows_of(order, first, last), order, rank, workers, first, last))
+
+
 def batches(order: Order, epoch: int, workers: int) -> list[list[int]]:
     """The rows of each global batch of an epoch, worker after worker, without padding."""
     steps, share = order.steps_per_epoch, slice_rows(order.batch, workers)
     found: list[list[int]] = [[] for _ in range(steps)]
     for rank in range(workers):
-        table = order.slices(epoch, 0, steps, COLUMNS, rank, workers)
-        assert len(table) == steps * share
-        assert set(table["weight"].to_pylist()) <= {0.0, 1.0}
-        assert table["twice"].to_pylist() == [2 * row for row in table["row"].to_pylist()]
-        for step in range(steps):
-            part = table.slice(step * share, share)
-            found[step] += [r for r, w in zip(part["row"].to_pylist(), part["weight"].to_pylist(), strict=True) if w]
+        tables = own(order, rank, workers, epoch * steps, (epoch + 1) * steps)
+        assert len(tables) == steps
+        for step, table in enumerate(tables):
+            assert len(table) == share
+            assert set(table["weight"].to_pylist()) <= {0.0, 1.0}
+            assert table["twice"].to_pylist() == [2 * row for row in table["row"].to_pylist()]
+            found[step] += table.filter(pc.equal(table["weight"], 1))["row"].to_pylist()
     return found
 
 
@@ -82,17 +94,34 @@ def test_a_resumed_run_sees_the_tail_of_what_an_undisturbed_one_sees(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "WINDOW_ROWS", window)
         order = make_order(files, group, batch, 4)
-        steps, share = order.steps_per_epoch, slice_rows(batch, workers)
-        first = data.draw(st.integers(0, steps - 1))
-        last = data.draw(st.integers(first + 1, steps))
+        last = 3 * order.steps_per_epoch - data.draw(st.integers(0, order.steps_per_epoch - 1))
+        first = data.draw(st.integers(0, last - 1))
         for rank in range(workers):
-            whole = order.slices(2, 0, steps, COLUMNS, rank, workers)
-            part = order.slices(2, first, last, COLUMNS, rank, workers)
-            expected = whole.slice(first * share, (last - first) * share)
-            assert part["weight"].to_pylist() == expected["weight"].to_pylist()
-            # what stands in padding has no meaning
-            valid = np.flatnonzero(part["weight"].to_numpy())
-            assert part.take(valid).equals(expected.take(valid))
+            whole = own(order, rank, workers, 0, last)
+            assert len(whole) == last
+            for part, expected in zip(own(order, rank, workers, first, last), whole[first:], strict=True):
+                # what stands in padding has no meaning
+                assert part["weight"].equals(expected["weight"])
+                valid = pc.equal(part["weight"], 1)
+                assert part.filter(valid).equals(expected.filter(valid))
+
+
+@settings(max_examples=30, deadline=None)
+@given(FILES, GROUP, BATCH, WINDOW, st.sampled_from([1, 3, 1000]), st.data())
+def test_rows_are_prepared_with_the_step_that_they_are_read_in(make_order, files, group, batch, window, at_once, data):
+    def note(rows: pa.Table, epoch: int, step: np.ndarray) -> pa.Table:
+        assert 0 < len(rows) <= at_once
+        return rows.drop_columns(["twice"]).append_column("seen", pa.array(zip([epoch] * len(rows), step.tolist())))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "WINDOW_ROWS", window)
+        patch.setattr(stream, "PREPARED_ROWS", at_once)
+        order = make_order(files, group, batch, 4, data.draw(st.integers(1, 3)))
+        per_epoch = order.steps_per_epoch
+        first, last = sorted(data.draw(st.tuples(*[st.integers(0, 3 * per_epoch)] * 2)))
+        found = [pair for table in rows_of(order, first, last, prepare=note) for pair in table["seen"].to_pylist()]
+    expected = [(step // per_epoch, step) for step in range(first, last) for _ in range(order.batch_rows(step))]
+    assert [tuple(pair) for pair in found] == expected
 
 
 def test_epochs_and_seeds_are_shuffled_differently_and_repeatably(make_order):
@@ -131,13 +160,13 @@ def test_a_window_holds_no_more_row_groups_than_it_needs(make_order, monkeypatch
 
 def test_padding_has_weight_zero_and_fills_equal_slices(make_order):
     order = make_order((10,), 4, 7, None)
-    slices = [order.slices(0, 0, 2, COLUMNS, rank, 3) for rank in range(3)]
-    assert [table["weight"].to_pylist() for table in slices] == [
-        [1, 1, 1, 1, 1, 1],
-        [1, 1, 1, 0, 0, 0],
-        [1, 0, 0, 0, 0, 0],
+    found = [own(order, rank, 3, 0, 2) for rank in range(3)]
+    assert [[table["weight"].to_pylist() for table in tables] for tables in found] == [
+        [[1, 1, 1], [1, 1, 1]],
+        [[1, 1, 1], [0, 0, 0]],
+        [[1, 0, 0], [0, 0, 0]],
     ]
-    assert slices[1]["row"].to_pylist()[:3] == [3, 4, 5]
+    assert found[1][0]["row"].to_pylist() == [3, 4, 5]
 
 
 @settings(max_examples=30, deadline=None)
@@ -152,4 +181,4 @@ def test_every_nth_row_of_the_files_order(make_order, files, group, batch, windo
 
 def test_only_the_named_columns_are_read(make_order):
     order = make_order((10,), 4, 5, 0)
-    assert order.slices(0, 0, 1, ("twice",), 0, 1).column_names == ["twice", "weight"]
+    assert [table.column_names for table in rows_of(order, 0, 2, ("twice",))] == [["twice"]]

@@ -1,0 +1,36 @@
+"""The catalog's texts in tokens, for pre-training. Runs in the tasks that read rows, which load neither torch nor transformers."""
+
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+class Lines:
+    """One line of each text, with its start and end token.
+
+    Of a text of several lines a step reads one, drawn by (text, step): sequences are short, so there are many steps.
+
+    Args:
+        tokenizer: of the `tokenizers` library; puts the start token before a text.
+        end: the end token, as text.
+        context: longest sequence (tokens); what is beyond is cut.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", end: str, context: int) -> None:
+        self._tokenizer, self._end, self._context = tokenizer, end, context
+
+    def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray) -> pa.Table:
+        """A column `tokens` (list<int32>) instead of `text`."""
+        lines = [_line(text, int(at)) + self._end for text, at in zip(rows["text"].to_pylist(), step, strict=True)]
+        tokens = [encoding.ids[: self._context] for encoding in self._tokenizer.encode_batch(lines)]
+        return rows.drop_columns(["text"]).append_column("tokens", pa.array(tokens, pa.list_(pa.int32())))
+
+
+def _line(text: str, step: int) -> str:
+    lines = text.split("\n")
+    return lines[np.random.default_rng([zlib.crc32(text.encode()), step]).integers(len(lines))]
