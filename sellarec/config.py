@@ -244,8 +244,16 @@ class Adapt(Steps, Selection, Dense, Language):
 class Collab(Steps, Selection, Sparse):
     """The collaborative model."""
 
-    model: Annotated[Literal["mf"], alias("--collab")] = "mf"
-    """mf: matrix factorisation with biases."""
+    model: Annotated[Literal["mf", "svd++"], alias("--collab")] = "mf"
+    """mf: matrix factorisation with biases; svd++: in which the items of a user's history add to the user's row."""
+    loss: Literal["bce", "bpr", "softmax"] = "bce"
+    """bce: logistic loss of the labels; bpr or softmax: rank positives above negatives (softmax corrects for how likely
+    each was drawn). Those leave a user's bias as it is, so scores of different users don't compare."""
+    negatives: Literal["uniform", "popularity", "in-batch"] = "uniform"
+    """What bpr and softmax rank positives above: items of the train split drawn uniformly or by their positive rows, none
+    of them known to be liked; or the other positives' items of the global batch."""
+    negatives_per_row: int = 8
+    """Items drawn for each row."""
     dim: int = 32
     """Width of an embedding row, its bias included (a multiple of 4)."""
     init_std: float = 0.05
@@ -590,6 +598,16 @@ def check(config: Config) -> None:
         )
     if config.collab.dim % 4:
         raise UserError(f"collab.dim is {config.collab.dim}: the table kernels need a multiple of 4")
+    collab = config.collab
+    for name, unread in (
+        ("negatives", collab.loss == "bce"),
+        ("negatives_per_row", collab.loss == "bce" or collab.negatives == "in-batch"),
+    ):
+        if unread and getattr(collab, name) != getattr(Collab(), name):
+            raise UserError(
+                f"collab.{name} is {getattr(collab, name)}, but collab.loss is {collab.loss} and collab.negatives "
+                f"{collab.negatives}, for which it means nothing: leave out one of them"
+            )
     if not 0 <= config.fuse.unseen_dropout < 1:
         raise UserError(f"fuse.unseen_dropout is {config.fuse.unseen_dropout}: a share from 0 to below 1 is needed")
     if not 0 <= config.adapt.dropout < 1:
@@ -677,6 +695,7 @@ _LOWEST: dict[str, float] = {
         ("workers", "batch", "micro_batch", "max_steps", "patience", "valid_rows", "history_cap", "history"), 1
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
+    "negatives_per_row": 1,
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
     **dict.fromkeys(("epochs", "validate_every", "temperature", "clip"), 1e-6),
     "seed": 0,

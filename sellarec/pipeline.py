@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from sellarec.language.templates import templates
 from sellarec.training.launch import Cluster, check_room, connect, run_task, run_workers, train
 from sellarec.training.progress import Console, duration
 
-VERSIONS = dict.fromkeys(STAGES, 1)
+VERSIONS = {**dict.fromkeys(STAGES, 1), **dict.fromkeys(("pretrain", "adapt", "fuse"), 2)}
 """Raised by hand when a stage's code gives other results than before."""
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
@@ -453,11 +454,32 @@ def _adapt(this: Run) -> dict[str, Any]:
 
 
 def _collab(this: Run) -> dict[str, Any]:
-    from sellarec.collab.mf import build_collab
+    return _train(
+        this, "collab", _collab_builder(this, None, trains="collab"),
+        _order(this, "train", this.config.collab.batch, this.config.seed),
+    )  # fmt: skip
 
-    log, config = this.log(), this.config
-    build = partial(build_collab, log.facts["users"], log.facts["items"], _positive_rate(log), config.collab)
-    return _train(this, "collab", build, _order(this, "train", config.collab.batch, config.seed))
+
+def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) -> Callable[[], Any]:
+    """Builds the collaborative model.
+
+    Args:
+        origin: the artifact whose tables its rows start from; None for fresh rows.
+        trains: the stage that trains it, which may take negatives; None where it is only scored with.
+    """
+    from sellarec.collab.mf import build_collab, table_names
+    from sellarec.data.log import item_counts
+    from sellarec.training.tables import SavedTable
+
+    log, settings = this.log(), this.config.collab
+    start = {} if origin is None else {n: SavedTable(origin.local() / "tables", n).read for n in table_names(settings)}
+    counts = None
+    if trains is not None and settings.loss != "bce":
+        with this.artifact(trains).writing() as folder:
+            np.save(folder / "item_counts.npy", item_counts(log))
+        counts = this.artifact(trains).local() / "item_counts.npy"
+    sizes = (log.facts["users"], log.facts["items"], _positive_rate(log))
+    return partial(build_collab, *sizes, settings, start, counts, this.config.seed)
 
 
 def _distil(this: Run) -> dict[str, Any]:
@@ -481,51 +503,52 @@ def _distil(this: Run) -> dict[str, Any]:
 
 
 def _align(this: Run) -> dict[str, Any]:
-    from sellarec.alignment.align import build_align
     from sellarec.language.distil import SavedVectors
-    from sellarec.training.tables import SavedTable
 
-    log, config = this.log(), this.config
+    config = this.config
     vectors = SavedVectors(this.artifact("distil").local() / "vectors")
     if vectors.width % 4:
         raise UserError(f"the language model is {vectors.width} wide, but the table kernels need a multiple of 4")
-    start: dict[str, Any] = {"user": None, "item": None}
-    if config.align.init == "collab":
-        folder = this.artifact("collab").local() / "tables"
-        start = {name: SavedTable(folder, name).read for name in start}
-    sizes = (log.facts["users"], log.facts["items"])
-    build = partial(
-        build_align, sizes, _positive_rate(log), vectors.width, vectors.read, start, config.collab, config.align
-    )
+    origin = this.artifact("collab") if config.align.init == "collab" else None
+    collab = _collab_builder(this, origin, trains="align")
+    build = partial(_build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align)
     return _train(this, "align", build, _order(this, "train", config.align.batch, config.seed))
+
+
+def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
+    from sellarec.alignment.align import build_align
+
+    return build_align(collab(), *arguments)
 
 
 def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
     """Builds the recommender from align's result, or as stage fuse left it."""
-    from sellarec.fusion.fuse import build_fuse
-    from sellarec.training.tables import SavedTable
-
     log, config = this.log(), this.config
-    align = this.artifact("align").local()
-    origin = align if stage == "align" else this.artifact("fuse").local()
-    tables = {}
-    for name in ("user", "item", "semantic"):
-        saved = SavedTable(origin / "tables", name)
-        tables[name] = (saved.facts["rows"], saved.facts["columns"], saved.read)
+    align, origin = this.artifact("align").local(), this.artifact(stage)
     return partial(
-        build_fuse,
-        this.llm(),
-        _titles(log),
-        config.prompt,
-        log.facts["noun"],
-        this.artifact("adapt").local() / "adapter",
-        tables,
-        config.align.hidden,
-        align / "projection.safetensors" if stage == "align" and config.fuse.warm_start else None,
-        None if stage == "align" else origin / "projection.safetensors",
-        config.fuse,
-        config.seed,
+        _build_fuse,
+        _collab_builder(this, origin),
+        origin.local() / "tables",
+        source=this.llm(),
+        titles=_titles(log),
+        prompt=config.prompt,
+        noun=log.facts["noun"],
+        adapter=this.artifact("adapt").local() / "adapter",
+        hidden=config.align.hidden,
+        projection=align / "projection.safetensors" if stage == "align" and config.fuse.warm_start else None,
+        trained=None if stage == "align" else origin.local() / "projection.safetensors",
+        settings=config.fuse,
+        seed=config.seed,
     )
+
+
+def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> Any:
+    from sellarec.fusion.fuse import build_fuse
+    from sellarec.training.tables import SavedTable, Table
+
+    saved = SavedTable(tables, "semantic")
+    semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
+    return build_fuse(collab=collab(), semantic=semantic, **arguments)
 
 
 def _fuse(this: Run) -> dict[str, Any]:
@@ -534,22 +557,15 @@ def _fuse(this: Run) -> dict[str, Any]:
 
 
 def _evaluate(this: Run) -> dict[str, Any]:
-    from sellarec.collab.mf import MatrixFactorization
     from sellarec.evaluation.baselines import fit_means, item_mean, item_user_mean
     from sellarec.evaluation.report import BEST_ATTAINABLE
     from sellarec.evaluation.results import evaluate_scores
     from sellarec.language.adapt import build_adapted
     from sellarec.training.loop import Scoring, score_worker
-    from sellarec.training.tables import SavedTable, Table
 
     log, config = this.log(), this.config
-    folder = this.artifact("collab").local() / "tables"
-    tables = tuple(
-        Table(name, log.facts[f"{name}s"], config.collab.dim, (name,), read=SavedTable(folder, name).read)
-        for name in ("user", "item")
-    )
     build: dict[str, Callable[[], Any]] = {
-        "collab": partial(MatrixFactorization, tables, _positive_rate(log), config.collab.l2),
+        "collab": _collab_builder(this, this.artifact("collab")),
         "text-only": partial(
             build_adapted, this.llm(), _titles(log), config.prompt, log.facts["noun"],
             this.artifact("adapt").local() / "adapter",

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from sellarec.alignment.contrastive import symmetric_info_nce
 from sellarec.collab.mf import MatrixFactorization
-from sellarec.config import Align, Collab
+from sellarec.config import Align
 from sellarec.fusion.projection import Projection
 from sellarec.training.tables import RowReader, Table
-from sellarec.training.task import Batch, Gather
+from sellarec.training.task import Batch, Gather, Vectors
 
 
 class AlignTask:
     """The collaborative model's loss plus `weight` times the contrastive one.
 
-    Tables: user and item (collaborative, [U, D], [I, D]) and semantic ([I, H], starting from the distilled vectors).
+    Tables: those of the collaborative model, and semantic ([I, H], starting from the distilled vectors).
     Dense: the projection D -> hidden -> H.
     """
 
@@ -41,18 +41,18 @@ class AlignTask:
         return {**self._collab.lookups(batch), "semantic": batch["item"]}
 
     def targets(self, batch: Batch) -> Tensor:
-        return batch["weight"].sum()
+        return self._collab.targets(batch)
 
-    def loss(self, model: nn.Module, batch: Batch, vectors: dict[str, Tensor], gather: Gather) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, gather: Gather) -> Tensor:
         collab = self._collab.loss(None, batch, vectors, gather)
-        projected, semantic = model(vectors["item"]), vectors["semantic"]
+        projected, semantic, weights = model(vectors["item"]), vectors["semantic"], self._collab.row_weights(batch)
         contrastive = symmetric_info_nce(
             projected, semantic, batch["item"], gather(projected), gather(semantic), gather(batch["item"]),
-            gather(batch["weight"]), self._temperature,
+            gather(weights), self._temperature,
         )  # fmt: skip
-        return collab + self._weight * (contrastive * batch["weight"]).sum()
+        return collab + self._weight * (contrastive * weights).sum()
 
-    def score(self, model: nn.Module, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
+    def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         return self._collab.score(None, batch, vectors)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -62,28 +62,14 @@ class AlignTask:
         return self._collab.facts()
 
 
-def build_align(
-    sizes: tuple[int, int],
-    positive_rate: float,
-    width: int,
-    vectors: RowReader,
-    start: dict[str, RowReader | None],
-    collab: Collab,
-    settings: Align,
-) -> AlignTask:
-    """The task for a prepared log.
+def build_align(collab: MatrixFactorization, width: int, vectors: RowReader, dim: int, settings: Align) -> AlignTask:
+    """The task for a collaborative model.
 
     Args:
-        sizes: users and items.
         width: H, columns of the distilled vectors.
         vectors: reads the distilled vectors.
-        start: by table (user, item), where its rows start from; None for fresh rows.
-    """  # fmt: skip
-    users, items = sizes
-    tables = tuple(
-        Table(name, rows, collab.dim, (name,), init_std=collab.init_std, read=start[name])
-        for name, rows in (("user", users), ("item", items))
-    )
+        dim: D, columns of the collaborative rows.
+    """
+    items = next(table.rows for table in collab.tables if table.name == "item")
     semantic = Table("semantic", items, width, ("semantic",), read=vectors)
-    model = MatrixFactorization(tables, positive_rate, collab.l2)
-    return AlignTask(model, semantic, Projection(collab.dim, settings.hidden, width), settings)
+    return AlignTask(collab, semantic, Projection(dim, settings.hidden, width), settings)

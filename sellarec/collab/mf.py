@@ -1,9 +1,11 @@
-"""Stage collab: matrix factorisation with biases (Koren et al., 2009), trained on labels with the logistic loss.
+"""Matrix factorisation with biases (Koren et al., 2009), and with the user's history (SVD++; Koren, 2008).
 
-Shapes: b rows, D columns of a row, of which the last is the bias.
+Shapes: b rows, D columns of a row, of which the last is the bias, N sampled negatives of a row, B rows of all workers.
 """
 
 import math
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +15,103 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sellarec.collab.losses import bpr, sampled_softmax
+from sellarec.collab.negatives import Negatives
 from sellarec.config import Collab
-from sellarec.training.tables import Table
-from sellarec.training.task import Batch, Gather
+from sellarec.training.tables import Jagged, RowReader, Table
+from sellarec.training.task import Batch, Gather, Vectors
 
 
 def mf_score(user: Tensor, item: Tensor, log_odds: float) -> Tensor:
-    """log_odds + <u, i> + b_u + b_i: float [b] from rows [b, D] whose last column is the bias."""
-    return log_odds + (user[:, :-1] * item[:, :-1]).sum(1) + user[:, -1] + item[:, -1]
+    """log_odds + <u, i> + b_u + b_i: float [..., b] from rows [..., b, D] whose last column is the bias."""
+    return log_odds + (user[..., :-1] * item[..., :-1]).sum(-1) + user[..., -1] + item[..., -1]
 
 
 class MatrixFactorization:
     """Scores of (user, item). A user or item that isn't in the train split counts as a row of zeros.
 
+    With a table `history`, a user's row is added to by those of the n items in the row's history, their sum over the root
+    of n; so an unseen user with a history isn't zero.
+
     Args:
-        tables: the user and the item table.
+        tables: the user and the item table, and for SVD++ the history table.
         positive_rate: share of positives among the training rows; its log-odds are the constant of the score.
-        l2: weight of half the squared norm of a row's two vectors in its loss.
+        negatives: what draws them, for a ranking loss.
     """
 
-    columns = ("row", "user", "item", "label", "user_seen", "item_seen")
-    prepare = None
     model = None
     blocks = ()
 
-    def __init__(self, tables: tuple[Table, ...], positive_rate: float, l2: float) -> None:
+    def __init__(
+        self, tables: tuple[Table, ...], positive_rate: float, settings: Collab, negatives: Negatives | None = None
+    ) -> None:
         self.tables = tables
         self._log_odds = math.log(positive_rate / (1 - positive_rate))
-        self._l2 = l2
+        self._settings = settings
+        self._has_history = any(table.name == "history" for table in tables)
+        self._draws = any("negative" in table.features for table in tables)
+        self.prepare = partial(negatives.prepare, keep_history=self._has_history) if negatives else None
+        reads_history = self._has_history or negatives is not None
+        self.columns = ("row", "user", "item", "label", "user_seen", "item_seen", *["history"] * reads_history)
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        return {
-            "user": torch.from_numpy(rows["user"].to_numpy().copy()),
-            "item": torch.from_numpy(rows["item"].to_numpy().copy()),
-            "user_seen": _float(rows["user_seen"]),
-            "item_seen": _float(rows["item_seen"]),
-            "label": _float(rows["label"]),
-            "weight": _float(rows["weight"]),
-        }
+        batch: Batch = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in ("user", "item")}
+        batch |= {name: _float(rows[name]) for name in ("user_seen", "item_seen", "label", "weight")}
+        if self._has_history:
+            batch["history"] = Jagged.of(rows["history"])
+        if self._draws and step is None:
+            batch["negative"] = torch.zeros(len(rows), 0, dtype=torch.int64)
+        elif self._draws:
+            batch["negative"] = Jagged.of(rows["negative"]).values.reshape(len(rows), -1)
+            batch["negative_log_q"] = Jagged.of(rows["negative_log_q"]).values.reshape(len(rows), -1)
+        if self.prepare is not None and step is not None:
+            batch["log_q"] = _float(rows["log_q"])
+        return batch
 
-    def lookups(self, batch: Batch) -> dict[str, Tensor]:
-        return {"user": batch["user"], "item": batch["item"]}
+    def lookups(self, batch: Batch) -> Batch:
+        return {name: batch[name] for table in self.tables for name in table.features}
+
+    def row_weights(self, batch: Batch) -> Tensor:
+        """float [b]: 1 for rows that have a loss; a ranking loss takes positives alone."""
+        return batch["weight"] if self._settings.loss == "bce" else batch["weight"] * batch["label"]
 
     def targets(self, batch: Batch) -> Tensor:
-        return batch["weight"].sum()
+        return self.row_weights(batch).sum()
 
-    def loss(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor], gather: Gather) -> Tensor:
-        losses = F.binary_cross_entropy_with_logits(self.score(model, batch, vectors), batch["label"], reduction="none")
-        norms = vectors["user"].square().sum(1) + vectors["item"].square().sum(1)
-        return ((losses + 0.5 * self._l2 * norms) * batch["weight"]).sum()
-
-    def score(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
+    def represent(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Tensor]:
+        """User and item as the model sees them, float [b, D] each: unseen ones are zeros, a history is added."""
         user = vectors["user"] * batch["user_seen"][:, None]
-        item = vectors["item"] * batch["item_seen"][:, None]
-        return mf_score(user, item, self._log_odds)
+        if self._has_history:
+            history = vectors["history"]
+            user = user + history.sum() / history.lengths.clamp(min=1).sqrt()[:, None]
+        return user, vectors["item"] * batch["item_seen"][:, None]
+
+    def loss(self, model: nn.Module | None, batch: Batch, vectors: Vectors, gather: Gather) -> Tensor:
+        user, item = self.represent(batch, vectors)
+        score = mf_score(user, item, self._log_odds)
+        norms = vectors["user"].square().sum(1) + vectors["item"].square().sum(1)
+        weights = self.row_weights(batch)
+        if self._settings.loss == "bce":
+            losses = F.binary_cross_entropy_with_logits(score, batch["label"], reduction="none")
+        else:
+            if self._draws:
+                negative = mf_score(user[:, None], vectors["negative"], self._log_odds)
+                counts = torch.ones_like(negative, dtype=torch.bool)
+                negative_log_q = batch["negative_log_q"]
+                norms = norms + vectors["negative"].square().sum(2).mean(1)
+            else:
+                # the other positives of all workers; [b, B]
+                negative = mf_score(user[:, None], gather(item), self._log_odds)
+                counts = (batch["item"][:, None] != gather(batch["item"])) & (gather(weights) > 0)
+                negative_log_q = gather(batch["log_q"]).expand_as(negative)
+            if self._settings.loss == "bpr":
+                losses = bpr(score, negative, counts)
+            else:
+                losses = sampled_softmax(score, negative, counts, batch["log_q"], negative_log_q)
+        return ((losses + 0.5 * self._settings.l2 * norms) * weights).sum()
+
+    def score(self, model: nn.Module | None, batch: Batch, vectors: Vectors) -> Tensor:
+        return mf_score(*self.represent(batch, vectors), self._log_odds)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         raise TypeError("matrix factorisation has no dense weights")
@@ -79,8 +124,40 @@ def _float(column: pa.ChunkedArray) -> Tensor:
     return torch.from_numpy(column.to_numpy().astype(np.float32))
 
 
-def build_collab(users: int, items: int, positive_rate: float, settings: Collab) -> MatrixFactorization:
-    """A fresh model for a prepared log's sizes."""
-    user = Table("user", users, settings.dim, ("user",), init_std=settings.init_std)
-    item = Table("item", items, settings.dim, ("item",), init_std=settings.init_std)
-    return MatrixFactorization((user, item), positive_rate, settings.l2)
+def table_names(settings: Collab) -> tuple[str, ...]:
+    """The tables of a model."""
+    return ("user", "item", "history") if settings.model == "svd++" else ("user", "item")
+
+
+def build_collab(
+    users: int,
+    items: int,
+    positive_rate: float,
+    settings: Collab,
+    start: Mapping[str, RowReader],
+    counts: Path | None = None,
+    seed: int = 0,
+) -> MatrixFactorization:
+    """A model for a prepared log's sizes.
+
+    Args:
+        start: by table, where its rows start from; a table that isn't there starts from fresh rows.
+        counts: file of `sellarec.data.log.item_counts`: needed to train with negatives.
+        seed: of the drawn negatives.
+    """
+    negatives = None
+    if counts is not None:
+        negatives = Negatives(settings.negatives, np.load(counts), settings.negatives_per_row, seed)
+    drawn = negatives is not None and settings.negatives != "in-batch"
+    tables = tuple(
+        Table(
+            name,
+            users if name == "user" else items,
+            settings.dim,
+            ("item", "negative") if name == "item" and drawn else (name,),
+            init_std=settings.init_std,
+            read=start.get(name),
+        )
+        for name in table_names(settings)
+    )
+    return MatrixFactorization(tables, positive_rate, settings, negatives)

@@ -24,6 +24,14 @@ def mix(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
+def uniform(rows: np.ndarray, *salt: int) -> np.ndarray:
+    """float64 in [0, 1), a function of (row, salt) alone (splitmix64), whatever other rows there are."""
+    state = np.random.SeedSequence(salt).generate_state(1, np.uint64)[0]
+    with np.errstate(over="ignore"):
+        x = (rows.astype(np.uint64) + np.uint64(1)) * _STEP + state
+    return (mix(x) >> np.uint64(11)) / float(1 << 53)
+
+
 def keys_of(ids: pa.Array) -> np.ndarray:
     """uint64 keys of int64 or string ids, without nulls."""
     if pa.types.is_integer(ids.type):

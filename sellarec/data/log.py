@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -108,6 +109,17 @@ class Log:
     def users(self, columns: list[str] | None = None) -> pa.Table:
         """All users, by dense id; all columns of USERS, or `columns` of them."""
         return _read(self.paths("users"), columns)
+
+
+def item_counts(log: Log) -> np.ndarray:
+    """int64 [2, items]: how many train rows each item has, and how many positive ones."""
+    counts = np.zeros((2, log.facts["items"]), np.int64)
+    for path in log.split_paths("train"):
+        for rows in pq.ParquetFile(path).iter_batches(columns=["item", "label"]):
+            item, label = rows["item"].to_numpy(), rows["label"].to_numpy()
+            np.add.at(counts[0], item, 1)
+            np.add.at(counts[1], item[label == 1], 1)
+    return counts
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:

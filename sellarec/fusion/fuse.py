@@ -3,25 +3,25 @@
 Shapes: b rows, D columns of a collaborative row, H width of the language model.
 """
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sellarec.collab.mf import MatrixFactorization
 from sellarec.config import Fuse, Prompt
-from sellarec.data.keys import mix
+from sellarec.data.keys import uniform
 from sellarec.fusion.projection import HybridProjection, Projection
 from sellarec.language import llm as llms
 from sellarec.language.adapt import answer_loss, answer_score, make_prompts
 from sellarec.language.prompts import SOFT, Prompts
 from sellarec.language.scorer import PromptScorer, left_padded
-from sellarec.training.tables import RowReader, Table
-from sellarec.training.task import Batch, Gather
+from sellarec.training.tables import Table
+from sellarec.training.task import Batch, Gather, Vectors
 
 
 class Recommender(nn.Module):
@@ -38,7 +38,7 @@ class Recommender(nn.Module):
         self.scorer.eval()
         return self
 
-    def forward(self, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch, vectors: Vectors) -> Tensor:
         """Logits [b, V] at the deciding position."""
         tokens = self.projection(vectors["user"], vectors["item"], vectors["semantic"])
         return self.scorer(batch["tokens"], batch["mask"], {name: batch[f"{name}_position"] for name in SOFT}, tokens)
@@ -47,54 +47,51 @@ class Recommender(nn.Module):
 class FuseTask:
     """Yes or no from a prompt with three soft tokens.
 
-    Trained: the tables and the projections. A user or item that isn't in the train split stands for a row of zeros;
-    so that the projection knows what that means, `unseen_dropout` of the training rows are treated so too.
+    Trained: the tables and the projections. A user or item that isn't in the train split stands for a row of zeros in
+    the collaborative model; so that the projection knows what that means, `unseen_dropout` of the training rows are
+    treated so too.
     """
 
-    columns = ("row", "user", "item", "label", "history", "user_seen", "item_seen")
-
     def __init__(
-        self, recommender: Recommender, tables: tuple[Table, ...], prompts: Prompts, unseen_dropout: float, seed: int
+        self,
+        recommender: Recommender,
+        collab: MatrixFactorization,
+        semantic: Table,
+        prompts: Prompts,
+        unseen_dropout: float,
+        seed: int,
     ) -> None:
         self.model = recommender
         self.blocks = recommender.scorer.blocks
-        self.tables = tables
+        self.collab = collab
+        self.tables = (*collab.tables, semantic)
         self.prompts = prompts
-        self.prepare = prompts.prepare
+        self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
+        self.prepare = partial(prompts.prepare, keep_history="history" in collab.columns)
         self._unseen_dropout, self._seed = unseen_dropout, seed
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        seen = {name: rows[name].to_numpy().astype(np.float32) for name in ("user_seen", "item_seen")}
+        batch = {**self.collab.collate(rows, step), **left_padded(rows)}
         if step is not None:
-            for number, name in enumerate(seen):
+            for number, name in enumerate(("user_seen", "item_seen")):
                 drawn = uniform(rows["row"].to_numpy(), self._seed, step, number)
-                seen[name] = seen[name] * (drawn >= self._unseen_dropout)
-        return {
-            **left_padded(rows),
-            **{name: torch.from_numpy(rows[name].to_numpy().copy()) for name in ("user", "item")},
-            **{name: torch.from_numpy(value.astype(np.float32)) for name, value in seen.items()},
-            "label": torch.from_numpy(rows["label"].to_numpy().astype(np.float32)),
-            "weight": torch.from_numpy(rows["weight"].to_numpy().copy()),
-        }
+                batch[name] = batch[name] * torch.from_numpy(drawn >= self._unseen_dropout)
+        return batch
 
-    def lookups(self, batch: Batch) -> dict[str, Tensor]:
-        return {"user": batch["user"], "item": batch["item"], "semantic": batch["item"]}
+    def lookups(self, batch: Batch) -> Batch:
+        return {**self.collab.lookups(batch), "semantic": batch["item"]}
 
     def targets(self, batch: Batch) -> Tensor:
         return batch["weight"].sum()
 
-    def _logits(self, model: nn.Module, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
-        known = {
-            "user": vectors["user"] * batch["user_seen"][:, None],
-            "item": vectors["item"] * batch["item_seen"][:, None],
-            "semantic": vectors["semantic"],
-        }
-        return model(batch, known)
+    def _logits(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
+        user, item = self.collab.represent(batch, vectors)
+        return model(batch, {"user": user, "item": item, "semantic": vectors["semantic"]})
 
-    def loss(self, model: nn.Module, batch: Batch, vectors: dict[str, Tensor], gather: Gather) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, gather: Gather) -> Tensor:
         return answer_loss(self._logits(model, batch, vectors), batch, self.prompts)
 
-    def score(self, model: nn.Module, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
+    def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         return answer_score(self._logits(model, batch, vectors), self.prompts)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
@@ -107,21 +104,14 @@ class FuseTask:
         return {**self.prompts.facts(), "trained_weights": trained}
 
 
-def uniform(rows: np.ndarray, *salt: int) -> np.ndarray:
-    """float64 in [0, 1), a function of (row, salt) alone (splitmix64), whatever else is in the batch."""
-    state = np.random.SeedSequence(salt).generate_state(1, np.uint64)[0]
-    with np.errstate(over="ignore"):
-        x = (rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + state
-    return (mix(x) >> np.uint64(11)) / float(1 << 53)
-
-
 def build_fuse(
     source: llms.LlmSource,
     titles: list[str],
     prompt: Prompt,
     noun: str,
     adapter: Path,
-    tables: Mapping[str, tuple[int, int, RowReader]],
+    collab: MatrixFactorization,
+    semantic: Table,
     hidden: int,
     projection: Path | None,
     trained: Path | None,
@@ -131,7 +121,8 @@ def build_fuse(
     """The task of training the projections, or (with `trained`) of scoring with trained ones.
 
     Args:
-        tables: by name (user, item, semantic): rows, columns and where the rows start from.
+        collab: the collaborative model, with the rows that it starts from.
+        semantic: the table of distilled vectors.
         hidden: width of the collaborative projection's hidden layer.
         projection: file of the aligned projection to start from; None for random weights.
         trained: file of trained projections.
@@ -145,11 +136,10 @@ def build_fuse(
     adapted = llms.with_adapter(model, adapter)
     for weight in adapted.parameters():
         weight.requires_grad_(False)
-    collaborative = Projection(tables["user"][1], hidden, width)
+    collaborative = Projection(collab.tables[0].dim, hidden, width)
     if projection is not None:
         collaborative.load_state_dict(load_file(projection))
     hybrid = HybridProjection(collaborative, width, norm)
     if trained is not None:
         hybrid.load_state_dict(load_file(trained))
-    declared = tuple(Table(name, rows, dim, (name,), read=read) for name, (rows, dim, read) in tables.items())
-    return FuseTask(Recommender(adapted, hybrid), declared, prompts, settings.unseen_dropout, seed)
+    return FuseTask(Recommender(adapted, hybrid), collab, semantic, prompts, settings.unseen_dropout, seed)

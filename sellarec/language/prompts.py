@@ -254,13 +254,12 @@ class Prompts:
         cost = self._title_lengths[history] + len(self.segments.separator) * (recent > 0)
         return history, valid & (np.cumsum(cost, axis=1) <= room[:, None])
 
-    def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray) -> pa.Table:
-        """The rows with their prompts instead of their histories; see `build`."""
+    def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray, keep_history: bool = False) -> pa.Table:
+        """The rows with their prompts; see `build`."""
         built = self.build(rows["item"].to_numpy(), rows["history"].combine_chunks())
-        rows = rows.drop_columns(["history"])
         for name in built.column_names:
             rows = rows.append_column(name, built[name])
-        return rows
+        return rows if keep_history else rows.drop_columns(["history"])
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""The catalog's texts in tokens, for pre-training. Runs in the tasks that read rows, which load neither torch nor transformers."""
+"""The catalog's texts in tokens, for pre-training.
+
+They are made in the tasks that read rows, which load neither torch nor transformers.
+"""
 
 import zlib
 from typing import TYPE_CHECKING

@@ -38,8 +38,8 @@ from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training import dense
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.stream import Order, stream
-from sellarec.training.tables import ShardedTables, index
-from sellarec.training.task import Batch, Task
+from sellarec.training.tables import Jagged, ShardedTables, index
+from sellarec.training.task import Batch, Task, Vectors
 
 FIRST_LOSSES = 20
 
@@ -188,11 +188,16 @@ class Engine:
         task, workers = self.task, self.workers
         batch = self._to_device(task.collate(self._by_length(rows), step))
         (count,) = workers.sum(task.targets(batch).item())
-        vectors: dict[str, Tensor] = {}
+        vectors: Vectors = {}
         if self.tables is not None:
             self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
             vectors = self.tables.look_up(task.lookups(batch))
-        leaves = {name: value.detach().requires_grad_() for name, value in vectors.items()}
+        found = {name: value.values if isinstance(value, Jagged) else value for name, value in vectors.items()}
+        leaves = {name: value.detach().requires_grad_() for name, value in found.items()}
+        given = {
+            name: Jagged(leaves[name], value.lengths) if isinstance(value, Jagged) else leaves[name]
+            for name, value in vectors.items()
+        }
         parts = self._parts(len(batch["weight"]))
         total = 0.0
         for number, part in enumerate(parts):
@@ -201,10 +206,10 @@ class Engine:
             loss = task.loss(
                 task.model,
                 {name: value[part] for name, value in batch.items()},
-                {name: value[part] for name, value in leaves.items()},
+                {name: value[part] for name, value in given.items()},
                 workers.gather,
             )
-            loss = loss / count
+            loss = loss / max(count, 1.0)
             loss.backward()
             total += loss.item()
         gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
@@ -222,7 +227,7 @@ class Engine:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         if vectors:
-            torch.autograd.backward(list(vectors.values()), list(gradients.values()))
+            torch.autograd.backward(list(found.values()), list(gradients.values()))
         return mean
 
     @torch.no_grad()

@@ -4,13 +4,15 @@ Shapes: b rows of one worker's slice, L ids a row, D columns, R rows of a table,
 """
 
 import json
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -25,6 +27,45 @@ INIT_BLOCK = 4096
 
 RowReader = Callable[[int, int], np.ndarray]
 """(start, stop) -> float32 rows [stop - start, D] of a whole table."""
+
+
+@dataclass(frozen=True)
+class Jagged:
+    """Lists of different lengths, one after the other: what TorchRec's KeyedJaggedTensor is made of.
+
+    Attributes:
+        values: [n] or [n, D].
+        lengths: int64 [b], adding up to n.
+    """
+
+    values: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, lists: pa.ChunkedArray) -> "Jagged":
+        """A column of lists of numbers."""
+        whole = lists.combine_chunks()
+        lengths = np.diff(whole.offsets.to_numpy()).astype(np.int64)
+        return cls(torch.from_numpy(whole.flatten().to_numpy().copy()), torch.from_numpy(lengths))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, rows: slice) -> "Jagged":
+        ends = self.lengths.cumsum(0)
+        start, stop = rows.start or 0, len(self) if rows.stop is None else rows.stop
+        first = int(ends[start - 1]) if start else 0
+        return Jagged(self.values[first : int(ends[stop - 1]) if stop else 0], self.lengths[rows])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Jagged":
+        return Jagged(
+            self.values.to(device, non_blocking=non_blocking), self.lengths.to(device, non_blocking=non_blocking)
+        )
+
+    def sum(self) -> Tensor:
+        """[b, D]: the sum of each list's vectors; zeros for an empty one."""
+        row = torch.repeat_interleave(torch.arange(len(self), device=self.lengths.device), self.lengths)
+        return self.values.new_zeros(len(self), self.values.shape[1]).index_add(0, row, self.values)
 
 
 @dataclass(frozen=True)
@@ -140,27 +181,30 @@ class ShardedTables:
                 out.append((piece, (shard.metadata.shard_offsets[0], shard.tensor.detach())))
         return out
 
-    def look_up(self, ids: dict[str, Tensor]) -> dict[str, Tensor]:
-        """int64 ids [b] or [b, L] by feature (all features, equal b) -> float32 vectors [b, D] or [b, L, D] by feature."""
+    def look_up(self, ids: Mapping[str, Tensor | Jagged]) -> dict[str, Tensor | Jagged]:
+        """int64 ids [b], [b, L] or jagged by feature (all features, equal b) -> float32 vectors [b, D], [b, L, D] or jagged."""
         from torchrec import KeyedJaggedTensor
 
+        jagged = {name: _as_jagged(feature) for name, feature in ids.items()}
         found = {}
         for name, keys in self._keys.items():
-            values, lengths = [], []
-            for key in keys:
-                feature = ids[key.partition(":")[0]]
-                values.append(feature.reshape(-1))
-                lengths.append(
-                    torch.full((len(feature),), feature[0].numel(), dtype=torch.int32, device=feature.device)
-                )
-            features = KeyedJaggedTensor(keys, torch.cat(values), lengths=torch.cat(lengths))
-            found.update(self._collections[name](features).wait())
-        out = {}
+            features = [jagged[key.partition(":")[0]] for key in keys]
+            keyed = KeyedJaggedTensor(
+                keys,
+                torch.cat([feature.values for feature in features]),
+                lengths=torch.cat([feature.lengths for feature in features]).int(),
+            )
+            found.update(self._collections[name](keyed).wait())
+        out: dict[str, Tensor | Jagged] = {}
         for table in self.tables:
             for feature in table.features:
                 vectors = [found[f"{feature}:{name}"].values() for name, _, _ in table.pieces]
                 whole = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
-                out[feature] = whole.reshape(*ids[feature].shape, table.dim)
+                asked = ids[feature]
+                if isinstance(asked, Jagged):
+                    out[feature] = Jagged(whole, asked.lengths)
+                else:
+                    out[feature] = whole.reshape(*asked.shape, table.dim)
         return out
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -213,6 +257,12 @@ class ShardedTables:
                 }
             )
         return lines
+
+
+def _as_jagged(ids: Tensor | Jagged) -> Jagged:
+    if isinstance(ids, Jagged):
+        return ids
+    return Jagged(ids.reshape(-1), ids.new_full((len(ids),), math.prod(ids.shape[1:])))
 
 
 def _local_size(world_size: int, device: torch.device) -> int:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from sellarec.training.stream import Prepare
 from sellarec.training.tables import Table
 
-Batch = dict[str, Tensor]
-"""Tensors with one leading dimension b; `weight` (float32 [b]) is 0 for padding."""
+Batch = dict[str, Any]
+"""Tensors with one leading dimension b, or Jagged of b lists; `weight` (float32 [b]) is 0 for padding."""
+
+Vectors = dict[str, Any]
+"""By feature, the vectors of its ids: [b, D], [b, L, D] or Jagged of b lists of them."""
 
 Gather = Callable[[Tensor], Tensor]
 """[b, ...] of each worker -> [W * b, ...] of all; gradients flow back to where the rows came from."""
@@ -39,19 +42,19 @@ class Task(Protocol):
     blocks: Sequence[nn.Module]
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        """Prepared rows with their `weight` -> tensors. What is drawn may depend on (step, row), never on the worker; `step` is None
-        when scoring."""
+        """Prepared rows with their `weight` -> tensors. What is drawn may depend on (step, row), never on the worker;
+        `step` is None when scoring."""
 
-    def lookups(self, batch: Batch) -> dict[str, Tensor]:
-        """Feature -> int64 ids [b] or [b, L], every feature of every table."""
+    def lookups(self, batch: Batch) -> Batch:
+        """Feature -> int64 ids [b], [b, L] or Jagged, every feature of every table."""
 
     def targets(self, batch: Batch) -> Tensor:
         """How many valid targets the slice has: what the summed loss is divided by, over all workers."""
 
-    def loss(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor], gather: Gather) -> Tensor:
+    def loss(self, model: nn.Module | None, batch: Batch, vectors: Vectors, gather: Gather) -> Tensor:
         """The loss summed (not averaged) over the valid targets of these rows: a scalar."""
 
-    def score(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
+    def score(self, model: nn.Module | None, batch: Batch, vectors: Vectors) -> Tensor:
         """float32 [b]: the log-odds, up to a monotone function, that the user likes the item."""
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sellarec.data.keys import keys_of, look_up, write_numbering
+from sellarec.data.keys import keys_of, look_up, uniform, write_numbering
 
 # Beside any texts such that share beginnings, lie about a word's length or differ in their zeros alone.
 TEXTS = st.one_of(
@@ -101,3 +101,26 @@ def test_known_keys_lead_to_their_numbers_and_others_to_what_stands_for_them(tmp
         with pytest.raises(KeyError, match="a key without a number"):
             look_up(keys_of(pa.array(others, pa.int64())), path)
     assert look_up(np.empty(0, np.uint64), path).tolist() == []
+
+
+ROW_IDS = st.lists(st.integers(0, 1 << 40), min_size=1, max_size=20)
+
+
+@given(ROW_IDS, st.lists(st.integers(0, 1 << 31), min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_uniform_is_a_function_of_row_and_salt(ids, salt, generator):
+    whole = uniform(np.array(ids), *salt)
+    assert ((whole >= 0) & (whole < 1)).all()
+    order = list(range(len(ids)))
+    generator.shuffle(order)
+    np.testing.assert_array_equal(uniform(np.array(ids)[order], *salt), whole[order])
+    assert uniform(np.array(ids[:1]), *salt)[0] == whole[0]
+
+
+def test_uniform_is_uniform_and_rows_and_salts_are_independent():
+    n = 40_000
+    draws = np.stack([uniform(np.arange(n), *salt) for salt in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]])
+    counts = np.stack([np.histogram(x, 50, (0, 1))[0] for x in draws])
+    chi_squared = ((counts - n / 50) ** 2 / (n / 50)).sum(1)
+    assert (chi_squared < 100).all(), "49 degrees of freedom; 100 is passed once in 40,000"
+    correlations = np.corrcoef([*draws, np.roll(draws[0], 1)]) - np.eye(5)
+    assert np.abs(correlations).max() < 4.5 / np.sqrt(n)

@@ -52,6 +52,24 @@ def test_same_losses(runs: dict[int, tuple[Path, str]], stage: str, workers: int
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [("svd++", "bpr", "popularity"), ("mf", "softmax", "in-batch")],
+    ids=["histories and drawn negatives", "negatives of all workers"],
+)
+def test_same_losses_of_ranking_models(settings: tuple[str, str, str], tmp_path: Path) -> None:
+    model, loss, negatives = settings
+    recipe = main_job.write_recipe(tmp_path, {**main_job.TINY, "collab": {"max_steps": 20, "l2": 0.01}})
+    found = {}
+    for workers in (1, 3):
+        arguments = ["demo", recipe, "--workers", str(workers), "--workspace", tmp_path / str(workers), "--name", "run"]
+        arguments += ["--collab.model", model, "--collab.loss", loss, "--collab.negatives", negatives]
+        main_job.train(*arguments, "--stages", "prepare,collab", log=tmp_path / "log")
+        found[workers] = first_losses(tmp_path / str(workers), "collab")
+    assert len(found[1]) == 20 and found[1][-1] < found[1][0]
+    np.testing.assert_allclose(found[3], found[1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_same_results(runs: dict[int, tuple[Path, str]], workers: int) -> None:
     expected, found = (main_job.read_json(runs[n][0] / "runs/run/results.json") for n in (2, workers))

@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sellarec.config import Adapt, Fuse, Prompt
-from sellarec.fusion.fuse import FuseTask, build_fuse, uniform
+from sellarec.collab.mf import build_collab
+from sellarec.config import Adapt, Collab, Fuse, Prompt
+from sellarec.fusion.fuse import FuseTask, build_fuse
 from sellarec.fusion.projection import Projection
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
 from sellarec.language.prompts import SOFT
 from sellarec.language.scorer import base_model
+from sellarec.training.tables import Jagged, Table
 
 torch.set_num_threads(1)
 
@@ -25,6 +27,7 @@ TABLES = {
     "user": ROWS["user"].standard_normal((USERS, DIM)).astype(np.float32),
     "item": ROWS["item"].standard_normal((ITEMS, DIM)).astype(np.float32),
     "semantic": ROWS["semantic"].standard_normal((ITEMS, WIDTH)).astype(np.float32),
+    "history": np.random.default_rng(3).standard_normal((ITEMS, DIM)).astype(np.float32),
 }
 
 
@@ -40,11 +43,13 @@ def make(decoder, titles, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapt")
     adapt.save(folder, trained)
 
-    def build(projection=None, trained=None, unseen_dropout=0.3, seed=1) -> FuseTask:
+    def build(projection=None, trained=None, unseen_dropout=0.3, seed=1, model="mf") -> FuseTask:
         torch.manual_seed(7)
-        tables = {name: (*rows.shape, lambda start, stop, rows=rows: rows[start:stop]) for name, rows in TABLES.items()}
+        read = {name: lambda start, stop, rows=rows: rows[start:stop] for name, rows in TABLES.items()}
+        collab = build_collab(USERS, ITEMS, 0.5, Collab(dim=DIM, model=model), read)
+        semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=read["semantic"])
         return build_fuse(
-            source, titles, PROMPT, "movie", folder / "adapter", tables, HIDDEN, projection, trained,
+            source, titles, PROMPT, "movie", folder / "adapter", collab, semantic, HIDDEN, projection, trained,
             Fuse(unseen_dropout=unseen_dropout), seed,
         )  # fmt: skip
 
@@ -77,10 +82,14 @@ def batch_of(task: FuseTask, rows: pa.Table, step: int | None) -> dict[str, torc
     return task.collate(task.prepare(rows, 0, np.full(len(rows), step or 0)), step)
 
 
-def look_up(task: FuseTask, batch: dict) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.from_numpy(TABLES[name][ids.numpy()]).requires_grad_() for name, ids in task.lookups(batch).items()
-    }
+def look_up(task: FuseTask, batch: dict) -> dict:
+    found = {}
+    for name, ids in task.lookups(batch).items():
+        if isinstance(ids, Jagged):
+            found[name] = Jagged(torch.from_numpy(TABLES[name][ids.values.numpy()]).requires_grad_(), ids.lengths)
+        else:
+            found[name] = torch.from_numpy(TABLES[name][ids.numpy()]).requires_grad_()
+    return found
 
 
 def no_gather(x: torch.Tensor) -> torch.Tensor:
@@ -175,29 +184,6 @@ def test_the_distilled_vector_of_an_unseen_item_still_counts(task):
     assert (task.score(task.model, batch, vectors) - task.score(task.model, batch, changed)).abs().min() > 0
 
 
-ROW_IDS = st.lists(st.integers(0, 1 << 40), min_size=1, max_size=20)
-
-
-@given(ROW_IDS, st.lists(st.integers(0, 1 << 31), min_size=1, max_size=3), st.randoms(use_true_random=False))
-def test_uniform_is_a_function_of_row_and_salt(ids, salt, generator):
-    whole = uniform(np.array(ids), *salt)
-    assert ((whole >= 0) & (whole < 1)).all()
-    order = list(range(len(ids)))
-    generator.shuffle(order)
-    np.testing.assert_array_equal(uniform(np.array(ids)[order], *salt), whole[order])
-    assert uniform(np.array(ids[:1]), *salt)[0] == whole[0]
-
-
-def test_uniform_is_uniform_and_rows_and_salts_are_independent():
-    n = 40_000
-    draws = np.stack([uniform(np.arange(n), *salt) for salt in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]])
-    counts = np.stack([np.histogram(x, 50, (0, 1))[0] for x in draws])
-    chi_squared = ((counts - n / 50) ** 2 / (n / 50)).sum(1)
-    assert (chi_squared < 100).all(), "49 degrees of freedom; 100 is passed once in 40,000"
-    correlations = np.corrcoef([*draws, np.roll(draws[0], 1)]) - np.eye(5)
-    assert np.abs(correlations).max() < 4.5 / np.sqrt(n)
-
-
 @settings(max_examples=10)
 @given(st.integers(0, 10_000))
 def test_a_share_of_training_rows_is_treated_as_unseen(task, step):
@@ -263,3 +249,19 @@ def test_the_frozen_language_model_has_no_dropout_while_the_projections_train(ta
     assert task.model.projection.training and not any(module.training for module in task.model.scorer.modules())
     task.model.eval()
     assert not any(module.training for module in task.model.modules())
+
+
+def test_the_users_token_is_that_of_a_collaborative_model_with_history(make):
+    task = make(model="svd++")
+    batch = batch_of(task, rows(7), None)
+    vectors = look_up(task, batch)
+    lengths = vectors["history"].lengths
+    assert 0 in lengths and max(lengths) > 1 and {table.name for table in task.tables} == set(TABLES)
+    score = task.score(task.model, batch, vectors)
+    moved = {**vectors, "history": Jagged(vectors["history"].values.detach() + 1, lengths)}
+    difference = (task.score(task.model, batch, moved) - score).abs()
+    assert ((difference > 0) == (lengths > 0)).all()
+    # the same user row as the sum with the histories' rows
+    plain = make(model="mf")
+    user = vectors["user"] + vectors["history"].sum() / lengths.clamp(min=1).sqrt()[:, None]
+    torch.testing.assert_close(plain.score(plain.model, batch, {**vectors, "user": user}), score)

@@ -119,7 +119,9 @@ def test_slots_point_at_their_places_under_left_padding(tokenizer, titles, templ
         padding = int((~mask).sum())
         assert not mask[:padding].any() and mask[padding:].all(), "padding lies on the left"
         assert (tokens[:padding] == 0).all() and all(tokens[found[f"{slot}_position"][row]] == 0 for slot in SOFT)
-        assert padding < found["user_position"][row] < found["item_position"][row] == found["semantic_position"][row] - 1
+        assert (
+            padding < found["user_position"][row] < found["item_position"][row] == found["semantic_position"][row] - 1
+        )
         for slot, literal in before.items():
             said = tokenizer.decode(tokens[padding : found[f"{slot}_position"][row]].tolist())
             assert said.endswith(literal.split()[-1].format(noun="movie")), (slot, said)

@@ -111,7 +111,7 @@ def test_a_resumed_run_sees_the_tail_of_what_an_undisturbed_one_sees(
 def test_rows_are_prepared_with_the_step_that_they_are_read_in(make_order, files, group, batch, window, at_once, data):
     def note(rows: pa.Table, epoch: int, step: np.ndarray) -> pa.Table:
         assert 0 < len(rows) <= at_once
-        return rows.drop_columns(["twice"]).append_column("seen", pa.array(zip([epoch] * len(rows), step.tolist())))
+        return rows.drop_columns(["twice"]).append_column("seen", pa.array([[epoch, int(at)] for at in step]))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "WINDOW_ROWS", window)
@@ -120,8 +120,8 @@ def test_rows_are_prepared_with_the_step_that_they_are_read_in(make_order, files
         per_epoch = order.steps_per_epoch
         first, last = sorted(data.draw(st.tuples(*[st.integers(0, 3 * per_epoch)] * 2)))
         found = [pair for table in rows_of(order, first, last, prepare=note) for pair in table["seen"].to_pylist()]
-    expected = [(step // per_epoch, step) for step in range(first, last) for _ in range(order.batch_rows(step))]
-    assert [tuple(pair) for pair in found] == expected
+    expected = [[step // per_epoch, step] for step in range(first, last) for _ in range(order.batch_rows(step))]
+    assert found == expected
 
 
 def test_epochs_and_seeds_are_shuffled_differently_and_repeatably(make_order):

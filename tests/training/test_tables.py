@@ -7,14 +7,24 @@ tests/end_to_end/test_worker_counts.py.
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from sellarec.training.tables import INIT_BLOCK, MAX_COLUMNS, SavedTable, ShardedTables, Table, index, initial_rows
+from sellarec.training.tables import (
+    INIT_BLOCK,
+    MAX_COLUMNS,
+    Jagged,
+    SavedTable,
+    ShardedTables,
+    Table,
+    index,
+    initial_rows,
+)
 
 WIDE = 2 * MAX_COLUMNS + 8
 
@@ -198,3 +208,33 @@ def test_the_plan_tells_what_a_worker_holds(group):
         ("semantic", 100, WIDE, 100),
     ]
     assert lines[0]["MiB per worker"] == round(1000 * 4 * 33 / 2**20, 3)
+
+
+JAGGED = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(JAGGED, st.data())
+def test_lists_of_ids_are_looked_up_as_lists_of_rows(group, lists, data):
+    """Beside a feature of plain ids in the same table; a slice is that of the rows; updates reach each id."""
+    table = Table("item", 6, WIDE, ("item", "history"), init_std=0.1)
+    tables = sharded(group, table)
+    rows = torch.from_numpy(initial_rows(table, 7, 0, 6))
+    ids = Jagged.of(pa.chunked_array([pa.array(lists, pa.list_(pa.int64()))]))
+    found = tables.look_up({"item": torch.arange(len(lists)) % 6, "history": ids})
+    history = found["history"]
+    assert torch.equal(found["item"], rows[torch.arange(len(lists)) % 6])
+    assert torch.equal(history.values, rows[[i for ids in lists for i in ids]].reshape(-1, WIDE))
+    assert history.lengths.tolist() == [len(ids) for ids in lists]
+    sums = torch.stack([rows[ids].sum(0) if ids else torch.zeros(WIDE) for ids in lists])
+    torch.testing.assert_close(history.sum(), sums)
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(lists))] * 2)))
+    torch.testing.assert_close(history[start:stop].sum(), sums[start:stop])
+    assert len(history[start:stop]) == stop - start
+    (history.sum().sum() + 0 * found["item"].sum()).backward()
+    after = tables.look_up(
+        {"item": torch.arange(6), "history": Jagged(ids.values[:0], torch.zeros(6, dtype=torch.int64))}
+    )
+    moved = (after["item"] != rows).any(1)
+    assert set(torch.flatten(moved.nonzero()).tolist()) == {i for ids in lists for i in ids}
+    assert after["history"].sum().abs().sum() == 0
