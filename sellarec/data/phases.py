@@ -281,69 +281,118 @@ def rare_items(rules: Rules, work: Path) -> None:
     np.save(work / "core" / "rare.npy", np.sort(keys))
 
 
-def build_histories(
-    partition: int,
-    rules: Rules,
-    cuts: int,
-    edges: Sequence[int],
-    by_position: bool,
-    by_split: bool,
-    has_valid: bool,
-    work: Path,
-) -> dict:
-    """Give a partition's rows their label, split and history, and write them to time buckets.
+@dataclass(frozen=True)
+class Buckets:
+    """How rows are spread over time.
 
-    A row's history is the user's positives before it, by time and then by position, whatever split they lie in. Where the
-    source gives histories, those are kept.
-
-    Args:
-        cuts: how often rows were left out for the k-core.
+    Attributes:
         edges: times at which a bucket begins, but for the first.
         by_position: no row has a time, and `edges` are positions.
-        by_split: the split is known here (not a matter of all rows' times), and comes before time in the order of buckets.
+        by_split: the split is known of a user's rows (not a matter of all rows' times), and comes before time in the order
+            of buckets.
         has_valid: the given split has valid rows; else they are drawn from each user's train rows.
+        cuts: how often rows were left out for the k-core.
+    """
 
-    Returns:
-        Rows of each bucket.
-    """  # fmt: skip
+    edges: tuple[int, ...]
+    by_position: bool
+    by_split: bool
+    has_valid: bool
+    cuts: int
+
+
+def _sorted_rows(partition: int, rules: Rules, buckets: Buckets, work: Path) -> pl.DataFrame:
+    """A partition's rows that are left, by user, time and position, with `label`, `split` and `bucket`; may be empty."""
     path = work / "sorted" / f"{partition:05d}.arrow"
     if not path.exists():
-        return {"buckets": {}}
+        return pl.DataFrame()
     rows = pl.read_ipc(path)
-    if cuts:
-        rows = rows.filter(pl.Series(np.load(core_mask(partition, cuts, work))))
+    if buckets.cuts:
+        rows = rows.filter(pl.Series(np.load(core_mask(partition, buckets.cuts, work))))
     if rows.is_empty():
-        return {"buckets": {}}
+        return rows
+    rows = rows.with_columns(pl.Series("label", _labels(rows, rules.positive_rating)))
+    first, sizes = _users(rows)
+    split = _splits(rows, rules, first, sizes, buckets.has_valid) if buckets.by_split else np.zeros(len(rows), np.int64)
+    time = rows["position"] if buckets.by_position else rows["timestamp"].fill_null(NO_TIME)
+    edges = np.asarray(buckets.edges, np.int64)
+    bucket = split * (len(edges) + 1) + np.searchsorted(edges, time.to_numpy(), side="right")
+    return rows.with_columns(pl.Series("split", split.astype(np.int8)), pl.Series("bucket", bucket))
+
+
+def _users(rows: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows sorted by user: the place of the first row of each row's user, [rows], and each user's number of rows."""
     user = rows["user_key"].to_numpy()
     starts = np.flatnonzero(np.concatenate([[True], user[1:] != user[:-1]]))
     sizes = np.diff(np.append(starts, len(user)))
-    first = np.repeat(starts, sizes)
-    label = _labels(rows, rules.positive_rating)
-    rows = rows.with_columns(pl.Series("label", label))
+    return np.repeat(starts, sizes), sizes
+
+
+def spread_rows(partition: int, rules: Rules, buckets: Buckets, work: Path) -> dict:
+    """Write what users and items are numbered by of a partition's rows to time buckets, keys/BUCKET/PARTITION.arrow.
+
+    Returns:
+        Rows of each bucket.
+    """
+    rows = _sorted_rows(partition, rules, buckets, work)
+    if rows.is_empty():
+        return {"buckets": {}}
+    names = ["user_key", "item_key", "split", "timestamp", "position", "bucket"]
+    if "history" in rows.columns:
+        names.append("history")
+        rows = rows.with_columns(pl.col("history").list.tail(rules.history_cap))
+    return {"buckets": _write_buckets(rows.select(names), work / "keys", partition)}
+
+
+def _write_buckets(rows: pl.DataFrame, folder: Path, partition: int) -> dict[str, int]:
+    counts = {}
+    for (number,), part in rows.partition_by("bucket", as_dict=True, include_key=False).items():
+        _write(part, folder / f"{number:05d}" / f"{partition:05d}.arrow")
+        counts[str(number)] = len(part)
+    return counts
+
+
+def build_histories(partition: int, rules: Rules, buckets: Buckets, log: Path, work: Path) -> dict:
+    """Give a partition's rows their dense ids and histories, and write them to time buckets, rows-by-time/BUCKET/PARTITION.arrow.
+
+    Also writes the partition's users as one row each, with all that they did in time order:
+    sequences/part-PARTITION.parquet of the log. A row's history is the user's positives before it, by time and then by
+    position, whatever split they lie in. Where the source gives histories, those are kept.
+    """
+    rows = _sorted_rows(partition, rules, buckets, work)
+    if rows.is_empty():
+        return {"users": 0}
+    item = look_up(rows["item_key"].to_numpy(), work / "numbers" / "item")
+    rows = rows.with_columns(
+        pl.Series("user", look_up(rows["user_key"].to_numpy(), work / "numbers" / "user")), pl.Series("item", item)
+    )
+    label = rows["label"].to_numpy()
     if "history" in rows.columns:
         lengths = rows["history"].list.len().to_numpy().astype(np.int64)
-        rows = rows.with_columns(pl.col("history").list.tail(rules.history_cap))
+        given = rows["history"].list.tail(rules.history_cap).to_arrow()
+        offsets = given.offsets.to_numpy()
+        entries = look_up(given.values.to_numpy()[offsets[0] : offsets[-1]], work / "numbers" / "item")
+        offsets = offsets - offsets[0]
     else:
+        first, _ = _users(rows)
         before = np.cumsum(label) - label
         lengths = before - before[first]
         kept = np.minimum(lengths, rules.history_cap)
-        positives = rows["item_key"].to_numpy()[label == 1]
         offsets = np.concatenate([[0], np.cumsum(kept)])
-        places = np.repeat(before - kept - offsets[:-1], kept) + np.arange(offsets[-1])
-        lists = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(positives[places]))
-        rows = rows.with_columns(pl.Series("history", lists))
-    rows = rows.with_columns(pl.Series("history_length", lengths.astype(np.int32)))
-    split = _splits(rows, rules, first, sizes, has_valid) if by_split else np.zeros(len(rows), np.int64)
-    time = rows["position"] if by_position else rows["timestamp"].fill_null(NO_TIME)
-    bucket = split * (len(edges) + 1) + np.searchsorted(np.asarray(edges, np.int64), time.to_numpy(), side="right")
-    rows = rows.with_columns(pl.Series("split", split.astype(np.int8)), pl.Series("bucket", bucket))
-    counts = {}
-    for (number,), part in rows.partition_by("bucket", as_dict=True, include_key=False).items():
-        _write(part, work / "buckets" / f"{number:05d}" / f"{partition:05d}.arrow")
-        counts[str(number)] = len(part)
-    columns = ["user_key", "item_key", "label", "timestamp", *(["rating"] if "rating" in rows.columns else [])]
-    _write(rows.select(columns), work / "sequences" / f"{partition:05d}.arrow")
-    return {"buckets": counts}
+        entries = item[label == 1][np.repeat(before - kept - offsets[:-1], kept) + np.arange(offsets[-1])]
+    history = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(entries))
+    rows = rows.drop("user_key", "item_key").with_columns(
+        pl.Series("history", history), pl.Series("history_length", lengths.astype(np.int32))
+    )
+    _write_buckets(rows, work / "rows-by-time", partition)
+    if "rating" not in rows.columns:
+        rows = rows.with_columns(pl.lit(None, pl.Float32).alias("rating"))
+    grouped = rows.group_by("user", maintain_order=True).agg("item", "label", "rating", "timestamp")
+    sequences = grouped.sort("user").to_arrow().cast(SEQUENCES)
+    folder = log / "sequences"
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(sequences, folder / f"part-{partition:05d}.parquet", compression="zstd")
+    return {"users": len(sequences)}
 
 
 def _labels(rows: pl.DataFrame, positive_rating: float) -> np.ndarray:
@@ -402,11 +451,11 @@ def _random_rank(user: np.ndarray, first: np.ndarray, seed: int) -> np.ndarray:
 # ---- a time bucket ----
 
 
-def _bucket(number: int, work: Path, columns: list[str] | None = None) -> pl.DataFrame:
+def _bucket(number: int, folder: Path) -> pl.DataFrame:
     """A bucket's rows in the log's order: by split, time and position."""
-    files = sorted((work / "buckets" / f"{number:05d}").glob("*.arrow"))
-    rows = pl.concat([pl.read_ipc(path, columns=columns) for path in files], how="diagonal")
-    return rows.sort(pl.col("split"), pl.col("timestamp").fill_null(NO_TIME), pl.col("position"))
+    return _read_all(folder / f"{number:05d}").sort(
+        pl.col("split"), pl.col("timestamp").fill_null(NO_TIME), pl.col("position")
+    )
 
 
 def first_rows(number: int, first: int, given_histories: bool, work: Path) -> dict:
@@ -416,8 +465,7 @@ def first_rows(number: int, first: int, given_histories: bool, work: Path) -> di
         first: number of the bucket's first row in the log.
         given_histories: items that occur in histories alone count too, after all rows.
     """
-    keys = ["user_key", "item_key", "split", "timestamp", "position", *(["history"] if given_histories else [])]
-    rows = _bucket(number, work, keys).with_row_index("row", offset=first)
+    rows = _bucket(number, work / "keys").with_row_index("row", offset=first)
     for kind in ("user", "item"):
         found = rows.group_by(pl.col(f"{kind}_key").alias("key")).agg(pl.col("row").min().cast(pl.Int64))
         if kind == "item" and given_histories:
@@ -458,24 +506,19 @@ def write_bucket(
     Returns:
         By split: rows, positives, cold rows, first and last time.
     """  # fmt: skip
-    rows = _bucket(number, work)
+    rows = _bucket(number, work / "rows-by-time")
     count = len(rows)
-    row = first + np.arange(count)
-    user = look_up(rows["user_key"].to_numpy(), work / "numbers" / "user")
-    item = look_up(rows["item_key"].to_numpy(), work / "numbers" / "item")
+    user, item = rows["user"].to_numpy(), rows["item"].to_numpy()
     user_seen = np.load(work / "numbers" / "user.seen.npy", mmap_mode="r")[user]
     item_seen = np.load(work / "numbers" / "item.seen.npy", mmap_mode="r")[item]
-    history = rows["history"].to_arrow()
-    offsets = history.offsets.to_numpy()
-    entries = look_up(history.values.to_numpy()[offsets[0] : offsets[-1]], work / "numbers" / "item")
     table = {
-        "row": row,
+        "row": first + np.arange(count),
         "user": user,
         "item": item,
         "label": rows["label"].to_numpy(),
         "rating": rows["rating"].to_arrow() if "rating" in rows.columns else pa.nulls(count, pa.float32()),
         "timestamp": rows["timestamp"].to_arrow(),
-        "history": pa.LargeListArray.from_arrays(pa.array(offsets - offsets[0]), pa.array(entries)),
+        "history": rows["history"].to_arrow(),
         "history_length": rows["history_length"].to_numpy(),
         "user_seen": user_seen,
         "item_seen": item_seen,
@@ -508,27 +551,6 @@ def write_bucket(
             "times": [bounds["min"], bounds["max"]],
         }
     return facts
-
-
-def write_sequences(partition: int, log: Path, work: Path) -> dict:
-    """Write a partition's users as one row each, with all that they did in time order: sequences/part-PARTITION.parquet."""
-    path = work / "sequences" / f"{partition:05d}.arrow"
-    if not path.exists():
-        return {"users": 0}
-    rows = pl.read_ipc(path)
-    user = pl.Series("user", look_up(rows["user_key"].to_numpy(), work / "numbers" / "user"))
-    item = pl.Series("item", look_up(rows["item_key"].to_numpy(), work / "numbers" / "item"))
-    rating = pl.lit(None, pl.Float32).alias("rating") if "rating" not in rows.columns else pl.col("rating")
-    grouped = (
-        rows.with_columns(user, item, rating)
-        .group_by("user", maintain_order=True)
-        .agg("item", "label", "rating", "timestamp")
-        .sort("user")
-    )
-    folder = log / "sequences"
-    folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(grouped.to_arrow().cast(SEQUENCES), folder / f"part-{partition:05d}.parquet", compression="zstd")
-    return {"users": len(grouped)}
 
 
 # ---- users and items ----

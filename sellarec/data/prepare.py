@@ -127,14 +127,9 @@ def prepare(
     by_split = split in ("given", "leave-one-out", "random", "dates")
     by_position = without_time == rows
     edges = _edges(read, max(1, -(-rows // PIECE_ROWS)), by_position)
-    built = run(
-        "histories",
-        {
-            str(p): partial(phases.build_histories, p, rules, cuts, edges, by_position, by_split, has_valid, work)
-            for p in by_user
-        },
-    )
-    sizes = _sum({int(b): n for b, n in part["buckets"].items()} for part in built)
+    buckets = phases.Buckets(tuple(edges), by_position, by_split, has_valid, cuts)
+    spread = run("rows by time", {str(p): partial(phases.spread_rows, p, rules, buckets, work) for p in by_user})
+    sizes = _sum({int(b): n for b, n in part["buckets"].items()} for part in spread)
     rows = sum(sizes.values())
     if rows == 0:
         raise UserError("the k-core leaves no rows: lower data.k_core")
@@ -150,6 +145,7 @@ def prepare(
     (counts,) = run("ids", {"all": partial(_number_all, ends[0], kept, types, work)})
 
     # what is read later
+    run("histories", {str(p): partial(phases.build_histories, p, rules, buckets, folder, work) for p in by_user})
     places = _parts_of_splits(starts, sizes, ends)
     written = run(
         "interactions",
@@ -167,12 +163,11 @@ def prepare(
             for b in starts
         },
     )
-    run("sequences", {str(p): partial(phases.write_sequences, p, folder, work) for p in by_user})
     ranges: dict[str, list[dict]] = {}
     for kind in ("user", "item"):
         files = [*(work / "ids" / kind).glob("*.arrow"), *(work / "described" / kind).glob("*.arrow")]
-        spread = {f"{p.parent.parent.name} {p.name}": partial(phases.spread, kind, p, work) for p in sorted(files)}
-        run(f"{kind} ids", spread)
+        pieces = {f"{p.parent.parent.name} {p.name}": partial(phases.spread, kind, p, work) for p in sorted(files)}
+        run(f"{kind} ids", pieces)
         ranges[kind] = run(
             f"{kind}s",
             {
