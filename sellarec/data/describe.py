@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from sellarec.data.raw import SPLITS
 from sellarec.errors import UserError
-from sellarec.evaluation.report import ACCENT, MUTED, NOTHING, PALETTE, SECOND, STYLE, _share, _show, _svg
+from sellarec.figures import ACCENT, MUTED, NOTHING, PALETTE, SECOND, STYLE, share, show, svg
 
 BATCH_ROWS = 1 << 17
 
@@ -271,20 +271,20 @@ def summary(description: Description) -> dict[str, str]:
     }
     for name in ("noun", "label_rule", "split_rule", "warm_rule", "k_core", "history_cap"):
         if facts.get(name) is not None:
-            lines[name.replace("_", " ")] = _show(facts[name])
+            lines[name.replace("_", " ")] = show(facts[name])
     histories: Counter[int] = Counter()
     ratings: Counter[Any] = Counter()
     for split in splits.values():
         histories.update(split.histories)
         ratings.update(split.ratings)
     if rows:
-        lines["history"] = f"{_share(histories[0], rows)} of the rows have none, median {_median(histories):,}"
+        lines["history"] = f"{share(histories[0], rows)} of the rows have none, median {_median(histories):,}"
     if rated := {rating: count for rating, count in ratings.items() if rating is not None}:
-        shares = ", ".join(f"{rating:g}: {_share(rated[rating], sum(rated.values()))}" for rating in sorted(rated))
+        shares = ", ".join(f"{rating:g}: {share(rated[rating], sum(rated.values()))}" for rating in sorted(rated))
         lines["ratings"] = shares if len(rated) <= MOST_SHOWN else f"{len(rated)} values"
     for feature in _features(splits):
         value, counts = feature["lines"][0]
-        shown = f"{_show(value)} ({_share(sum(counts.values()), rows)})"
+        shown = f"{show(value)} ({share(sum(counts.values()), rows)})"
         lines[feature["name"]] = f"{feature['values']:,} values, most often {shown}"
     dropped = facts.get("dropped") or {}
     lines["dropped"] = "; ".join(f"{count:,} rows: {reason}" for reason, count in dropped.items()) or "no rows"
@@ -301,10 +301,10 @@ def _spread_of(degrees: Mapping[int, int]) -> str:
     top = max(1, round(nodes / 100))
     # From the top down: so many of each value belong to the hundredth.
     taken = np.diff(np.minimum(np.cumsum(times[::-1]), top), prepend=0)
-    share = float(taken @ value[::-1]) / rows
+    of_top = float(taken @ value[::-1]) / rows
     return (
         f"rows each: median {median:,}, mean {rows / nodes:.1f}, at most {int(value[-1]):,}; "
-        f"{share:.1%} of all belong to the most frequent 1%"
+        f"{of_top:.1%} of all belong to the most frequent 1%"
     )
 
 
@@ -321,7 +321,7 @@ def as_text(description: Description) -> str:
     lines += ["", f"{'split':<8}{'rows':>14}{'positive':>10}{'warm':>8}{'user seen':>11}{'item seen':>11}   dates"]
     for name, split in description.splits.items():
         shares = [split.positives, split.warm, split.seen_users, split.seen_items]
-        texts = [_share(part, split.rows) for part in shares]
+        texts = [share(part, split.rows) for part in shares]
         lines.append(
             f"{name:<8}{split.rows:>14,}{texts[0]:>10}{texts[1]:>8}{texts[2]:>11}{texts[3]:>11}   {_dates(split)}"
         )
@@ -344,7 +344,7 @@ def as_page(description: Description, examples: Sequence[Mapping[str, Any]]) -> 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"show": _show, "share": _share}
+    environment.filters |= {"show": show, "share": share}
     template = importlib.resources.files(__package__).joinpath("describe.html").read_text(encoding="utf-8")
     with matplotlib.style.context(["default", STYLE]):
         return environment.from_string(template).render(
@@ -374,7 +374,7 @@ def _figures(description: Description) -> list[dict[str, Any]]:
     if splits:
         drawn.append(("Earlier positives of a row's user", partial(_draw_histories, splits=splits)))
         drawn.append(("Positives, all rows and warm ones", partial(_draw_labels, splits=splits)))
-    return [{"title": title, "svg": _svg(draw, title, 2.1)} for title, draw in drawn]
+    return [{"title": title, "svg": svg(draw, title, 2.1)} for title, draw in drawn]
 
 
 def _draw_degrees(axes: Axes, degrees: Mapping[int, int], nodes: str) -> None:

@@ -95,7 +95,7 @@ def partition_rows(
     values: dict[str, Counter[str]] = {name: Counter() for name in ("domain", *features)}
     sample: list[int] = []
     waiting: list[pl.DataFrame] = []
-    chunk = tables = 0
+    chunk = tables = before = 0
     for table in part.read(dropped):
         if table.num_rows == 0:
             continue
@@ -104,7 +104,13 @@ def partition_rows(
             found = "int64" if pa.types.is_integer(table[kind].type) else "string"
             if facts["types"].setdefault(kind, found) != found:
                 raise ValueError(f"{part.name} gives {kind} ids of two types")
-        rows = _rows_of(table, number, facts["rows"], part.name)
+        rows = _rows_of(table, number, before, part.name)
+        before += len(rows)
+        if "rating" in rows.columns and "label" not in rows.columns and rows["rating"].null_count():
+            rated = rows["rating"].is_not_null()
+            where = f"{part.name}, row {before - len(rows) + (rated.arg_min() or 0) + 1}"
+            dropped.bad(where, "there is no rating, of which labels are made", rows=len(rows) - int(rated.sum()))
+            rows = rows.filter(rated)
         facts["rows"] += len(rows)
         facts["without_time"] += int(rows["timestamp"].null_count())
         known = rows["timestamp"].drop_nulls()
@@ -399,7 +405,7 @@ def _labels(rows: pl.DataFrame, positive_rating: float) -> np.ndarray:
     if "label" in rows.columns:
         return rows["label"].to_numpy().astype(np.int8)
     if "rating" in rows.columns:
-        return (rows["rating"].fill_null(-np.inf).to_numpy() >= positive_rating).astype(np.int8)
+        return (rows["rating"].to_numpy() >= positive_rating).astype(np.int8)
     return np.ones(len(rows), np.int8)
 
 

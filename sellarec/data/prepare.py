@@ -96,7 +96,7 @@ def prepare(
     columns = set().union(*(part["columns"] for part in read))
     has_valid = any("valid" in part["splits"] for part in read)
     split, split_rule = _split_rule(source, rules, rows, without_time, has_valid)
-    vocabularies = _vocabularies(read)
+    vocabularies = _vocabularies(read, {} if old is None else old.facts["features"])
     given_histories = "history" in columns
     described = {
         "item": [*([_earlier(old, "item", types["item"])] if old else []), *source.items],
@@ -470,13 +470,15 @@ def _parts_of_splits(starts: dict[int, int], sizes: Counter, ends: list[int]) ->
     return found
 
 
-def _vocabularies(read: list[dict]) -> dict[str, list[str]]:
-    """The values of each categorical feature, the most frequent first."""
+def _vocabularies(read: list[dict], earlier: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The values of each categorical feature: those of an earlier log in their order, then new ones, the most frequent first."""
     found = {}
     for name in dict.fromkeys(name for part in read for name in part["values"]):
         counts = _sum(part["values"].get(name, {}) for part in read)
-        phases.check_values(name, len(counts))
-        found[name] = sorted(counts, key=lambda value: (-counts[value], value))
+        known = earlier.get(name, [])
+        new = counts.keys() - set(known)
+        phases.check_values(name, len(known) + len(new))
+        found[name] = [*known, *sorted(new, key=lambda value: (-counts[value], value))]
     return found
 
 

@@ -79,7 +79,7 @@ class Source:
             user, item: the source's ids, int64 or string (the same type in all parts); no nulls, no empty strings
           and, each only where the source has it,
             timestamp: int64 seconds since 1970, null where unknown
-            rating: float32, null where unknown, never NaN
+            rating: float32, null where unknown (such a row is bad where labels are made of ratings), never NaN
             label: int8, 0 or 1, no nulls; without it preparation makes labels from ratings by its rule
             split: string, "train", "valid" or "test"
             history: list of item ids, the user's earlier positives, oldest first; without it preparation builds them

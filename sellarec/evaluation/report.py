@@ -1,67 +1,24 @@
 """A run's report: one HTML page that needs nothing but itself, with the results and how each stage came to them."""
 
 import importlib.resources
-import io
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import nan
 from typing import Any
 
 import jinja2
 import matplotlib.style
 import numpy as np
-from markupsafe import Markup, escape
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from sellarec.evaluation.results import METRICS, PAIR_SEPARATOR, TABLE_CUTS
+from sellarec.figures import ACCENT, INK, MUTED, NOTHING, PALETTE, SECOND, STYLE, share, show, svg
 
 BEST_ATTAINABLE = "best attainable"
 """The name, among the models, of the scores that no model can beat: those of a generated world's own probabilities."""
 
-NOTHING = "–"
-FIGURE_WIDTH = 3.3  # inches: a figure fits a phone's width, and three of them a desktop's
 LONGEST_LABEL = 20  # characters of a model's name in a figure; the table holds the whole name
 MARKED_POINTS = 30  # a curve of more points goes without a mark at each
-
-# Colours on a light and on a dark screen. Figures are drawn in the light ones, which then give way to CSS variables.
-PALETTE = {
-    "ink": ("#1c2733", "#e3e8ed"),
-    "muted": ("#5b6875", "#9aa7b4"),
-    "rule": ("#d3dae1", "#39434e"),
-    "accent": ("#0a63b8", "#6bb3f5"),
-    "second": ("#b4531a", "#eb9b62"),
-    "bar": ("#b9cbdd", "#44607c"),
-    "ground": ("#ffffff", "#14191f"),
-    "panel": ("#f5f7f9", "#1c232b"),
-}
-INK, MUTED, RULE, ACCENT, SECOND, GROUND = (
-    PALETTE[name][0] for name in ("ink", "muted", "rule", "accent", "second", "ground")
-)
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sellarec",  # otherwise the ids in a figure differ from call to call
-    "text.parse_math": False,
-    "font.size": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": RULE,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.5,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "xtick.color": RULE,
-    "ytick.color": RULE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-}
 
 
 def write_report(
@@ -91,7 +48,7 @@ def write_report(
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "show": _show, "share": _share, "words": _words}
+    environment.filters |= {"number": _number, "show": show, "share": share, "words": _words}
     template = importlib.resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
     # The default style first: a matplotlibrc of the user's would make another page.
     with matplotlib.style.context(["default", STYLE]):
@@ -194,7 +151,7 @@ def _interval_figures(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             {
                 "cut": cut,
                 "best": best_value,
-                "svg": _svg(draw, f"AUC of {len(models)} models on {cut} rows", 0.75 + 0.26 * len(models)),
+                "svg": svg(draw, f"AUC of {len(models)} models on {cut} rows", 0.75 + 0.26 * len(models)),
             }
         )
     return figures
@@ -220,13 +177,13 @@ def _curves(stage: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "stage": name,
         "kept": kept,
-        "loss": _svg(draw_losses, f"training loss of stage {name} by step", 1.9) if losses else None,
-        "valid": _svg(draw_evaluations, f"validation AUC and UAUC of stage {name} by step", 1.9)
+        "loss": svg(draw_losses, f"training loss of stage {name} by step", 1.9) if losses else None,
+        "valid": svg(draw_evaluations, f"validation AUC and UAUC of stage {name} by step", 1.9)
         if evaluations
         else None,
         "facts": {
-            "steps": f"{_show(steps)}, kept: {_show(kept)}",
-            "workers": f"{_show(workers)} ({_show(device)})",
+            "steps": f"{show(steps)}, kept: {show(kept)}",
+            "workers": f"{show(workers)} ({show(device)})",
             **{f"optimizer, {part}": text for part, text in optimizers.items()},
             **facts,
         },
@@ -250,23 +207,6 @@ def _finish_curves(axes: Axes, kept: int | None) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("step")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.4)
-
-
-def _svg(draw: Callable[[Axes], None], description: str, height: float) -> Markup:
-    """A figure as inline SVG, `height` in inches, in colours that follow the page's."""
-    figure = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
-    draw(figure.subplots())
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    text = text[text.index("<svg ") :]
-    # A page with several figures would hold these ids, and the style for all that it holds, several times.
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
-    for name, (light, _) in PALETTE.items():
-        text = text.replace(f": {light}", f": var(--{name})")
-    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1))
 
 
 def _shards(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -297,25 +237,8 @@ def _number(number: float | None, *, signed: bool = False) -> str:
     return (f"{number:+z.4f}" if signed else f"{number:z.4f}").replace("-", "−")
 
 
-def _share(part: float | None, whole: float | None) -> str:
-    return NOTHING if part is None or not whole else f"{100 * part / whole:.1f}%"
-
-
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _show(value: Any) -> str:
-    """Any value of a manifest in a line of text."""
-    if value is None or value == "":
-        return NOTHING
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _short(name: str) -> str:

@@ -398,6 +398,19 @@ def test_an_extended_log_is_extended_again(tmp_path):
         ids, previous = found, folder
 
 
+def test_codes_of_categorical_values_never_change(tmp_path):
+    def log(folder: str, cities: list[str], **settings) -> Log:
+        rows = table_of(some_ratings()).append_column("city", pa.array(cities * 10))
+        return prepare_into(tmp_path / folder, source_of(rows, features=("city",)), **settings)
+
+    first = log("first", ["Oslo", "Rome"])
+    second = log("second", ["Turku", "Rome"], previous=first.directory)
+    assert first.facts["features"]["city"] == ["Oslo", "Rome"]
+    assert second.facts["features"]["city"] == ["Oslo", "Rome", "Turku"]
+    codes = {code for split in SPLITS for code in second.split(split)["city"].to_pylist()}
+    assert codes == {1, 2}
+
+
 def test_ids_of_another_type_extend_nothing(tmp_path):
     first = prepare_into(tmp_path / "first", book_source(some_ratings()))
     numbers = pa.table({"user": [1, 2, 3] * 5, "item": range(15), "timestamp": range(15)})
@@ -517,6 +530,12 @@ def test_rows_that_a_source_leaves_out_are_counted():
     left_out = (part_of_table("a", table, {"repeated": 3}), part_of_table("b", table[:0], {"repeated": 1, "empty": 2}))
     facts = prepared(Source(**vars(source_of(table)) | {"interactions": left_out}))["facts"]
     assert facts["dropped"] == {"repeated": 4, "empty": 2}
+
+
+def test_a_row_without_a_rating_has_no_label_to_be_made():
+    ratings = pa.table({"user": [1, 1, 2, 2], "item": [1, 2, 1, 2], "rating": [5.0, None, 1.0, None]})
+    with pytest.raises(UserError, match="rows 0, row 2: there is no rating, of which labels are made"):
+        prepared(source_of(ratings, label_rule=None))
 
 
 def test_rays_processes_are_asked_for_where_pieces_are_several(tmp_path, monkeypatch):

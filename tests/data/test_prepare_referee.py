@@ -46,6 +46,11 @@ class Case:
     piece_rows: int
     partitions: int
 
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        """The rows that have a label, or what makes one."""
+        return [row for row in self.rows if "label" in row or row.get("rating", 0) is not None]
+
     def source(self) -> Source:
         types = {
             "timestamp": pa.int64(), "rating": pa.float32(), "label": pa.int8(), "split": pa.string(),
@@ -108,9 +113,10 @@ def cases(draw) -> Case:
 def kept_rows(case: Case) -> tuple[list[dict], Counter]:
     """The rows that are left, with their place in the source, and what is dropped."""
     same = ("user", "item", "timestamp", "rating", "label", "split")
-    first = {tuple(row.get(name) for name in same): row for row in reversed(case.rows)}
+    first = {tuple(row.get(name) for name in same): row for row in reversed(case.good)}
     rows = sorted(first.values(), key=lambda row: row["expected"])
-    dropped = Counter({"exact repeat of an earlier row": len(case.rows) - len(rows)})
+    dropped = Counter({"exact repeat of an earlier row": len(case.good) - len(rows)})
+    dropped["there is no rating, of which labels are made"] = len(case.rows) - len(case.good)
     before = len(rows)
     while case.rules.k_core:
         counts = {kind: Counter(row[kind] for row in rows) for kind in ("user", "item")}
@@ -131,7 +137,7 @@ def label(row: dict, chosen: Rules) -> int:
     if "label" in row:
         return row["label"]
     if "rating" in row:
-        return int(row["rating"] is not None and row["rating"] >= chosen.positive_rating)
+        return int(row["rating"] >= chosen.positive_rating)
     return 1
 
 
@@ -179,7 +185,7 @@ def split_rows(rows: list[dict], chosen: Rules, has_valid: bool, drawn: dict[flo
 
 def expected_log(case: Case, drawn: dict[float, str]) -> dict[str, Any]:
     """All tables, and the facts that count."""
-    has_valid = any(row.get("split") == "valid" for row in case.rows)
+    has_valid = any(row.get("split") == "valid" for row in case.good)
     rows, dropped = kept_rows(case)
     splits = split_rows(rows, case.rules, has_valid, drawn)
     everything = [row for name in SPLITS for row in splits[name]]
@@ -188,7 +194,7 @@ def expected_log(case: Case, drawn: dict[float, str]) -> dict[str, Any]:
     if not case.rules.k_core:
         items += [item for item in dict.fromkeys(item for item, *_ in CATALOG) if item not in items]
     seen = {kind: {row[kind] for row in splits["train"]} for kind in ("user", "item")}
-    counted = Counter(row.get("domain") for row in case.rows)
+    counted = Counter(row.get("domain") for row in case.good)
     domains = sorted((value for value in counted if value is not None), key=lambda value: (-counted[value], value))
     before: dict[float, list[int]] = {}
     sequences: dict[int, list[dict]] = {user: [] for user in range(len(users))}
@@ -267,7 +273,7 @@ def expected_log(case: Case, drawn: dict[float, str]) -> dict[str, Any]:
 def tables_found(case: Case) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr(prepare_module, "PIECE_ROWS", case.piece_rows)
-        log = prepare_into(Path(folder), case.source(), case.rules, start_ray=None)
+        log = prepare_into(Path(folder), case.source(), case.rules, start_ray=None, bad_rows="drop")
         assert not (Path(folder) / "work").exists()
         tables = {name: log.split(name).to_pylist() for name in SPLITS}
         tables |= {"items": log.items().to_pylist(), "users": log.users().to_pylist()}
@@ -278,10 +284,10 @@ def tables_found(case: Case) -> dict[str, Any]:
 def check(case: Case) -> None:
     rows, _ = kept_rows(case)
     if not rows:
-        with pytest.raises(UserError, match="the k-core leaves no rows"):
+        with pytest.raises(UserError, match="the k-core leaves no rows" if case.good else "there are no rows"):
             tables_found(case)
         return
-    has_valid = any(row.get("split") == "valid" for row in case.rows)
+    has_valid = any(row.get("split") == "valid" for row in case.good)
     is_drawn = case.rules.split == "random" or (case.rules.split == "given" and not has_valid)
     if not is_drawn and not all(split_rows(rows, case.rules, has_valid, {}).values()):
         with pytest.raises(UserError, match="split is empty"):
