@@ -51,13 +51,14 @@ def main(arguments: list[str]) -> None:
     if not settings.raw_only:
         from sellarec.config import Data
         from sellarec.data.log import write_manifest
-        from sellarec.data.prepare import prepare, rules_of
+        from sellarec.data.prepare import discard_work, prepare, rules_of
 
         source = synthetic_source(generated)
         log = settings.out / "log"
         # Ray runs already, for the raw files
         facts = prepare(source, rules_of(Data(), source), log, hashes={}, start_ray=lambda: None, say=console.line)
         write_manifest(log, facts)
+        discard_work(log)
         console.line(
             f"log: {facts['users']:,} users, {facts['items']:,} items, {sum(facts['rows'].values()):,} rows: {log}"
         )

@@ -11,33 +11,37 @@ def main(arguments: list[str]) -> None:
     from sellarec.config import parse_prepare  # after the check: these import what it looks for
 
     settings = parse_prepare(arguments)
+    from sellarec.artifacts import Place, lease
     from sellarec.data.files import file_hashes
     from sellarec.data.log import write_manifest
-    from sellarec.data.prepare import check_expected, prepare, rules_of
+    from sellarec.data.prepare import check_expected, discard_work, prepare, rules_of
     from sellarec.data.sources import open_source
     from sellarec.data.sources.published import fetch
     from sellarec.training.launch import connect
     from sellarec.training.progress import Console
 
     console = Console()
-    if (settings.out / "manifest.json").exists():
-        raise UserError(f"{settings.out} holds a prepared log already: give another --out, or delete it")
-    data = fetch(settings.data, settings.downloads, console.line)
-    source = open_source(data)
-    facts = prepare(
-        source,
-        rules_of(data, source),
-        settings.out,
-        hashes=file_hashes(source.files),
-        bad_rows=data.bad_rows,
-        previous=settings.init_from,
-        start_ray=lambda: connect(1, console),
-        say=console.line,
-    )
-    check_expected(facts, data.expected)
-    write_manifest(settings.out, facts)
+    out = settings.out
+    with lease(Place.of(str(out)), console.line):
+        if (out / "manifest.json").exists():
+            raise UserError(f"{out} holds a prepared log already: give another --out, or delete it")
+        data = fetch(settings.data, settings.downloads, console.line)
+        source = open_source(data)
+        facts = prepare(
+            source,
+            rules_of(data, source),
+            out,
+            hashes=file_hashes(source.files),
+            bad_rows=data.bad_rows,
+            previous=settings.init_from,
+            start_ray=lambda: connect(1, console),
+            say=console.line,
+        )
+        check_expected(facts, data.expected)
+        write_manifest(out, facts)
+        discard_work(out)
     rows = ", ".join(f"{count:,} {name}" for name, count in facts["rows"].items())
-    console.line(f"{facts['users']:,} users, {facts['items']:,} items; rows: {rows}: {settings.out}")
+    console.line(f"{facts['users']:,} users, {facts['items']:,} items; rows: {rows}: {out}")
 
 
 if __name__ == "__main__":

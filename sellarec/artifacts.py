@@ -159,50 +159,51 @@ class Store:
                 f"the workspace {self.workspace} can't be written to ({error}): give another with --workspace"
             ) from error
 
-    @contextlib.contextmanager
-    def lease(self, place: Place, waiting: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-        """Hold the right to write an artifact. While another process holds it, wait and say so through `waiting`.
 
-        Gives a function that tells whether the lease is still held: a process that stood still for LEASE_SECONDS may
-        find that another one has taken it.
-        """
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-        told = False
+@contextlib.contextmanager
+def lease(place: Place, waiting: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Hold the right to write an artifact. While another process holds it, wait and say so through `waiting`.
 
-        def is_held() -> bool:
-            now = place.read_json("lease.json")
-            return now is not None and now["token"] == owner["token"]
+    Gives a function that tells whether the lease is still held: a process that stood still for LEASE_SECONDS may
+    find that another one has taken it.
+    """
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+    told = False
 
-        while True:
-            held = place.read_json("lease.json")
-            if held is None or _is_stale(held):
-                place.write_json("lease.json", {**owner, "renewed": time.time()})
-                time.sleep(0.1)  # of two that wrote at the same moment, the later one finds itself here
-                if is_held():
-                    break
-                continue
-            if not told:
-                waiting(f"process {held['pid']} on {held['host']} is writing {place}; waiting for it")
-                told = True
-            time.sleep(1)
-        ended = threading.Event()
+    def is_held() -> bool:
+        now = place.read_json("lease.json")
+        return now is not None and now["token"] == owner["token"]
 
-        def renew() -> None:
-            while not ended.wait(LEASE_SECONDS / 4):
-                with contextlib.suppress(OSError):  # a full disk, say: the next renewal is soon enough
-                    if not is_held():
-                        return
-                    place.write_json("lease.json", {**owner, "renewed": time.time()})
-
-        thread = threading.Thread(target=renew, daemon=True)
-        thread.start()
-        try:
-            yield is_held
-        finally:
-            ended.set()
-            thread.join()
+    while True:
+        held = place.read_json("lease.json")
+        if held is None or _is_stale(held):
+            place.write_json("lease.json", {**owner, "renewed": time.time()})
+            time.sleep(0.1)  # of two that wrote at the same moment, the later one finds itself here
             if is_held():
-                place.delete("lease.json")
+                break
+            continue
+        if not told:
+            waiting(f"process {held['pid']} on {held['host']} is writing {place}; waiting for it")
+            told = True
+        time.sleep(1)
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(LEASE_SECONDS / 4):
+            with contextlib.suppress(OSError):  # a full disk, say: the next renewal is soon enough
+                if not is_held():
+                    return
+                place.write_json("lease.json", {**owner, "renewed": time.time()})
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield is_held
+    finally:
+        ended.set()
+        thread.join()
+        if is_held():
+            place.delete("lease.json")
 
 
 def _is_stale(held: dict[str, Any]) -> bool:

@@ -248,10 +248,10 @@ class Collab(Steps, Selection, Sparse):
     """mf: matrix factorisation with biases; svd++: in which the items of a user's history add to the user's row."""
     loss: Literal["bce", "bpr", "softmax"] = "bce"
     """bce: logistic loss of the labels; bpr or softmax: rank positives above negatives (softmax corrects for how likely
-    each was drawn). Those leave a user's bias as it is, so scores of different users don't compare."""
+    each was drawn). Those tell nothing of how users compare, so collab and align must select_on uauc."""
     negatives: Literal["uniform", "popularity", "in-batch"] = "uniform"
     """What bpr and softmax rank positives above: items of the train split drawn uniformly or by their positive rows, none
-    of them known to be liked; or the other positives' items of the global batch."""
+    of them the row's own or in its history; or the items of other users' positives in the global batch."""
     negatives_per_row: int = 8
     """Items drawn for each row."""
     dim: int = 32
@@ -259,7 +259,8 @@ class Collab(Steps, Selection, Sparse):
     init_std: float = 0.05
     """Standard deviation of the initial rows."""
     l2: float = 0.1
-    """Weight of half the squared norm of a training row's vectors in its loss."""
+    """Weight of half the squared norm of a training row's vectors in its loss (of several negatives, or items of a history,
+    their mean)."""
     table_learning_rate: float = 0.2
     """Learning rate of the tables."""
     epochs: float = 20.0
@@ -484,7 +485,14 @@ def parse_prepare(arguments: Sequence[str]) -> Prepare:
     )
     _check_bounds(settings)
     check_data(settings.data)
-    return settings
+    # tasks of a cluster don't run in this process's folder
+    earlier = None if settings.init_from is None else settings.init_from.absolute()
+    data = dataclasses.replace(settings.data, path=_absolute(settings.data.path), items=_absolute(settings.data.items))
+    return dataclasses.replace(settings, out=settings.out.absolute(), init_from=earlier, data=data)
+
+
+def _absolute(path: str | None) -> str | None:
+    return path if path is None or "://" in path else str(Path(path).absolute())
 
 
 def _with_recipes(arguments: Sequence[str], default: str, only: str = "") -> tuple[list[str], list[str]]:
@@ -599,6 +607,12 @@ def check(config: Config) -> None:
     if config.collab.dim % 4:
         raise UserError(f"collab.dim is {config.collab.dim}: the table kernels need a multiple of 4")
     collab = config.collab
+    for name in ("collab", "align"):
+        if collab.loss != "bce" and getattr(config, name).select_on == "auc":
+            raise UserError(
+                f"collab.loss is {collab.loss}, which ranks the items of one user, but {name}.select_on is auc, which compares "
+                f"users: take --{name}.select-on uauc"
+            )
     for name, unread in (
         ("negatives", collab.loss == "bce"),
         ("negatives_per_row", collab.loss == "bce" or collab.negatives == "in-batch"),

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from sellarec.artifacts import Place, Store, fingerprint, free_bytes
+from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
 from sellarec.data.files import file_hashes
 from sellarec.data.log import Log, read_log
-from sellarec.data.prepare import check_expected, prepare, rules_of
+from sellarec.data.prepare import check_expected, discard_work, prepare, rules_of
 from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, UserError
@@ -31,7 +31,7 @@ from sellarec.language.templates import templates
 from sellarec.training.launch import Cluster, check_room, connect, run_task, run_workers, train
 from sellarec.training.progress import Console, duration
 
-VERSIONS = {**dict.fromkeys(STAGES, 1), **dict.fromkeys(("pretrain", "adapt", "fuse"), 2)}
+VERSIONS = {**dict.fromkeys(STAGES, 1), **dict.fromkeys(("prepare", "pretrain", "adapt", "fuse"), 2)}
 """Raised by hand when a stage's code gives other results than before."""
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
@@ -306,7 +306,7 @@ def _stage(this: Run, stage: str) -> None:
         this.console.line(f"{stage:<9} stands already: {place}")
         this.seconds[stage] = None
         return
-    with this.store.lease(place, this.console.line) as is_held:
+    with lease(place, this.console.line) as is_held:
         if this.store.manifest(stage, this.marks[stage]) is not None:  # another process made it meanwhile
             this.console.line(f"{stage:<9} stands now: {place}")
             this.seconds[stage] = None
@@ -358,7 +358,8 @@ def _prepare(this: Run) -> dict[str, Any]:
             start_ray=start_ray,
             say=this.console.line,
         )
-    check_expected(facts, data.expected)
+        check_expected(facts, data.expected)
+        discard_work(folder)
     rows = facts["rows"]
     for split in ("train", "valid"):
         count, positives = rows[split], facts["positives"][split]
@@ -405,6 +406,7 @@ def _train(this: Run, stage: str, build: Callable[[], Any], train_order: Any) ->
         valid = dataclasses.replace(valid, every=-(-valid.rows // settings.valid_rows))
     training = Training(stage, build, settings, this.config.seed, train_order, valid, this.artifact(stage), dtype=dtype)
     train(training, this.config.workers, this.gpus(), this.console, partial(_to_tensorboard, this))
+    this.artifact(stage).delete("item-counts")
     found = this.artifact(stage).read_json("training.json")
     assert found is not None
     return found
@@ -475,9 +477,10 @@ def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) 
     start = {} if origin is None else {n: SavedTable(origin.local() / "tables", n).read for n in table_names(settings)}
     counts = None
     if trains is not None and settings.loss != "bce":
-        with this.artifact(trains).writing() as folder:
-            np.save(folder / "item_counts.npy", item_counts(log))
-        counts = this.artifact(trains).local() / "item_counts.npy"
+        place = this.artifact(trains) / "item-counts"
+        with place.writing() as folder:
+            np.save(folder / "counts.npy", item_counts(log))
+        counts = place.local() / "counts.npy"
     sizes = (log.facts["users"], log.facts["items"], _positive_rate(log))
     return partial(build_collab, *sizes, settings, start, counts, this.config.seed)
 

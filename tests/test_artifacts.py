@@ -96,7 +96,7 @@ def test_a_place_on_another_file_system_is_copied_there_and_back():
     assert place.read_json("manifest.json") == {"a": 1}
     assert (place.local() / "inner" / "rows").read_bytes() == b"123"
     assert place.local() == place.local(), "downloaded once"
-    with Store(place).lease(place, print):
+    with artifacts.lease(place, print):
         assert "lease.json" in place.names()
     place.delete("inner", "manifest.json", "nothing")
     assert place.names() == []
@@ -110,7 +110,7 @@ def test_an_artifact_without_a_manifest_does_not_count(tmp_path):
     class Killed(BaseException):
         pass
 
-    with pytest.raises(Killed), store.lease(place, print), place.writing() as folder:
+    with pytest.raises(Killed), artifacts.lease(place, print), place.writing() as folder:
         (folder / "half.txt").write_text("ha")
         raise Killed
     assert store.manifest("collab", "0123") is None
@@ -130,10 +130,9 @@ def test_a_workspace_that_cannot_be_written_to_is_refused(tmp_path):
 
 HOLD = """
 import sys, time
-from sellarec.artifacts import Place, Store
-store = Store(Place.of(sys.argv[1]))
-place = store.place("stage", "mark")
-with store.lease(place, lambda text: print("waits", text, flush=True)):
+from sellarec.artifacts import Place, Store, lease
+place = Store(Place.of(sys.argv[1])).place("stage", "mark")
+with lease(place, lambda text: print("waits", text, flush=True)):
     print("holds", flush=True)
     sys.stdin.readline()
     place.write_json("manifest.json", {"by": sys.argv[2]})
@@ -186,7 +185,7 @@ def test_the_lease_of_a_dead_process_is_taken_over_at_once(hold, tmp_path):
     assert place.names() == ["lease.json"]
     said: list[str] = []
     start = time.monotonic()
-    with store.lease(place, said.append):
+    with artifacts.lease(place, said.append):
         assert place.read_json("lease.json")["pid"] == os.getpid()
     assert said == [] and time.monotonic() - start < 1
     assert place.names() == []
@@ -198,7 +197,7 @@ def test_the_lease_of_another_host_is_taken_over_once_it_is_not_renewed(tmp_path
     theirs = {"host": "another-host", "pid": 1, "token": "x"}
     place.write_json("lease.json", {**theirs, "renewed": time.time() - artifacts.LEASE_SECONDS + 1.5})
     said: list[str] = []
-    with store.lease(place, said.append):
+    with artifacts.lease(place, said.append):
         assert place.read_json("lease.json")["token"] != "x"
     assert len(said) == 1 and "another-host" in said[0]
 
@@ -207,7 +206,7 @@ def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts, "LEASE_SECONDS", 0.8)
     store = Store(Place.of(str(tmp_path)))
     place = store.place("stage", "mark")
-    with store.lease(place, print):
+    with artifacts.lease(place, print):
         first = place.read_json("lease.json")["renewed"]
         time.sleep(1)
         assert place.read_json("lease.json")["renewed"] > first
@@ -219,7 +218,7 @@ def test_a_lease_that_another_took_over_is_neither_renewed_nor_deleted(tmp_path,
     store = Store(Place.of(str(tmp_path)))
     place = store.place("stage", "mark")
     theirs = {"host": "another-host", "pid": 1, "token": "theirs", "renewed": time.time()}
-    with store.lease(place, print) as is_held:
+    with artifacts.lease(place, print) as is_held:
         assert is_held()
         place.write_json("lease.json", theirs)
         assert not is_held()
@@ -234,7 +233,7 @@ def test_of_many_that_want_a_lease_one_at_a_time_has_it(tmp_path):
     most = []
 
     def take(number: int) -> None:
-        with store.lease(place, lambda text: None):
+        with artifacts.lease(place, lambda text: None):
             inside.append(number)
             most.append(len(inside))
             time.sleep(0.2)

@@ -35,7 +35,7 @@ def prepare_generated(rows: int, folder: Path) -> None:
     """What is measured."""
     from sellarec.config import Data
     from sellarec.data.log import write_manifest
-    from sellarec.data.prepare import prepare, rules_of
+    from sellarec.data.prepare import discard_work, prepare, rules_of
     from sellarec.data.synthetic import Synthetic, synthetic_source
     from sellarec.training.launch import connect
     from sellarec.training.progress import Console
@@ -51,6 +51,7 @@ def prepare_generated(rows: int, folder: Path) -> None:
         say=console.line,
     )
     write_manifest(folder, facts)
+    discard_work(folder)
 
 
 def memory(process: psutil.Process) -> tuple[int, int]:

@@ -97,8 +97,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         prepare_generated(arguments.rows, scratch / "log")
-        if not ray.is_initialized():
-            connect(max(arguments.workers), Console())
+        ray.shutdown()  # preparation's, which has room for one worker
+        connect(max(arguments.workers), Console())
         log = read_log(scratch / "log")
         order = Order(tuple(row_groups([str(path) for path in log.split_paths("train")])), BATCH, seed=0)
         for name, (columns, prepare) in cases(log).items():

@@ -23,22 +23,20 @@ def bpr(positive: Tensor, negative: Tensor, counts: Tensor) -> Tensor:
     return losses.sum(1) / counts.sum(1).clamp(min=1)
 
 
-def sampled_softmax(
-    positive: Tensor, negative: Tensor, counts: Tensor, positive_log_q: Tensor, negative_log_q: Tensor
-) -> Tensor:
-    """Cross-entropy of the item among its negatives, their scores corrected for how likely they were drawn (logQ).
+def sampled_softmax(positive: Tensor, negative: Tensor, counts: Tensor, log_q: Tensor) -> Tensor:
+    """Cross-entropy of the item in the whole catalog, for which drawn negatives stand (Bengio & Senécal, 2008).
 
-    score - log q, of the item as of its negatives (Bengio & Senécal, 2008; in batches Yi et al., 2019), so that frequent
-    negatives aren't pushed down for being frequent.
+    Of n negatives that count, one of probability q is expected n q times, so log(n q) is taken off its score: frequent items
+    aren't pushed down for being frequent (logQ correction; Yi et al., 2019, for negatives of the batch).
 
     Args:
-        positive, positive_log_q: float [b].
-        negative, negative_log_q: float [b, N].
+        positive: float [b], scores of the rows' items.
+        negative, log_q: float [b, N], scores of negatives, and the logarithm of how likely each was drawn.
         counts: bool [b, N], which negatives count.
 
     Returns:
         float [b].
     """
-    true = positive - positive_log_q
-    others = (negative - negative_log_q).masked_fill(~counts, -torch.inf)
-    return torch.logsumexp(torch.cat([true[:, None], others], dim=1), dim=1) - true
+    expected = log_q + counts.sum(1, keepdim=True).clamp(min=1).log()
+    others = (negative - expected).masked_fill(~counts, -torch.inf)
+    return torch.logsumexp(torch.cat([positive[:, None], others], dim=1), dim=1) - positive

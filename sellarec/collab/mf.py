@@ -51,7 +51,7 @@ class MatrixFactorization:
         self._has_history = any(table.name == "history" for table in tables)
         self._draws = any("negative" in table.features for table in tables)
         self.prepare = partial(negatives.prepare, keep_history=self._has_history) if negatives else None
-        reads_history = self._has_history or negatives is not None
+        reads_history = self._has_history or self._draws
         self.columns = ("row", "user", "item", "label", "user_seen", "item_seen", *["history"] * reads_history)
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
@@ -90,24 +90,34 @@ class MatrixFactorization:
         user, item = self.represent(batch, vectors)
         score = mf_score(user, item, self._log_odds)
         norms = vectors["user"].square().sum(1) + vectors["item"].square().sum(1)
+        if self._has_history:
+            history = vectors["history"]
+            squares = Jagged(history.values.square(), history.lengths).sum().sum(1)
+            norms = norms + squares / history.lengths.clamp(min=1)
         weights = self.row_weights(batch)
         if self._settings.loss == "bce":
             losses = F.binary_cross_entropy_with_logits(score, batch["label"], reduction="none")
         else:
             if self._draws:
                 negative = mf_score(user[:, None], vectors["negative"], self._log_odds)
-                counts = torch.ones_like(negative, dtype=torch.bool)
-                negative_log_q = batch["negative_log_q"]
-                norms = norms + vectors["negative"].square().sum(2).mean(1)
+                log_q = batch["negative_log_q"]
+                counts = log_q.isfinite()
+                squares = (vectors["negative"].square().sum(2) * counts).sum(1)
+                norms = norms + squares / counts.sum(1).clamp(min=1)
             else:
-                # the other positives of all workers; [b, B]
-                negative = mf_score(user[:, None], gather(item), self._log_odds)
-                counts = (batch["item"][:, None] != gather(batch["item"])) & (gather(weights) > 0)
-                negative_log_q = gather(batch["log_q"]).expand_as(negative)
-            if self._settings.loss == "bpr":
-                losses = bpr(score, negative, counts)
-            else:
-                losses = sampled_softmax(score, negative, counts, batch["log_q"], negative_log_q)
+                # the items of other users' positives on all workers; [b, B]
+                others = gather(item)
+                negative = user[:, :-1] @ others[:, :-1].T + others[:, -1] + user[:, -1:] + self._log_odds
+                same = (batch["item"][:, None] == gather(batch["item"])) | (
+                    batch["user"][:, None] == gather(batch["user"])
+                )
+                counts = ~same & (gather(weights) > 0)
+                log_q = gather(batch["log_q"]) - torch.log1p(-batch["log_q"].exp().clamp(max=1 - 1e-6))[:, None]
+            losses = (
+                bpr(score, negative, counts)
+                if self._settings.loss == "bpr"
+                else sampled_softmax(score, negative, counts, log_q)
+            )
         return ((losses + 0.5 * self._settings.l2 * norms) * weights).sum()
 
     def score(self, model: nn.Module | None, batch: Batch, vectors: Vectors) -> Tensor:
@@ -155,7 +165,8 @@ def build_collab(
             users if name == "user" else items,
             settings.dim,
             ("item", "negative") if name == "item" and drawn else (name,),
-            init_std=settings.init_std,
+            # what a history adds is learnt from nothing: an item that no training history holds adds nothing
+            init_std=0.0 if name == "history" else settings.init_std,
             read=start.get(name),
         )
         for name in table_names(settings)

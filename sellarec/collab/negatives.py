@@ -13,7 +13,10 @@ from sellarec.data.keys import uniform
 Kind = Literal["uniform", "popularity", "in-batch"]
 
 MOST_DRAWS = 16
-"""A negative that the user is known to like is drawn again; after so many draws the last one stands."""
+"""A negative that is the row's own item or in its history is drawn again; after so many draws the row goes without it."""
+
+_SALT = 0x6E656761
+"""Keeps these draws apart from others of the same seed and row."""
 
 
 class Negatives:
@@ -29,23 +32,25 @@ class Negatives:
     def __init__(self, kind: Kind, counts: np.ndarray, number: int, seed: int) -> None:
         rows, positives = counts
         self._number, self._seed = (0 if kind == "in-batch" else number), seed
-        if kind == "uniform":
-            self._items = np.flatnonzero(rows)
-            self._log_q = np.where(rows > 0, -np.log(len(self._items)), 0).astype(np.float32)
-            self._ends = None
-        else:
-            self._items = np.flatnonzero(positives)
-            # an item without positives is drawn by nobody; its likelihood is only asked for in rows that don't count
-            self._log_q = np.log(np.maximum(positives, 1) / positives.sum()).astype(np.float32)
-            self._ends = np.cumsum(positives[self._items])
+        weights = (rows > 0).astype(np.int64) if kind == "uniform" else positives
+        self._items = np.flatnonzero(weights)
+        self._ends = np.cumsum(weights[self._items])
+        with np.errstate(divide="ignore"):  # -inf where an item is never drawn
+            self._log_q = np.log(weights / weights.sum()).astype(np.float32)
 
     def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray, keep_history: bool) -> pa.Table:
-        """Rows with `item`, `row` and `history` -> the same with
+        """Rows with `row` and `item` -> the same with
 
-        negative: list<int64>, N items; none of them the row's item or in its history, where MOST_DRAWS allow.
-        log_q, negative_log_q: float32 and list<float32>, the logarithm of how likely an item is drawn.
+        log_q: float32, the logarithm of how likely the row's own item is drawn;
+        and where negatives are drawn, from rows with `history`, which is left out unless `keep_history`:
+        negative: list<int64>, N items; none of them the row's item or in its history.
+        negative_log_q: list<float32>, how likely each was drawn, as the row's own item is not; inf for one that doesn't count.
         """
-        items, histories = rows["item"].to_numpy(), rows["history"].combine_chunks()
+        items = rows["item"].to_numpy()
+        rows = rows.append_column("log_q", pa.array(self._log_q[items]))
+        if not self._number:
+            return rows
+        histories = rows["history"].combine_chunks()
         # what the users are known to like, as one sorted array of numbers of (row, item)
         size, place = len(self._log_q), np.arange(len(rows))
         liked = np.repeat(place, np.diff(histories.offsets.to_numpy())) * size + histories.flatten().to_numpy()
@@ -55,21 +60,21 @@ class Negatives:
         negatives = np.zeros(len(place), np.int64)
         waiting = np.arange(len(place))
         for attempt in range(MOST_DRAWS):
-            drawn = self._draw(uniform(seeds[waiting], self._seed, epoch, attempt))
+            drawn = self._draw(uniform(seeds[waiting], _SALT, self._seed, epoch, attempt))
             negatives[waiting] = drawn
             waiting = waiting[_is_in(place[waiting] * size + drawn, liked)]
             if not len(waiting):
                 break
-        rows = rows.append_column("log_q", pa.array(self._log_q[items]))
+        own = np.minimum(np.exp(self._log_q[items]), 1 - 1e-6)[place]
+        log_q = self._log_q[negatives] - np.log1p(-own)
+        log_q[waiting] = np.inf
         offsets = np.arange(len(rows) + 1, dtype=np.int32) * self._number
-        for name, values in (("negative", negatives), ("negative_log_q", self._log_q[negatives])):
+        for name, values in (("negative", negatives), ("negative_log_q", log_q)):
             rows = rows.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(values)))
         return rows if keep_history else rows.drop_columns(["history"])
 
     def _draw(self, u: np.ndarray) -> np.ndarray:
         """Items by numbers drawn from [0, 1)."""
-        if self._ends is None:
-            return self._items[(u * len(self._items)).astype(np.int64)]
         return self._items[np.searchsorted(self._ends, u * self._ends[-1], side="right")]
 
 

@@ -34,6 +34,10 @@ from sellarec.training.progress import PROGRESS_SECONDS
 PIECE_ROWS = 1 << 21
 """Rows of a user partition or a time bucket (on average): what a task holds."""
 
+PIECE_BYTES = 3 << 30
+"""Memory that a task takes for a piece, at most about (2.5 GiB were measured with histories of up to 50): so many run at
+once as have room."""
+
 SPLIT_WORDS = {
     "leave-one-out": "a user's last row is test, the one before it valid, the others train; all of users with fewer than 3 rows",
     "random": "of each user's rows {0:g} are train, {1:g} valid and {2:g} test, drawn at random",
@@ -54,6 +58,8 @@ def prepare(
 ) -> dict[str, Any]:
     """Write the tables of the prepared log of a source into `folder`, and return the facts for its manifest.
 
+    What it was made of stays there until `discard_work`: cut off before that, the same call goes on where it was.
+
     Rows of a split are in time order, then in the source's; rows without a time come last. Users and items are numbered
     by first appearance in train, then valid, then test; items without interactions follow in the source's order, and are
     left out under a k-core. Of exact repeats of a row the first counts.
@@ -71,7 +77,7 @@ def prepare(
     """
     old = None if previous is None else read_log(previous)
     partitions = max(1, -(-(source.rows_about or _rows_about(source)) // PIECE_ROWS))
-    work = folder / "work"
+    work = folder / WORK
     parts = hashlib.sha256(pickle.dumps((source.interactions, source.items, source.users, source.features))).hexdigest()
     code = file_hashes([str(path) for path in sorted(Path(__file__).parent.rglob("*.py"))])
     _begin(work, [repr(rules), hashes, parts, bad_rows, old and [str(previous), old.facts], partitions, code])
@@ -205,7 +211,6 @@ def prepare(
         if old is None
         else {"log": str(previous), "users": old.facts["users"], "items": old.facts["items"]},
     }
-    _delete(work)
     return facts
 
 
@@ -234,26 +239,48 @@ def rules_of(data: Data, source: Source) -> Rules:
     )
 
 
+WORK = "work"
+"""Folder of the pieces, in the log's own."""
+
 MADE_FOR = "made-for.json"
-"""What the pieces in `work/` were made for."""
+"""What the pieces were made for; there before any of them and gone after them."""
 
 
 def _begin(work: Path, made_for: list) -> None:
-    """Keep the pieces of an earlier try that was cut off, if it was the same in all that matters; else delete them."""
+    """Keep the pieces of an earlier try that was cut off, if it was the same in all that matters; else delete them.
+
+    Raises:
+        UserError: the folder holds something else, which would be overwritten.
+    """
     mark = work / MADE_FOR
-    if not mark.exists() or json.loads(mark.read_text()) != json.loads(json.dumps(made_for)):
-        if work.exists():
-            _delete(work)
-        for table in ("interactions", "sequences", "items", "users"):
-            shutil.rmtree(work.parent / table, ignore_errors=True)
-        work.mkdir(parents=True)
-        _write_json(mark, made_for)
+    tables = [work.parent / table for table in ("interactions", "sequences", "items", "users")]
+    if not mark.exists():
+        others = [path.name for path in (work, *tables) if path.exists()]
+        if others:
+            raise UserError(
+                f"{work.parent} holds {', '.join(others)}, which preparation would overwrite, and no sign that an earlier "
+                "preparation left them: give another folder, or delete them"
+            )
+    elif json.loads(mark.read_text()) == json.loads(json.dumps(made_for)):
+        return
+    else:
+        for path in tables:
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(work / "done", ignore_errors=True)  # before the pieces that it vouches for
+        for path in work.iterdir():
+            if path != mark:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    work.mkdir(parents=True, exist_ok=True)
+    _write_json(mark, made_for)
 
 
-def _delete(work: Path) -> None:
-    # this first: a deletion that is cut off must leave nothing that seems whole
-    (work / MADE_FOR).unlink(missing_ok=True)
-    shutil.rmtree(work)
+def discard_work(folder: Path) -> None:
+    """Delete the pieces that a finished log was made of."""
+    work = folder / WORK
+    for path in work.iterdir():
+        if path.name != MADE_FOR:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(work)  # with the mark, last: while anything is left, it says whose it is
 
 
 BYTES_OF_ROW = {
@@ -314,7 +341,9 @@ def _run(
                 return {"error": str(error)}
             return {"error": ""}
 
-        results = ray.data.from_items(items, override_num_blocks=len(items)).map(carry_out).iter_rows()
+        smallest = min(node["Resources"].get("memory", PIECE_BYTES) for node in ray.nodes() if node["Alive"])
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        results = dataset.map(carry_out, memory=min(PIECE_BYTES, smallest)).iter_rows()
         for finished, row in enumerate(results, start=1):
             if row["error"]:
                 raise UserError(row["error"])

@@ -255,8 +255,8 @@ class Prompts:
         return history, valid & (np.cumsum(cost, axis=1) <= room[:, None])
 
     def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray, keep_history: bool = False) -> pa.Table:
-        """The rows with their prompts; see `build`."""
-        built = self.build(rows["item"].to_numpy(), rows["history"].combine_chunks())
+        """The rows with their prompts' tokens and slots; see `build`."""
+        built = self.build(rows["item"].to_numpy(), rows["history"].combine_chunks()).drop_columns(["shown"])
         for name in built.column_names:
             rows = rows.append_column(name, built[name])
         return rows if keep_history else rows.drop_columns(["history"])

@@ -126,6 +126,12 @@ class Workers:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def collect(self, value: Any) -> list[Any] | None:
+        """Each worker's value, by rank, on worker 0; None on the others."""
+        gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self.control)
+        return gathered
+
     def gather(self, rows: Tensor) -> Tensor:
         """[b, ...] of each worker -> [W * b, ...]; the gradient of a row is summed over all that used it."""
         if self.world_size == 1:
@@ -231,10 +237,10 @@ class Engine:
         return mean
 
     @torch.no_grad()
-    def score(self, slices: Iterable[pa.Table], report: Callable[[int], None]) -> dict[str, np.ndarray]:
+    def score(self, slices: Iterable[pa.Table], report: Callable[[int], None]) -> dict[str, np.ndarray] | None:
         """Scores of all workers' rows: `row` int64 and `score` float32, padding left out, sorted by row.
 
-        All workers call it with equally many slices, and all get the whole.
+        All workers call it with equally many slices; worker 0 gets the whole, the others None.
 
         Args:
             report: is told every PROGRESS_SECONDS how many slices are done.
@@ -265,8 +271,9 @@ class Engine:
             found.append((rows["row"].to_numpy()[valid], torch.cat(scores).float().cpu().numpy()[valid]))
         if task.model is not None:
             task.model.train(training)
-        gathered: list[Any] = [None] * self.workers.world_size
-        dist.all_gather_object(gathered, found, group=self.workers.control)
+        gathered = self.workers.collect(found)
+        if gathered is None:
+            return None
         row = np.concatenate([row for part in gathered for row, _ in part])
         score = np.concatenate([score for part in gathered for _, score in part])
         order = np.argsort(row)
@@ -473,17 +480,24 @@ class _Valid:
         self._slices = list(_slices(order, task, workers, 0, order.steps_per_epoch, ("row", "user", "label")))
         wanted = ("row", "user", "label", "weight")
         labels = [np.stack([part[c].to_numpy().astype(np.int64) for c in wanted]) for part in self._slices]
-        gathered: list[Any] = [None] * workers.world_size
-        dist.all_gather_object(gathered, np.concatenate(labels, axis=1), group=workers.control)
-        everything = np.concatenate(gathered, axis=1)
-        everything = everything[:, everything[3] > 0]
-        self._truth = everything[:, np.argsort(everything[0])]
+        gathered = workers.collect(np.concatenate(labels, axis=1))
+        self._workers = workers
+        self._truth = None
+        if gathered is not None:
+            everything = np.concatenate(gathered, axis=1)
+            everything = everything[:, everything[3] > 0]
+            self._truth = everything[:, np.argsort(everything[0])]
 
     def evaluate(self, engine: Engine, position: Position, settings: Selection) -> bool:
         """Score the split, note the metrics in `position`; True where they are the best so far."""
-        scores = engine.score(self._slices, self._report)["score"]
-        _, users, labels, _ = self._truth
-        found = {"auc": auc(labels, scores), "uauc": uauc(users, labels, scores).value}
+        scored = engine.score(self._slices, self._report)
+        metrics: list[dict[str, float]] = [{}]
+        if scored is not None and self._truth is not None:
+            _, users, labels, _ = self._truth
+            scores = scored["score"]
+            metrics = [{"auc": auc(labels, scores), "uauc": uauc(users, labels, scores).value}]
+        dist.broadcast_object_list(metrics, src=0, group=self._workers.control)
+        (found,) = metrics
         if math.isnan(found[settings.select_on]):
             raise UserError(
                 f"stage {self._stage} selects its state by {settings.select_on} on the valid split, which has none: it takes "
@@ -603,8 +617,8 @@ def _score(scoring: Scoring) -> None:
         engine = Engine(task, workers, 0, scoring.settings, scoring.dtype)
         slices = _slices(order, task, workers, 0, order.steps_per_epoch)
         found = engine.score(slices, partial(_scored, workers, scoring.board, scoring.stage, name, order))
-        columns["row"], columns[name] = found["row"], found["score"]
-        if workers.rank == 0:
+        if found is not None:
+            columns["row"], columns[name] = found["row"], found["score"]
             seconds = time.monotonic() - start
             record = {"stage": scoring.stage, "model": name, "rows": len(found["row"]), "seconds": seconds}
             scoring.board.put.remote(record)

@@ -9,9 +9,9 @@ tokens) and put them into the object store as blocks of the global order. Worker
 references on; each worker cuts its own slices out of the blocks.
 """
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,7 @@ class Order:
     def _positions(self, epoch: int) -> Iterator[tuple[int, int]]:
         """Positions [start, stop) of the epoch's order that lie in each window."""
         ends = np.cumsum([0, *(sum(group.rows for group in window) for window in self.windows(epoch))])
-        return pairwise((-(-ends // self.every)).tolist())
+        return itertools.pairwise((-(-ends // self.every)).tolist())
 
     def read(self, piece: Piece, columns: Sequence[str]) -> pa.Table:
         """The rows of a piece, in order."""
@@ -202,10 +202,18 @@ def _blocks(
     import ray
     from ray.train.collective import broadcast_from_rank_zero
 
-    references = _pipeline(order, columns, prepare, first, last) if rank == 0 else None
-    while True:
-        # in a list: a reference by itself would be replaced by what it refers to
-        (reference,) = broadcast_from_rank_zero(None if references is None else [next(references)])
+    references = enumerate(_pipeline(order, columns, prepare, first, last)) if rank == 0 else None
+    for number in itertools.count():
+        found = None
+        if references is not None:
+            try:
+                found = next(references)
+            except Exception as error:
+                # A worker that ends with a UserError of a reading task's would leave the others waiting here.
+                raise RuntimeError(f"rows could not be read: {error}") from error
+        theirs, reference = broadcast_from_rank_zero(found)
+        if theirs != number:
+            raise RuntimeError(f"worker {rank} asks for block {number} of the rows, worker 0 hands on {theirs}")
         yield ray.get(reference)
 
 
@@ -226,7 +234,7 @@ def _pipeline(order: Order, columns: Sequence[str], prepare: Prepare | None, fir
         yield from prepared(order, found, columns, ray.get(shared))
 
     pieces = (asdict(piece) for piece in order.pieces(first, last))
-    while some := list(islice(pieces, PIECES_AT_ONCE)):
+    while some := list(itertools.islice(pieces, PIECES_AT_ONCE)):
         dataset = ray.data.from_items(some, override_num_blocks=len(some)).map_batches(
             read, batch_size=1, batch_format="numpy"
         )

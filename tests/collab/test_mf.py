@@ -160,8 +160,8 @@ def test_a_ranking_loss_takes_positives_and_doesnt_depend_on_how_rows_lie_on_wor
             def gather(x: torch.Tensor, own=batch) -> torch.Tensor:
                 if x.dim() == 2:
                     return torch.cat(represented)
-                if x is own["item"]:
-                    return whole["item"]
+                if x is own["item"] or x is own["user"]:
+                    return whole["item" if x is own["item"] else "user"]
                 return whole["log_q"] if x is own["log_q"] else model.row_weights(whole)
 
             total = total + model.loss(None, batch, vectors, gather)

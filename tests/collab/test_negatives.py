@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sellarec.collab.negatives import MOST_DRAWS, Negatives
+from sellarec.collab.negatives import Negatives
 
 COUNTS = np.array([[10, 0, 5, 40, 1, 20, 3, 7], [8, 0, 0, 30, 1, 10, 3, 0]])
 """Items 1 (never in train), 2 and 7 (never liked) are drawn by no popularity."""
@@ -27,9 +27,11 @@ def rows(number: int, items=3, histories=None, first: int = 0) -> pa.Table:
 
 
 def drawn(negatives: Negatives, rows: pa.Table, epoch: int = 0) -> np.ndarray:
+    """The negatives; -1 stands for one that doesn't count."""
     found = negatives.prepare(rows, epoch, np.zeros(len(rows), np.int64), keep_history=False)
     assert found.column_names == ["row", "item", "log_q", "negative", "negative_log_q"]
-    return np.array(found["negative"].to_pylist(), np.int64).reshape(len(rows), -1)
+    items, log_q = (np.array(found[name].to_pylist()).reshape(len(rows), -1) for name in ("negative", "negative_log_q"))
+    return np.where(np.isfinite(log_q), items, -1)
 
 
 ITEM = st.integers(0, 7)
@@ -50,9 +52,9 @@ def test_draws_are_a_function_of_the_row_and_avoid_what_it_likes(case, kind, num
     found = drawn(negatives, table, epoch)
     possible = set(np.flatnonzero(COUNTS[0 if kind == "uniform" else 1]).tolist())
     for chosen, item, history in zip(found, items, histories, strict=True):
-        assert len(chosen) == number and set(chosen.tolist()) <= possible
-        if kind == "uniform":  # each of the others is as likely, so MOST_DRAWS draws find one
-            assert not set(chosen.tolist()) & {item, *history}
+        assert len(chosen) == number and set(chosen[chosen >= 0].tolist()) <= possible - {item, *history}
+        if len(possible - {item, *history}) > len(possible) / 2 and kind == "uniform":
+            assert (chosen >= 0).all(), "at most a third is liked: one in 40 million fails 16 times"
     start = data.draw(st.integers(0, len(case) - 1))
     assert (drawn(negatives, table.slice(start), epoch) == found[start:]).all()
 
@@ -90,9 +92,9 @@ def test_items_are_drawn_as_often_as_they_are_said_to_be(kind):
 def test_a_batch_that_serves_itself_only_tells_likelihoods():
     found = Negatives("in-batch", COUNTS, 4, 0).prepare(rows(3, np.array([0, 3, 5])), 0, IDS, keep_history=False)
     np.testing.assert_allclose(np.exp(found["log_q"].to_numpy()), COUNTS[1][[0, 3, 5]] / COUNTS[1].sum(), rtol=1e-6)
-    assert found["negative"].to_pylist() == [[], [], []]
+    assert found.column_names == ["row", "item", "history", "log_q"]
 
 
-def test_a_user_who_likes_everything_gets_a_negative_all_the_same():
+def test_a_user_who_likes_everything_has_no_negatives():
     found = drawn(Negatives("uniform", COUNTS, 3, 1), rows(2, histories=[list(range(8))] * 2))
-    assert found.shape == (2, 3) and MOST_DRAWS < 100
+    assert found.tolist() == [[-1] * 3] * 2

@@ -12,7 +12,7 @@ import pytest
 
 from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.data.phases import Rules
-from sellarec.data.prepare import prepare
+from sellarec.data.prepare import discard_work, prepare
 from sellarec.data.raw import Dropped, Part, Source, part_of_table
 
 TITLES = pa.table({"item": pa.array([], pa.string()), "title": pa.array([], pa.string())})
@@ -52,6 +52,7 @@ def prepare_into(folder: Path, source: Source, made_by: Rules | None = None, **s
     settings = {"hashes": {}, "start_ray": no_ray, "say": print} | settings
     facts = prepare(source, made_by or rules(), folder, **settings)
     write_manifest(folder, facts)
+    discard_work(folder)
     return read_log(folder)
 
 

@@ -19,6 +19,7 @@ from sellarec.data.log import Log
 from sellarec.data.phases import Rules
 from sellarec.data.raw import Source
 from sellarec.data.sources.tables import Columns, open_tables
+from sellarec.errors import UserError
 
 ROWS = 120
 RULES = rules(k_core=2, split="leave-one-out")
@@ -169,22 +170,30 @@ def test_pieces_that_were_made_for_something_else_are_not_taken(tmp_path, monkey
     assert files_of(log.directory) == files_of(wanted.directory)
 
 
-def test_nothing_of_an_earlier_log_is_left_in_the_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "PIECE_ROWS", 5)
-    many = files_of(prepared(tmp_path / "log").directory)
+def test_nothing_of_an_earlier_try_is_left_in_the_folder(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "PIECE_ROWS", 5)
+        patch.setattr("prepared.discard_work", lambda folder: None)  # as if cut off there
+        many = files_of(prepared(tmp_path / "log").directory)
     monkeypatch.setattr(prepare_module, "PIECE_ROWS", 1000)
     few = files_of(prepared(tmp_path / "log").directory)
     assert len(few) < len(many)
     assert few == files_of(prepared(tmp_path / "other").directory)
 
 
-def test_a_deletion_that_was_cut_off_leaves_nothing_to_go_on_from(tmp_path, monkeypatch, undisturbed):
-    """The last thing done is to delete the pieces: where only some are deleted, none is taken for whole."""
+@pytest.mark.parametrize("name", ["work", "items", "interactions"])
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, name):
+    kept = tmp_path / name / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("dear to me")
+    with pytest.raises(UserError, match=f"holds {name}, which preparation would overwrite"):
+        prepared(tmp_path)
+    assert files_of(tmp_path) == {f"{name}/mine.txt": b"dear to me"}
 
+
+def test_a_log_is_whole_before_its_pieces_are_deleted(tmp_path, monkeypatch, undisturbed):
     def delete_some(folder, **_):
-        if Path(folder).name != "work":
-            return
-        for path in sorted((Path(folder) / "rows").rglob("*.arrow")):
+        for path in sorted((tmp_path / "work" / "rows").rglob("*.arrow")):
             path.unlink()
         raise CutOff
 
@@ -192,10 +201,8 @@ def test_a_deletion_that_was_cut_off_leaves_nothing_to_go_on_from(tmp_path, monk
         patch.setattr(prepare_module.shutil, "rmtree", delete_some)
         with pytest.raises(CutOff):
             prepared(tmp_path)
-    assert (tmp_path / "work").exists()
-    done = watch(monkeypatch)
-    assert files_of(prepared(tmp_path).directory) == undisturbed
-    assert "reading/000000" in done
+    left = {name: content for name, content in files_of(tmp_path).items() if not name.startswith("work/")}
+    assert left == undisturbed
 
 
 KILLED = """
@@ -239,16 +246,15 @@ def test_another_process_goes_on_after_a_kill(tmp_path, monkeypatch):
     marks = {path: path.stat().st_mtime_ns for path in (tmp_path / "log" / "work" / "done").rglob("*.json")}
     assert len(marks) == 45
     held: dict[Path, int] = {}
-    delete = prepare_module._delete
 
-    def look_and_delete(work: Path) -> None:
+    def look_and_discard(folder: Path) -> None:
         held.update({path: path.stat().st_mtime_ns for path in marks})
-        delete(work)
+        prepare_module.discard_work(folder)
 
-    monkeypatch.setattr(prepare_module, "_delete", look_and_delete)
-    log = prepare_into(tmp_path / "log", table_source(files), RULES, start_ray=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("prepared.discard_work", look_and_discard)
+        log = prepare_into(tmp_path / "log", table_source(files), RULES, start_ray=None)
     assert held == marks  # not one was written again
-    monkeypatch.setattr(prepare_module, "_delete", delete)
     other = prepare_into(tmp_path / "other", table_source(files), RULES, start_ray=None)
     assert files_of(log.directory) == files_of(other.directory)
     assert json.loads((log.directory / "manifest.json").read_text())["rows"]["train"] > 0

@@ -64,6 +64,7 @@ def test_same_losses_of_ranking_models(settings: tuple[str, str, str], tmp_path:
     for workers in (1, 3):
         arguments = ["demo", recipe, "--workers", str(workers), "--workspace", tmp_path / str(workers), "--name", "run"]
         arguments += ["--collab.model", model, "--collab.loss", loss, "--collab.negatives", negatives]
+        arguments += ["--collab.select-on", "uauc", "--align.select-on", "uauc"]
         main_job.train(*arguments, "--stages", "prepare,collab", log=tmp_path / "log")
         found[workers] = first_losses(tmp_path / str(workers), "collab")
     assert len(found[1]) == 20 and found[1][-1] < found[1][0]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sellarec.artifacts import Place
 from sellarec.config import Sparse, Steps
+from sellarec.training import stream
 from sellarec.training.launch import connect, train
 from sellarec.training.loop import Training
 from sellarec.training.progress import Console
@@ -25,7 +26,7 @@ from sellarec.training.stream import Order, row_groups
 from sellarec.training.tables import Table
 from sellarec.training.task import Batch, Gather
 
-BATCH, EPOCHS, SEED = 64, 2, 3
+BATCH, EPOCHS, SEED = 66, 2, 3
 SECONDS_A_STEP = 0.03  # so that a kill finds it in the middle
 
 
@@ -44,6 +45,7 @@ class Recorder:
     tables = (Table("row", 97, 4, ("row",)),)
 
     def __init__(self, folder: Path) -> None:
+        stream.PIECES_AT_ONCE = 1  # on each worker: an epoch is one piece here, and each has a pipeline of its own
         self._file = folder / "seen" / f"{os.getpid()}.jsonl"
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:

@@ -19,7 +19,7 @@ import record_rows
 pytestmark = pytest.mark.ray
 
 ROWS = (4_000, 3_333)
-"""Of two files: the last batch of an epoch is short, and no slice of 3 workers is whole."""
+"""Of two files: the last batch of an epoch is short, and slices of 4 workers are padded."""
 
 
 def start(folder: Path, workers: int) -> subprocess.Popen:
@@ -61,7 +61,7 @@ def test_each_row_once_an_epoch_across_kills_and_another_number_of_workers(tmp_p
         wait_for_step(tmp_path, per_epoch + per_epoch // 3, job, workers=2)
     finally:
         main_job.end(job)  # the whole job, its driver and Ray included
-    job = start(tmp_path, workers=3)
+    job = start(tmp_path, workers=4)
     try:
         assert job.wait(240) == 0, (tmp_path / "log").read_text()
     finally:
@@ -71,7 +71,7 @@ def test_each_row_once_an_epoch_across_kills_and_another_number_of_workers(tmp_p
     lives = [
         [line for line in seen if line["workers"] == 2 and line["time"] < killed],
         [line for line in seen if line["workers"] == 2 and line["time"] >= killed + 1],
-        [line for line in seen if line["workers"] == 3],
+        [line for line in seen if line["workers"] == 4],
     ]
     begins = [min(line["step"] for line in life) for life in lives]
     assert begins[0] == 0 < begins[1] < per_epoch < begins[2], "each life goes on from a checkpoint of the one before"
