@@ -320,7 +320,9 @@ def interactions(
             blank = pc.equal(texts[name], "")
             made[field] = texts[name] if id_type == pa.string() else pc.if_else(blank, "0", texts[name]).cast(id_type)
         if columns.rating is not None:
-            rating, check = numbers(texts[columns.rating], columns.rating, may_lack=not is_complete)
+            # without labels they are made of ratings
+            may_lack = columns.label is not None and not is_complete
+            rating, check = numbers(texts[columns.rating], columns.rating, may_lack=may_lack)
             checks.append(check)
             if rating_range is not None:
                 checks.append(outside(rating, *rating_range, columns.rating))

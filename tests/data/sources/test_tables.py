@@ -226,6 +226,14 @@ def test_bad_rows(tmp_path, form, change, reason):
     assert list(counts.values()) == [1]
 
 
+def test_a_rating_may_lack_only_where_there_is_a_label(tmp_path):
+    write(tmp_path / "a.csv", [{"u": "1", "i": "2", "r": "5", "l": "1"}, {"u": "1", "i": "3", "r": "", "l": "0"}])
+    with pytest.raises(UserError, match=r"a\.csv, line 3: the r is not a number\. It reads: '1,3,,0'"):
+        rows_of(open_tables(str(tmp_path / "a.csv"), Columns(user="u", item="i", rating="r")))
+    found, _ = rows_of(open_tables(str(tmp_path / "a.csv"), Columns(user="u", item="i", rating="r", label="l")))
+    assert found["rating"] == [5.0, None]
+
+
 def test_splits_domains_and_histories(tmp_path):
     rows = [
         {"u": "1", "i": "2", "s": "train", "d": "Books", "h": " 5 6 "},
