@@ -187,7 +187,7 @@ def test_facts():
     ],
 )
 def test_labels_are_the_sources_or_made_of_ratings_or_all_positive(columns, stated, labels):
-    rating = pa.array([3.9, 4.0, 5.0, None, 1.0, 4.1], pa.float32())
+    rating = pa.array([3.9, 4.0, 5.0, 3.0, 1.0, 4.1], pa.float32())
     tables = prepared(book_source(some_ratings(6), **{"rating": rating} | columns), shares=(0.5, 0.25, 0.25))
     assert [row["label"] for row in tables["rows"]] == labels
     assert tables["facts"]["label_rule"] == stated
