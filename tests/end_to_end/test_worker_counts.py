@@ -35,7 +35,7 @@ def first_losses(workspace: Path, stage: str) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", TRAINED)
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_same_losses(runs: dict[int, tuple[Path, str]], stage: str, workers: int, tmp_path: Path) -> None:
     """The stage's first 20 losses from the same artifacts: what earlier stages differ by would add up in later ones."""
     workspace = runs[workers][0]
@@ -54,8 +54,10 @@ def test_same_losses(runs: dict[int, tuple[Path, str]], stage: str, workers: int
 
 @pytest.mark.parametrize(
     "settings",
-    [("svd++", "bpr", "popularity"), ("mf", "softmax", "in-batch")],
-    ids=["histories and drawn negatives", "negatives of all workers"],
+    [
+        pytest.param(("svd++", "bpr", "popularity"), id="histories and drawn negatives"),
+        pytest.param(("mf", "softmax", "in-batch"), id="negatives of all workers", marks=pytest.mark.slow),
+    ],
 )
 def test_same_losses_of_ranking_models(settings: tuple[str, str, str], tmp_path: Path) -> None:
     model, loss, negatives = settings
