@@ -34,8 +34,15 @@ def first_losses(workspace: Path, stage: str) -> list[float]:
     return main_job.read_json(main_job.artifact(workspace, "run", stage) / "training.json")["first_losses"]
 
 
-@pytest.mark.parametrize("stage", TRAINED)
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    ("stage", "workers"),
+    [
+        # those on one worker take a run of their own each
+        pytest.param(stage, workers, marks=[pytest.mark.slow] if workers == 1 and stage in FROM_TRAINED else [])
+        for stage in TRAINED
+        for workers in (1, 3)
+    ],
+)
 def test_same_losses(runs: dict[int, tuple[Path, str]], stage: str, workers: int, tmp_path: Path) -> None:
     """The stage's first 20 losses from the same artifacts: what earlier stages differ by would add up in later ones."""
     workspace = runs[workers][0]
