@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> None:
     from sellarec.artifacts import Place, lease
     from sellarec.data.files import file_hashes
     from sellarec.data.log import write_manifest
-    from sellarec.data.prepare import check_expected, discard_work, prepare, rules_of
+    from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
     from sellarec.data.sources import open_source
     from sellarec.data.sources.published import fetch
     from sellarec.training.launch import connect
@@ -22,6 +22,8 @@ def main(arguments: list[str]) -> None:
 
     console = Console()
     out = settings.out
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: give --out a folder")
     with lease(Place.of(str(out)), console.line):
         if (out / "manifest.json").exists():
             raise UserError(f"{out} holds a prepared log already: give another --out, or delete it")
@@ -40,8 +42,9 @@ def main(arguments: list[str]) -> None:
         check_expected(facts, data.expected)
         write_manifest(out, facts)
         discard_work(out)
-    rows = ", ".join(f"{count:,} {name}" for name, count in facts["rows"].items())
-    console.line(f"{facts['users']:,} users, {facts['items']:,} items; rows: {rows}: {out}")
+    for line in in_words(facts):
+        console.line(line)
+    console.line(f"log        {out}")
 
 
 if __name__ == "__main__":

@@ -460,7 +460,8 @@ class Prepare:
     out: Path
     """Folder to write into; on a cluster, one that all nodes share."""
     init_from: Path | None = None
-    """A prepared log whose user and item ids are kept: what is new gets ids after them."""
+    """A prepared log whose ids are kept, with the codes and descriptions that go with them: what is new gets ids after
+    them. Its rows are not taken over: where histories are to go on, give the earlier rows again, with the new ones."""
     downloads: Path = Path("downloads")
     """Folder for files that the publisher serves, which are fetched where --path is not given (MovieLens, Amazon)."""
     data: Data = field(default_factory=Data)
@@ -651,6 +652,11 @@ def check_data(data: Data) -> None:
             "leave the path out, or name the recipe of your data (for instance `train.py ml-latest-small --data ...`)"
         )
     defaults = {name: value for name, value, _ in leaves(Data(), "data.")}
+    mapped = [name for name, value, _ in leaves(data.item_columns, "data.item_columns.") if value != defaults[name]]
+    if mapped and data.items is None:
+        raise UserError(
+            f"{mapped[0]} names a column of the items' tables, but data.items names no tables: give --data.items"
+        )
     for name, value, _ in leaves(data, "data."):
         sources = next((found for beginning, found in _ONLY_FOR.items() if name.startswith(beginning)), None)
         if value != defaults[name] and sources is not None and data.source not in sources:

@@ -23,7 +23,7 @@ from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
 from sellarec.data.files import file_hashes
 from sellarec.data.log import Log, read_log
-from sellarec.data.prepare import check_expected, discard_work, prepare, rules_of
+from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
 from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, UserError
@@ -368,10 +368,8 @@ def _prepare(this: Run) -> dict[str, Any]:
                 f"{positives} of the {count} rows of the {split} split are positives ({facts['label_rule']}): rows of "
                 "both labels are needed to train and to select; mend the label rule or the split"
             )
-    this.console.line(
-        f"prepare   {facts['users']:,} users, {facts['items']:,} items; rows: {rows['train']:,} train, {rows['valid']:,} valid, "
-        f"{rows['test']:,} test ({facts['cold']['test']:,} cold)"
-    )
+    for line in in_words(facts):
+        this.console.line(f"prepare   {line}")
     return facts
 
 

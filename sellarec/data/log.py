@@ -2,7 +2,7 @@
 
     manifest.json                               the facts
     interactions/{train,valid,test}/part-N.parquet
-    sequences/part-N.parquet                    one row per user
+    sequences/part-N.parquet                    one row per user who has rows
     items/part-N.parquet, users/part-N.parquet  2^20 dense ids a file
 
     interactions: row int64, user int64, item int64, label int8, rating float32?, timestamp int64?, history list<int64>,
@@ -14,9 +14,12 @@
 
 A type with "?" is null where unknown. Users and items are dense ids from 0, which never change: new data extend them. `row`
 is the row's id; it counts through train, valid, test. Rows of a split are in time order over its parts, so a reader of a
-range of rows or of times opens few of them. `history` is the user's earlier positives, oldest first, the last `history_cap` of
-them; `history_length` counts them all. `seen` says whether the train split has the user or item; `expected` is the planted
-probability of a positive in a generated world. `links` are an item's ids in other catalogs and knowledge graphs.
+range of rows or of times opens few of them. `timestamp` is in whole seconds since 1970 (UTC); rows of one second keep the
+source's order. `label` is 1 for a positive. `history` is the user's earlier positives, oldest first, the last `history_cap`
+of them; `history_length` counts them all. `seen` says whether the train split has the user or item, or that of the log which
+this one extends; a row is `warm` where both are, or where the source says so. `text` is all that is known of an item in
+words, its title where there is no more; `expected` is the planted probability of a positive in a generated world. `links`
+are an item's ids in other catalogs and knowledge graphs.
 """
 
 from __future__ import annotations

@@ -95,8 +95,10 @@ def prepare(
         },
     )
     rows = sum(part["rows"] for part in read)
+    left_out = _sum(part["dropped"] for part in read)
     if rows == 0:
-        raise UserError(f"there are no rows in {', '.join(source.files) or 'the source'}")
+        where = ", ".join(source.files) or "the source"
+        raise UserError(f"there are no rows in {where}" + (f" but bad ones ({_reasons(left_out)})" if left_out else ""))
     types = _id_types(read, old)
     without_time = sum(part["without_time"] for part in read)
     columns = set().union(*(part["columns"] for part in read))
@@ -139,7 +141,7 @@ def prepare(
     rows = sum(sizes.values())
     if rows == 0:
         raise UserError("the k-core leaves no rows: lower data.k_core")
-    starts, ends = _rows_of_splits(sizes, len(edges) + 1, by_split, rules.shares, split_rule)
+    starts, ends = _rows_of_splits(sizes, len(edges) + 1, by_split, rules.shares, split_rule, dropped)
 
     # dense ids
     run("first rows", {str(b): partial(phases.first_rows, b, starts[b], given_histories, work) for b in starts})
@@ -193,7 +195,7 @@ def prepare(
         "split_rule": split_rule,
         "warm_rule": "as the source publishes it"
         if "warm" in columns
-        else "user and item both occur in the train split",
+        else f"user and item both occur in the train split{'' if old is None else f', or in that of {previous}'}",
         "k_core_rule": _core_rule(rules),
         "history_rule": "as the source publishes it"
         if given_histories
@@ -402,6 +404,29 @@ def _check_types(kind: str, id_type: str, told: list[dict]) -> None:
         )
 
 
+def _reasons(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} rows: {reason}" for reason, count in sorted(dropped.items()) if count)
+
+
+def in_words(facts: dict[str, Any]) -> list[str]:
+    """What a person should hear of a log that was prepared: a line for its sizes, and for what may be amiss."""
+    rows, positives = facts["rows"], facts["positives"]
+    cold = f" ({facts['cold']['test']:,} cold)"
+    lines = [
+        f"{facts['users']:,} users, {facts['items']:,} items; rows: "
+        + ", ".join(f"{rows[name]:,} {name}" for name in SPLITS)
+        + cold
+    ]
+    if facts["dropped"]:
+        lines.append(f"left out: {_reasons(facts['dropped'])}")
+    if facts["items_without_title"]:
+        lines.append(f"note: {facts['items_without_title']:,} of {facts['items']:,} items have no title")
+    one_sided = [name for name in SPLITS if positives[name] in (0, rows[name])]
+    if one_sided:
+        lines.append(f"note: all rows of {', '.join(one_sided)} have one label ({facts['label_rule']})")
+    return lines
+
+
 def _split_rule(source: Source, rules: Rules, rows: int, without_time: int, has_valid: bool) -> tuple[str, str]:
     if rules.split == "given":
         if source.split_rule is None:
@@ -410,7 +435,10 @@ def _split_rule(source: Source, rules: Rules, rows: int, without_time: int, has_
         drawn = "" if has_valid else f"; of each user's train rows {share:.3g} are valid, rounded down, drawn at random"
         return rules.split, source.split_rule + drawn
     if without_time and rules.split in ("shares", "dates"):
-        raise UserError(f"{without_time:,} of {rows:,} rows have no timestamp, so the log cannot be split by time.")
+        raise UserError(
+            f"{without_time:,} of {rows:,} rows have no timestamp, so the log cannot be split by time: map their column "
+            "(--data.columns.timestamp), or choose --data.split-by leave-one-out or random"
+        )
     if rules.split == "dates":
         assert rules.dates is not None
         valid, test = (_date(t) for t in rules.dates)
@@ -463,7 +491,12 @@ def _edges(read: list[dict], buckets: int, by_position: bool) -> list[int]:
 
 
 def _rows_of_splits(
-    sizes: Counter, buckets: int, by_split: bool, shares: tuple[float, float, float], rule: str
+    sizes: Counter,
+    buckets: int,
+    by_split: bool,
+    shares: tuple[float, float, float],
+    rule: str,
+    dropped: Mapping[str, int],
 ) -> tuple[dict[int, int], list[int]]:
     """The number of each bucket's first row, and of the row after the last one of each split."""
     starts, total = {}, 0
@@ -481,7 +514,8 @@ def _rows_of_splits(
         if count == 0:
             raise UserError(
                 f"The {name} split is empty: of {total:,} rows, {', '.join(map(str, counts.tolist()))} are "
-                f"{', '.join(SPLITS)}. Split rule: {rule}. Give more rows, or another split (data.split, data.split_by)."
+                f"{', '.join(SPLITS)}. Split rule: {rule}. Left out: {_reasons(dropped) or 'none'}. Give more rows, or another "
+                "split (data.split, data.split_by)."
             )
     return starts, ends
 

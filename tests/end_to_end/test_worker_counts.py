@@ -11,23 +11,30 @@ import pytest
 
 pytestmark = pytest.mark.ray
 
-WORKERS = (1, 2, 3)
+ALONE = pytest.param(1, marks=pytest.mark.slow)
+"""One worker: a run of its own, which `make test-all` makes."""
+
 TRAINED = ("pretrain", "adapt", "collab", "align", "fuse")
 FROM_TRAINED = ("adapt", "align", "fuse")
 """Stages that begin with what others have trained."""
 
 
+class Runs(dict[int, tuple[Path, str]]):
+    """By number of workers: the workspace, and what the job printed. A run is made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._recipe = folder, main_job.write_recipe(folder)
+
+    def __missing__(self, workers: int) -> tuple[Path, str]:
+        workspace = self._folder / f"workers-{workers}"
+        arguments = ["demo", self._recipe, "--workers", str(workers), "--workspace", workspace, "--name", "run"]
+        self[workers] = (workspace, main_job.train(*arguments, log=self._folder / f"{workers}.log"))
+        return self[workers]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, str]]:
-    """By number of workers: the workspace, and what the job printed."""
-    folder = tmp_path_factory.mktemp("runs")
-    recipe = main_job.write_recipe(folder)
-    done = {}
-    for workers in WORKERS:
-        workspace = folder / f"workers-{workers}"
-        arguments = ["demo", recipe, "--workers", str(workers), "--workspace", workspace, "--name", "run"]
-        done[workers] = (workspace, main_job.train(*arguments, log=folder / f"{workers}.log"))
-    return done
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 def first_losses(workspace: Path, stage: str) -> list[float]:
@@ -37,13 +44,12 @@ def first_losses(workspace: Path, stage: str) -> list[float]:
 @pytest.mark.parametrize(
     ("stage", "workers"),
     [
-        # those on one worker take a run of their own each
-        pytest.param(stage, workers, marks=[pytest.mark.slow] if workers == 1 and stage in FROM_TRAINED else [])
+        pytest.param(stage, workers, marks=[pytest.mark.slow] if workers == 1 else [])
         for stage in TRAINED
         for workers in (1, 3)
     ],
 )
-def test_same_losses(runs: dict[int, tuple[Path, str]], stage: str, workers: int, tmp_path: Path) -> None:
+def test_same_losses(runs: Runs, stage: str, workers: int, tmp_path: Path) -> None:
     """The stage's first 20 losses from the same artifacts: what earlier stages differ by would add up in later ones."""
     workspace = runs[workers][0]
     if stage in FROM_TRAINED:
@@ -80,8 +86,8 @@ def test_same_losses_of_ranking_models(settings: tuple[str, str, str], tmp_path:
     np.testing.assert_allclose(found[3], found[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_same_results(runs: dict[int, tuple[Path, str]], workers: int) -> None:
+@pytest.mark.parametrize("workers", [ALONE, 3])
+def test_same_results(runs: Runs, workers: int) -> None:
     expected, found = (main_job.read_json(runs[n][0] / "runs/run/results.json") for n in (2, workers))
     assert [(r["model"], r["rows"], r["metric"], r["count"]) for r in expected] == [
         (r["model"], r["rows"], r["metric"], r["count"]) for r in found
@@ -91,15 +97,15 @@ def test_same_results(runs: dict[int, tuple[Path, str]], workers: int) -> None:
             assert other["value"] == pytest.approx(one["value"], abs=1e-3), one
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_every_test_row_is_scored_once(runs: dict[int, tuple[Path, str]], workers: int) -> None:
+@pytest.mark.parametrize("workers", [ALONE, 2, 3])
+def test_every_test_row_is_scored_once(runs: Runs, workers: int) -> None:
     workspace = runs[workers][0]
     rows = pq.read_table(main_job.artifact(workspace, "run", "prepare") / "interactions/test")["row"]
     scores = pq.read_table(main_job.artifact(workspace, "run", "evaluate") / "scores.parquet")
     assert scores["row"].to_pylist() == rows.to_pylist()
 
 
-def test_what_the_run_leaves(runs: dict[int, tuple[Path, str]]) -> None:
+def test_what_the_run_leaves(runs: Runs) -> None:
     workspace, printed = runs[2]
     folder = workspace / "runs/run"
     for name in ("results.json", "report.html", "config.yaml", "artifacts.json"):
@@ -114,7 +120,7 @@ def test_what_the_run_leaves(runs: dict[int, tuple[Path, str]]) -> None:
     assert all(set(r) == keys for r in records)
 
 
-def test_standing_artifacts_are_not_made_again(runs: dict[int, tuple[Path, str]], tmp_path: Path) -> None:
+def test_standing_artifacts_are_not_made_again(runs: Runs, tmp_path: Path) -> None:
     workspace = runs[2][0]
     before = {path: path.stat().st_mtime_ns for path in (workspace / "artifacts").rglob("manifest.json")}
     recipe = main_job.write_recipe(tmp_path)
@@ -124,14 +130,14 @@ def test_standing_artifacts_are_not_made_again(runs: dict[int, tuple[Path, str]]
     assert before == {path: path.stat().st_mtime_ns for path in (workspace / "artifacts").rglob("manifest.json")}
 
 
-def test_a_name_belongs_to_one_config(runs: dict[int, tuple[Path, str]], tmp_path: Path) -> None:
+def test_a_name_belongs_to_one_config(runs: Runs, tmp_path: Path) -> None:
     recipe = main_job.write_recipe(tmp_path)
     arguments = ["demo", recipe, "--workspace", runs[2][0], "--name", "run", "--seed", "2"]
     printed = main_job.train(*arguments, log=tmp_path / "log", status=2)
     assert "seed 1 then, 2 now" in printed
 
 
-def test_saved_config_runs_again(runs: dict[int, tuple[Path, str]], tmp_path: Path) -> None:
+def test_saved_config_runs_again(runs: Runs, tmp_path: Path) -> None:
     saved = runs[2][0] / "runs/run/config.yaml"
     printed = main_job.train(saved, log=tmp_path / "log")
     assert printed.count("stands already") == 8

@@ -124,7 +124,8 @@ def open_amazon(
         if not re.fullmatch(r"\w+", category):
             raise UserError(f"'{category}' is no category: give the name in the files' names, such as Toys_and_Games.")
     if not categories or len(set(categories)) < len(categories):
-        raise UserError(f"Give one or more categories, each once, not {', '.join(categories) or 'none'}.")
+        given = ", ".join(categories) or "none"
+        raise UserError(f"Give one or more --data.categories (Books, Video_Games, ...), each once, not {given}.")
     if period is not None and period[0] >= period[1]:
         raise UserError(f"The period from {period[0]} to {period[1]} (seconds since 1970) holds no time.")
     held = _names(
