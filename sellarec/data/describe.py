@@ -134,7 +134,7 @@ def describe(folder: Path) -> Description:
     users, items = np.zeros(facts["users"], np.int64), np.zeros(facts["items"], np.int64)
     splits = {}
     for name in SPLITS:
-        splits[name] = _count(folder, name, users, items)
+        splits[name] = _count(folder, name, facts.get("features", {}), users, items)
         if splits[name].rows != facts["rows"].get(name, 0):
             raise UserError(
                 f"the {name} split in {folder} has {splits[name].rows:,} rows, but its manifest says "
@@ -161,8 +161,14 @@ def _batches(dataset: pyarrow.dataset.Dataset, columns: list[str]) -> Iterator[p
         raise UserError(f"Cannot read {dataset.files}: {error}. Prepare the data again.") from error
 
 
-def _count(folder: Path, name: str, users: np.ndarray, items: np.ndarray) -> Split:
-    """The counts of a split; adds its rows to those of each user and item (int64 [users], [items])."""
+def _count(
+    folder: Path, name: str, vocabularies: Mapping[str, list[str]], users: np.ndarray, items: np.ndarray
+) -> Split:
+    """The counts of a split; adds its rows to those of each user and item (int64 [users], [items]).
+
+    Args:
+        vocabularies: values of each categorical feature, by their codes.
+    """
     dataset = _interactions(folder, name)
     features = [column for column in dataset.schema.names if column not in NUMBERED + SKIPPED]
     sums: Counter[str] = Counter()
@@ -207,7 +213,10 @@ def _count(folder: Path, name: str, users: np.ndarray, items: np.ndarray) -> Spl
         months={(1970 + month // 12, month % 12 + 1): months[month] for month in sorted(months)},
         ratings=ratings,
         histories=histories,
-        features=values,
+        features={
+            feature: Counter({None if code is None else vocabularies[feature][code]: n for code, n in found.items()})
+            for feature, found in values.items()
+        },
     )
 
 

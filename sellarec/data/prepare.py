@@ -435,9 +435,12 @@ def _split_rule(source: Source, rules: Rules, rows: int, without_time: int, has_
         drawn = "" if has_valid else f"; of each user's train rows {share:.3g} are valid, rounded down, drawn at random"
         return rules.split, source.split_rule + drawn
     if without_time and rules.split in ("shares", "dates"):
+        mend = (
+            "map its column (--data.columns.timestamp)" if without_time == rows else "leave those rows out of the files"
+        )
         raise UserError(
-            f"{without_time:,} of {rows:,} rows have no timestamp, so the log cannot be split by time: map their column "
-            "(--data.columns.timestamp), or choose --data.split-by leave-one-out or random"
+            f"{without_time:,} of {rows:,} rows have no timestamp, so the log cannot be split by time: {mend}, or choose "
+            "--data.split-by leave-one-out or random"
         )
     if rules.split == "dates":
         assert rules.dates is not None

@@ -19,9 +19,12 @@ INTERACTIONS = pa.schema(
         ("row", pa.int64()), ("user", pa.int64()), ("item", pa.int64()), ("label", pa.int8()), ("rating", pa.float32()),
         ("timestamp", pa.int64()), ("history", pa.list_(pa.int64())), ("history_length", pa.int32()),
         ("user_seen", pa.bool_()), ("item_seen", pa.bool_()), ("warm", pa.bool_()), ("expected", pa.float32()),
-        ("domain", pa.dictionary(pa.int32(), pa.string())),
+        ("domain", pa.int32()),
     ]
 )  # fmt: skip
+
+
+DOMAINS = ["Video_Games", "Books"]
 
 
 def row(number, user, item, rating, date, history, seen=(True, True), domain="Books"):
@@ -29,7 +32,7 @@ def row(number, user, item, rating, date, history, seen=(True, True), domain="Bo
     return {
         "row": number, "user": user, "item": item, "label": int(rating is None or rating >= 4), "rating": rating,
         "timestamp": time, "history": history, "history_length": len(history), "user_seen": seen[0], "item_seen": seen[1],
-        "warm": all(seen), "expected": None, "domain": domain,
+        "warm": all(seen), "expected": None, "domain": None if domain is None else DOMAINS.index(domain),
     }  # fmt: skip
 
 
@@ -78,6 +81,7 @@ def write_log(folder: Path, rows: dict) -> Path:
         "users": 4, "items": 4, "rows": {name: len(found) for name, found in rows.items()}, "noun": "product",
         "dropped": {"repeated user and item": 2, "the rating is not a number": 1200}, "label_rule": "rating of 4 and more",
         "split_rule": "by time", "warm_rule": "user and item occur in train", "history_cap": 50, "sources": {"a.csv": "00ff"},
+        "features": {"domain": DOMAINS},
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(facts))
     return folder
