@@ -43,6 +43,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_interrupted_job(inputs: Path, tmp_path: Path) -> None:
     """Ctrl-C in a stage with workers, and in one without after it: a word of it, its exit status, and the job goes on later."""
     shutil.copytree(inputs / "w", tmp_path / "w")
@@ -65,13 +66,16 @@ def test_interrupted_job(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "stage",
-    ["collab", "fuse", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pretrain", "adapt", "align"))],
+    ["collab", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pretrain", "adapt", "align", "fuse"))],
 )
-def test_killed_worker(inputs: Path, stage: str, tmp_path: Path) -> None:
-    recipe = inputs / "tiny.yaml"
-    common = ["demo", recipe, "--name", "run", "--stages", stage, *LONGER[stage]]
-    for workspace in ("undisturbed", "killed"):
-        shutil.copytree(inputs / "w", tmp_path / workspace)
+def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    common = ["demo", main_job.write_recipe(tmp_path), "--name", "run", *LONGER[stage]]
+    if stage == "collab":  # of what stands before it needs the log alone
+        common += ["--stages", "prepare,collab"]
+    else:
+        common += ["--stages", stage]
+        for workspace in ("undisturbed", "killed"):
+            shutil.copytree(request.getfixturevalue("inputs") / "w", tmp_path / workspace)
     main_job.train(*common, "--workspace", tmp_path / "undisturbed", log=tmp_path / "log")
 
     log = tmp_path / "killed.log"

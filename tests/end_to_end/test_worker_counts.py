@@ -44,7 +44,7 @@ def first_losses(workspace: Path, stage: str) -> list[float]:
 @pytest.mark.parametrize(
     ("stage", "workers"),
     [
-        pytest.param(stage, workers, marks=[pytest.mark.slow] if workers == 1 else [])
+        pytest.param(stage, workers, marks=[pytest.mark.slow] if workers == 1 or stage in ("adapt", "align") else [])
         for stage in TRAINED
         for workers in (1, 3)
     ],
@@ -69,9 +69,10 @@ def test_same_losses(runs: Runs, stage: str, workers: int, tmp_path: Path) -> No
     "settings",
     [
         pytest.param(("svd++", "bpr", "popularity"), id="histories and drawn negatives"),
-        pytest.param(("mf", "softmax", "in-batch"), id="negatives of all workers", marks=pytest.mark.slow),
+        pytest.param(("mf", "softmax", "in-batch"), id="negatives of all workers"),
     ],
 )
+@pytest.mark.slow
 def test_same_losses_of_ranking_models(settings: tuple[str, str, str], tmp_path: Path) -> None:
     model, loss, negatives = settings
     recipe = main_job.write_recipe(tmp_path, {**main_job.TINY, "collab": {"max_steps": 20, "l2": 0.01}})
