@@ -69,10 +69,9 @@ def test_same_losses(runs: Runs, stage: str, workers: int, tmp_path: Path) -> No
     "settings",
     [
         pytest.param(("svd++", "bpr", "popularity"), id="histories and drawn negatives"),
-        pytest.param(("mf", "softmax", "in-batch"), id="negatives of all workers"),
+        pytest.param(("mf", "softmax", "in-batch"), id="negatives of all workers", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.slow
 def test_same_losses_of_ranking_models(settings: tuple[str, str, str], tmp_path: Path) -> None:
     model, loss, negatives = settings
     recipe = main_job.write_recipe(tmp_path, {**main_job.TINY, "collab": {"max_steps": 20, "l2": 0.01}})
