@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     if not settings.raw_only:
         from sellarec.config import Data
         from sellarec.data.log import write_manifest
-        from sellarec.data.prepare import discard_work, prepare, rules_of
+        from sellarec.data.prepare import discard_work, in_words, prepare, rules_of
 
         source = synthetic_source(generated)
         log = settings.out / "log"
@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> None:
         facts = prepare(source, rules_of(Data(), source), log, hashes={}, start_ray=lambda: None, say=console.line)
         write_manifest(log, facts)
         discard_work(log)
-        console.line(
-            f"log: {facts['users']:,} users, {facts['items']:,} items, {sum(facts['rows'].values()):,} rows: {log}"
-        )
+        for line in in_words(facts):
+            console.line(line)
+        console.line(f"log        {log}")
 
 
 if __name__ == "__main__":

@@ -23,20 +23,24 @@ def bpr(positive: Tensor, negative: Tensor, counts: Tensor) -> Tensor:
     return losses.sum(1) / counts.sum(1).clamp(min=1)
 
 
-def sampled_softmax(positive: Tensor, negative: Tensor, counts: Tensor, log_q: Tensor) -> Tensor:
+def sampled_softmax(
+    positive: Tensor, negative: Tensor, counts: Tensor, positive_log_q: Tensor, negative_log_q: Tensor
+) -> Tensor:
     """Cross-entropy of the item in the whole catalog, for which drawn negatives stand (Bengio & Senécal, 2008).
 
-    Of n negatives that count, one of probability q is expected n q times, so log(n q) is taken off its score: frequent items
-    aren't pushed down for being frequent (logQ correction; Yi et al., 2019, for negatives of the batch).
+    Of n negatives that count, drawn among the items other than the row's own, one of probability q is expected
+    n q / (1 - q_own) times. The logarithm of that is taken off its score, so that frequent items aren't pushed down for
+    being frequent (logQ correction; Yi et al., 2019, for negatives of the batch).
 
     Args:
-        positive: float [b], scores of the rows' items.
-        negative, log_q: float [b, N], scores of negatives, and the logarithm of how likely each was drawn.
+        positive, positive_log_q: float [b], scores of the rows' items, and the logarithm of how likely each is drawn.
+        negative, negative_log_q: float [b, N], the same of negatives.
         counts: bool [b, N], which negatives count.
 
     Returns:
         float [b].
     """
-    expected = log_q + counts.sum(1, keepdim=True).clamp(min=1).log()
-    others = (negative - expected).masked_fill(~counts, -torch.inf)
-    return torch.logsumexp(torch.cat([positive[:, None], others], dim=1), dim=1) - positive
+    others = torch.log1p(-positive_log_q.exp().clamp(max=1 - 1e-6))[:, None]
+    expected = negative_log_q - others + counts.sum(1, keepdim=True).clamp(min=1).log()
+    corrected = (negative - expected).masked_fill(~counts, -torch.inf)
+    return torch.logsumexp(torch.cat([positive[:, None], corrected], dim=1), dim=1) - positive

@@ -88,37 +88,37 @@ class MatrixFactorization:
 
     def loss(self, model: nn.Module | None, batch: Batch, vectors: Vectors, gather: Gather) -> Tensor:
         user, item = self.represent(batch, vectors)
-        score = mf_score(user, item, self._log_odds)
+        score, weights = mf_score(user, item, self._log_odds), self.row_weights(batch)
         norms = vectors["user"].square().sum(1) + vectors["item"].square().sum(1)
         if self._has_history:
             history = vectors["history"]
             squares = Jagged(history.values.square(), history.lengths).sum().sum(1)
             norms = norms + squares / history.lengths.clamp(min=1)
-        weights = self.row_weights(batch)
         if self._settings.loss == "bce":
             losses = F.binary_cross_entropy_with_logits(score, batch["label"], reduction="none")
+        elif self._draws:
+            counts = batch["negative_log_q"].isfinite()
+            squares = (vectors["negative"].square().sum(2) * counts).sum(1)
+            norms = norms + squares / counts.sum(1).clamp(min=1)
+            negative = mf_score(user[:, None], vectors["negative"], self._log_odds)
+            losses = self._ranking_loss(score, negative, counts, batch["log_q"], batch["negative_log_q"])
         else:
-            if self._draws:
-                negative = mf_score(user[:, None], vectors["negative"], self._log_odds)
-                log_q = batch["negative_log_q"]
-                counts = log_q.isfinite()
-                squares = (vectors["negative"].square().sum(2) * counts).sum(1)
-                norms = norms + squares / counts.sum(1).clamp(min=1)
-            else:
-                # the items of other users' positives on all workers; [b, B]
-                others = gather(item)
-                negative = user[:, :-1] @ others[:, :-1].T + others[:, -1] + user[:, -1:] + self._log_odds
-                same = (batch["item"][:, None] == gather(batch["item"])) | (
-                    batch["user"][:, None] == gather(batch["user"])
-                )
-                counts = ~same & (gather(weights) > 0)
-                log_q = gather(batch["log_q"]) - torch.log1p(-batch["log_q"].exp().clamp(max=1 - 1e-6))[:, None]
-            losses = (
-                bpr(score, negative, counts)
-                if self._settings.loss == "bpr"
-                else sampled_softmax(score, negative, counts, log_q)
-            )
+            # the items of other users' positives on all workers; [b, B], without a [b, B, D] in between
+            others = gather(item)
+            negative = user[:, :-1] @ others[:, :-1].T + others[:, -1] + user[:, -1:] + self._log_odds
+            same_item = batch["item"][:, None] == gather(batch["item"])
+            same_user = batch["user"][:, None] == gather(batch["user"])
+            counts = ~same_item & ~same_user & (gather(weights) > 0)
+            log_q = gather(batch["log_q"]).expand_as(negative)
+            losses = self._ranking_loss(score, negative, counts, batch["log_q"], log_q)
         return ((losses + 0.5 * self._settings.l2 * norms) * weights).sum()
+
+    def _ranking_loss(
+        self, score: Tensor, negative: Tensor, counts: Tensor, log_q: Tensor, negative_log_q: Tensor
+    ) -> Tensor:
+        if self._settings.loss == "bpr":
+            return bpr(score, negative, counts)
+        return sampled_softmax(score, negative, counts, log_q, negative_log_q)
 
     def score(self, model: nn.Module | None, batch: Batch, vectors: Vectors) -> Tensor:
         return mf_score(*self.represent(batch, vectors), self._log_odds)

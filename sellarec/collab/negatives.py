@@ -44,7 +44,7 @@ class Negatives:
         log_q: float32, the logarithm of how likely the row's own item is drawn;
         and where negatives are drawn, from rows with `history`, which is left out unless `keep_history`:
         negative: list<int64>, N items; none of them the row's item or in its history.
-        negative_log_q: list<float32>, how likely each was drawn, as the row's own item is not; inf for one that doesn't count.
+        negative_log_q: list<float32>, the same of these; inf for one that doesn't count.
         """
         items = rows["item"].to_numpy()
         rows = rows.append_column("log_q", pa.array(self._log_q[items]))
@@ -65,8 +65,7 @@ class Negatives:
             waiting = waiting[_is_in(place[waiting] * size + drawn, liked)]
             if not len(waiting):
                 break
-        own = np.minimum(np.exp(self._log_q[items]), 1 - 1e-6)[place]
-        log_q = self._log_q[negatives] - np.log1p(-own)
+        log_q = self._log_q[negatives]
         log_q[waiting] = np.inf
         offsets = np.arange(len(rows) + 1, dtype=np.int32) * self._number
         for name, values in (("negative", negatives), ("negative_log_q", log_q)):

@@ -35,8 +35,8 @@ PIECE_ROWS = 1 << 21
 """Rows of a user partition or a time bucket (on average): what a task holds."""
 
 PIECE_BYTES = 3 << 30
-"""Memory that a task takes for a piece, at most about (2.5 GiB were measured with histories of up to 50): so many run at
-once as have room."""
+"""Memory that a task asks for, so that no more run at once than have room: three of them and Ray took 8.2 GiB, with histories
+of up to 50 (benchmarks/data/results)."""
 
 SPLIT_WORDS = {
     "leave-one-out": "a user's last row is test, the one before it valid, the others train; all of users with fewer than 3 rows",
@@ -80,7 +80,7 @@ def prepare(
     work = folder / WORK
     parts = hashlib.sha256(pickle.dumps((source.interactions, source.items, source.users, source.features))).hexdigest()
     code = file_hashes([str(path) for path in sorted(Path(__file__).parent.rglob("*.py"))])
-    _begin(work, [repr(rules), hashes, parts, bad_rows, old and [str(previous), old.facts], partitions, code])
+    _begin(folder, [repr(rules), hashes, parts, bad_rows, old and [str(previous), old.facts], partitions, code])
     start_ray = cache(start_ray) if start_ray and partitions > 1 else None
     run = partial(_run, work=work, start_ray=start_ray, say=say)
 
@@ -244,45 +244,40 @@ def rules_of(data: Data, source: Source) -> Rules:
 WORK = "work"
 """Folder of the pieces, in the log's own."""
 
-MADE_FOR = "made-for.json"
-"""What the pieces were made for; there before any of them and gone after them."""
+MADE_FOR = ".made-for.json"
+"""What a log, finished or not, is made for: it tells that its folder is preparation's own, and stays there."""
 
 
-def _begin(work: Path, made_for: list) -> None:
+def _begin(folder: Path, made_for: list) -> None:
     """Keep the pieces of an earlier try that was cut off, if it was the same in all that matters; else delete them.
 
     Raises:
         UserError: the folder holds something else, which would be overwritten.
     """
-    mark = work / MADE_FOR
-    tables = [work.parent / table for table in ("interactions", "sequences", "items", "users")]
+    mark, work = folder / MADE_FOR, folder / WORK
+    tables = [folder / table for table in ("interactions", "sequences", "items", "users")]
+    made_for = json.loads(json.dumps(made_for))
     if not mark.exists():
         others = [path.name for path in (work, *tables) if path.exists()]
         if others:
             raise UserError(
-                f"{work.parent} holds {', '.join(others)}, which preparation would overwrite, and no sign that an earlier "
+                f"{folder} holds {', '.join(others)}, which preparation would overwrite, and no sign that an earlier "
                 "preparation left them: give another folder, or delete them"
             )
-    elif json.loads(mark.read_text()) == json.loads(json.dumps(made_for)):
-        return
-    else:
+    elif json.loads(mark.read_text()) != made_for:
+        discard_work(folder)
         for path in tables:
             shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(work / "done", ignore_errors=True)  # before the pieces that it vouches for
-        for path in work.iterdir():
-            if path != mark:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    work.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     _write_json(mark, made_for)
 
 
 def discard_work(folder: Path) -> None:
-    """Delete the pieces that a finished log was made of."""
-    work = folder / WORK
-    for path in work.iterdir():
-        if path.name != MADE_FOR:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(work)  # with the mark, last: while anything is left, it says whose it is
+    """Delete the pieces that a log is made of, where there are any."""
+    # what vouches for the pieces first: a deletion that is cut off must leave nothing that seems whole
+    for path in (folder / WORK / "done", folder / WORK):
+        if path.exists():
+            shutil.rmtree(path)
 
 
 BYTES_OF_ROW = {

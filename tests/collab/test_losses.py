@@ -26,13 +26,13 @@ def cases(draw) -> tuple[np.ndarray, ...]:
     counts = draw(st.lists(st.booleans(), min_size=rows * number, max_size=rows * number))
     return (
         numbers(rows), numbers(rows, number), np.array(counts, bool).reshape(rows, number),
-        -np.abs(numbers(rows, number)),
+        -np.abs(numbers(rows)), -np.abs(numbers(rows, number)),
     )  # fmt: skip
 
 
 @given(cases())
 def test_bpr_is_the_mean_over_the_negatives_that_count(case):
-    positive, negative, counts, _ = case
+    positive, negative, counts, _, _ = case
     found = bpr(*(torch.from_numpy(x) for x in (positive, negative, counts)))
     for row, loss in enumerate(found.tolist()):
         each = [math.log1p(math.exp(n - positive[row])) for n in negative[row][counts[row]]]
@@ -41,10 +41,11 @@ def test_bpr_is_the_mean_over_the_negatives_that_count(case):
 
 @given(cases())
 def test_softmax_is_the_cross_entropy_of_corrected_scores(case):
-    positive, negative, counts, log_q = case
+    positive, negative, counts, own, log_q = case
     found = sampled_softmax(*(torch.from_numpy(x) for x in case))
     for row, loss in enumerate(found.tolist()):
         others = np.exp(negative[row] - log_q[row])[counts[row]] / max(1, counts[row].sum())
+        others = others * (1 - min(math.exp(own[row]), 1 - 1e-6))
         assert loss == pytest.approx(
             math.log(math.exp(positive[row]) + others.sum()) - positive[row], rel=1e-5, abs=1e-6
         )
@@ -64,8 +65,9 @@ def test_drawn_negatives_stand_for_the_whole_catalog(kind, item):
         torch.from_numpy(drawn[name].combine_chunks().flatten().to_numpy().reshape(n, each).copy())
         for name in ("negative", "negative_log_q")
     )
+    own = torch.from_numpy(drawn["log_q"].to_numpy().copy())
     scores = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    loss = sampled_softmax(scores[item].expand(n), scores[negative], log_q.isfinite(), log_q)
+    loss = sampled_softmax(scores[item].expand(n), scores[negative], log_q.isfinite(), own, log_q)
     (sampled,) = torch.autograd.grad(loss.mean(), scores)
     (whole,) = torch.autograd.grad(-torch.log_softmax(scores, 0)[item], scores)
     torch.testing.assert_close(sampled, whole, rtol=0.03, atol=0.003)

@@ -64,7 +64,7 @@ def test_categorical_features_follow_as_codes_that_the_facts_list(tmp_path):
 def test_the_same_log_is_written_byte_for_byte(tmp_path):
     for name in ("a", "b"):
         prepare_into(tmp_path / name, small_source(40))
-    assert len(files_of(tmp_path / "a")) == 7
+    assert len(files_of(tmp_path / "a")) == 8
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 

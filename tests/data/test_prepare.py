@@ -561,7 +561,7 @@ def test_pieces_change_the_files_and_not_the_rows(tmp_path, monkeypatch):
     source = source_of(table_of(ratings), parts=4, rows_about=100)
     cut = prepare_into(tmp_path / "cut", source, start_ray=None)
     assert tables_of(whole) == tables_of(cut)
-    assert len(files_of(whole.directory)) == 7 and len(files_of(cut.directory)) > 25
+    assert len(files_of(whole.directory)) == 8 and len(files_of(cut.directory)) > 25
     sequences = pa.concat_tables([pq.ParquetFile(path).read() for path in cut.paths("sequences")])
     assert sequences.sort_by("user").equals(pq.ParquetFile(whole.paths("sequences")[0]).read())
 

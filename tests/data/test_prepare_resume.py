@@ -203,6 +203,8 @@ def test_a_log_is_whole_before_its_pieces_are_deleted(tmp_path, monkeypatch, und
             prepared(tmp_path)
     left = {name: content for name, content in files_of(tmp_path).items() if not name.startswith("work/")}
     assert left == undisturbed
+    # a run that had not yet noted that the log stands makes it once more
+    assert files_of(prepared(tmp_path).directory) == undisturbed
 
 
 KILLED = """
