@@ -9,12 +9,13 @@ import difflib
 import importlib.resources
 import io
 import math
+import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 import yaml
@@ -24,6 +25,14 @@ from sellarec.errors import UserError
 
 STAGES = ("prepare", "pretrain", "adapt", "collab", "distil", "align", "fuse", "evaluate")
 EMBEDDED = "embedded"
+
+COLLAB_MODELS = tuple(
+    module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "collab" / "models")])
+)
+if TYPE_CHECKING:
+    CollabName = str
+else:
+    CollabName = Literal[COLLAB_MODELS]
 
 
 def runtime(default: Any) -> Any:
@@ -63,8 +72,9 @@ class World:
 class Data:
     """Where the interactions come from and how they become the prepared log."""
 
-    source: Literal["world", "movielens", "amazon", "collm", "lcrec", "recbole", "lightgcn", "tables"] = "world"
-    """Format of the source: a generated world, a published format, or any tables (CSV, JSON lines, Parquet) by `columns`."""
+    source: Literal["world", "movielens", "amazon", "collm", "lcrec", "recbole", "lightgcn", "tables", "log"] = "world"
+    """Format of the source: a generated world, a published format, any tables (CSV, JSON lines, Parquet) by `columns`, or a log
+    that jobs/prepare.py left."""
     path: Annotated[str | None, alias("--data", "--path")] = runtime(None)
     """Folder, file or URI of the source; not asked for where the prepared log already stands."""
     dataset: str | None = None
@@ -166,24 +176,47 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Dense:
-    """AdamW over the dense weights, cosine schedule after a linear warm-up."""
+    """The optimizer of the dense weights, and the schedule of all learning rates of a stage."""
 
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """adamw decouples the weight decay from the gradient's moments; adam adds it to the gradient."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of the dense weights."""
     weight_decay: float = 0.01
-    """Decoupled weight decay of AdamW."""
+    """Weight decay of the dense weights."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """How the learning rates go on after the warm-up: down to 0 in a half cosine, or as they are."""
     warmup: float = 0.05
-    """Fraction of the steps over which the learning rate rises."""
+    """Fraction of the steps over which the learning rates rise."""
     clip: float = 1.0
     """Largest norm of the dense gradient, all weights together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse:
-    """Row-wise Adagrad, fused into the backward pass of the embedding tables."""
+    """The optimizer of the embedding tables. All but adam are fused into the backward pass and change no row without a
+    gradient."""
 
+    table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam"] = "rowwise-adagrad"
+    """rowwise-adagrad keeps one number a row, adagrad one a column, sgd none; adam two, and steps all rows each time, as
+    torch.optim.Adam does."""
     table_learning_rate: float = 0.1
     """Learning rate of the tables."""
+    table_weight_decay: float = 0.0
+    """What of a row is added to its gradient; with adam of all rows, else of those that have a gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """How embedding tables are stored, and shared out over the workers."""
+
+    sharding: Literal["row-wise", "table-wise", "auto"] = runtime("row-wise")
+    """row-wise: each worker holds a block of every table's rows; table-wise: a table lies on one worker, the next larger one
+    on the worker that holds least; auto: as TorchRec's planner finds it best."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type that rows are stored in; vectors, gradients and optimizer states are float32."""
+    placement: Literal["device", "uvm", "uvm-caching"] = runtime("device")
+    """On GPUs: rows in the GPU's memory, in the host's (unified virtual memory), or there with a cache on the GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,30 +274,63 @@ class Adapt(Steps, Selection, Dense, Language):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collab(Steps, Selection, Sparse):
+class Collab(Steps, Selection, Dense, Sparse):
     """The collaborative model."""
 
-    model: Annotated[Literal["mf", "svd++"], alias("--collab")] = "mf"
-    """mf: matrix factorisation with biases; svd++: in which the items of a user's history add to the user's row."""
-    loss: Literal["bce", "bpr", "softmax"] = "bce"
-    """bce: logistic loss of the labels; bpr or softmax: rank positives above negatives (softmax corrects for how likely
-    each was drawn). Those tell nothing of how users compare, so collab and align must select_on uauc."""
+    model: Annotated[CollabName, alias("--collab")] = "mf"
+    """mf: matrix factorisation; svdpp: in which the items of a user's history add to the user's row (SVD++); lightgcn: rows
+    smoothed over the graph of train positives; sasrec: a transformer over the history; din: the history weighed by how it
+    matches the candidate. Each is a file in sellarec/collab/models."""
+    loss: Literal["bce", "bpr", "softmax", "full-softmax"] = "bce"
+    """bce: logistic loss of the labels; the others rank positives above other items: bpr and softmax above drawn negatives
+    (softmax corrects for how likely each was drawn), full-softmax above the whole catalog. Those tell nothing of how users
+    compare, so they can't select_on auc."""
+    train_on: Literal["rows", "sequences"] = "rows"
+    """rows: a row's item is the target; sequences (sasrec): every item of a user's train sequence after the first is one."""
     negatives: Literal["uniform", "popularity", "in-batch"] = "uniform"
     """What bpr and softmax rank positives above: items of the train split drawn uniformly or by their positive rows, none
-    of them the row's own or in its history; or the items of other users' positives in the global batch."""
+    of them the target or in the history; or the items of other users' positives in the global batch."""
     negatives_per_row: int = 8
-    """Items drawn for each row."""
+    """Items drawn for each target."""
+    init_from: str | None = runtime(None)
+    """Folder of an earlier artifact of stage collab, whose rows and dense weights training starts from. Users and items that it
+    doesn't have yet get fresh rows: prepare the log with --init-from the earlier one, so that ids go on."""
     dim: int = 32
     """Width of an embedding row, its bias included (a multiple of 4)."""
     init_std: float = 0.05
     """Standard deviation of the initial rows."""
+    biases: bool = True
+    """Whether users and items have biases: the last columns of their rows."""
+    global_mean: bool = True
+    """Whether the log-odds of the training positives are added to every score."""
+    user_rows: bool = True
+    """Whether sasrec adds a row of the user's own to what it makes of the history."""
+    layers: int = 2
+    """Layers of sasrec's transformer, or over which lightgcn smooths rows."""
+    heads: int = 1
+    """Attention heads of sasrec."""
+    hidden: tuple[int, ...] = (200, 80)
+    """Widths of din's hidden layers."""
+    dropout: float = 0.0
+    """Dropout in sasrec and din."""
+    history: int = 50
+    """Most recent positives that svdpp, sasrec and din read (items)."""
     l2: float = 0.1
-    """Weight of half the squared norm of a training row's vectors in its loss (of several negatives, or items of a history,
+    """Weight of half the squared norm of a target's vectors in its loss (of several negatives, or items of a history,
     their mean)."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of the dense weights, which sasrec and din have."""
+    schedule: Literal["cosine", "constant"] = "constant"
+    """How the learning rates go on after the warm-up: down to 0 in a half cosine, or as they are."""
+    warmup: float = 0.0
+    """Fraction of the steps over which the learning rates rise."""
     table_learning_rate: float = 0.2
     """Learning rate of the tables."""
     epochs: float = 20.0
     """Passes over the training rows, at most."""
+    select_on: Literal["auc", "uauc", "ndcg@10", "ndcg@20", "recall@10", "recall@20"] = "auc"  # type: ignore[assignment]
+    """Metric of the valid split by which the kept state is chosen: of the scores of its rows, or of ranking for its users the
+    whole catalog but for what they have in train."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,6 +404,7 @@ class Config:
     data: Data = field(default_factory=Data)
     llm: Llm = field(default_factory=Llm)
     prompt: Prompt = field(default_factory=Prompt)
+    tables: Tables = field(default_factory=Tables)
     pretrain: Pretrain = field(default_factory=Pretrain)
     adapt: Adapt = field(default_factory=Adapt)
     collab: Collab = field(default_factory=Collab)
@@ -492,6 +559,89 @@ def parse_prepare(arguments: Sequence[str]) -> Prepare:
     return dataclasses.replace(settings, out=settings.out.absolute(), init_from=earlier, data=data)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Language):
+    """Score a split's rows with a trained collaborative model, and rank items for its users."""
+
+    artifact: Path
+    """Folder of the model: WORKSPACE/artifacts/collab-... or align-..."""
+    data: Path
+    """Folder of a prepared log: that of jobs/prepare.py, or WORKSPACE/artifacts/prepare-..."""
+    out: Path
+    """File for the records (JSON, as results.json)."""
+    ranking: str = "none"
+    """full ranks the whole catalog but for what the user had before; candidates:N the relevant items among N drawn ones; none
+    scores the rows alone."""
+    cutoffs: tuple[int, ...] = (5, 10, 20)
+    """Places of a ranking that count."""
+    split: Literal["valid", "test"] = "test"
+    """Split that is evaluated."""
+    workers: int = 2
+    """Processes that share the tables and the work."""
+    batch: int = 512
+    """Rows scored, or users ranked for, at once, all workers together."""
+    replicates: int = 1000
+    """Bootstrap samples of users behind each 95% interval."""
+    seed: int = 1
+    """Seed of the bootstrap and of drawn candidates."""
+
+
+def parse_evaluation(arguments: Sequence[str]) -> Evaluation:
+    """The settings of jobs/evaluate.py, checked.
+
+    Raises:
+        UserError: settings that are out of range.
+        SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
+    """
+    settings = tyro.cli(Evaluation, args=list(arguments), prog="evaluate.py")
+    _check_bounds(settings)
+    if not re.fullmatch(r"none|full|candidates:[1-9]\d{0,8}", settings.ranking):
+        raise UserError(f"--ranking is '{settings.ranking}', but must be none, full or candidates:N, as candidates:100")
+    if not settings.cutoffs or min(settings.cutoffs) < 1 or len(set(settings.cutoffs)) < len(settings.cutoffs):
+        raise UserError(f"--cutoffs are {settings.cutoffs}: different numbers from 1 on are needed")
+    return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """Print which worker would hold which rows of a user and an item table, and the memory that takes."""
+
+    workers: int
+    """Processes that share the tables."""
+    users: int
+    """Rows of the user table."""
+    items: int
+    """Rows of the item table."""
+    dim: int = 64
+    """Width of a row (a multiple of 4)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the workers run. No GPU is needed to plan for some."""
+    memory_per_worker: float | None = None
+    """Memory for tables on each worker (GiB; of its GPU, or with uvm of its share of the host). Default: on CPUs an equal share
+    of what is free on this machine."""
+    tables: Tables = field(default_factory=Tables)
+    table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam"] = "rowwise-adagrad"
+    """Optimizer of the tables: its state lies beside the rows."""
+
+
+def parse_planning(arguments: Sequence[str]) -> Planning:
+    """The settings of jobs/plan.py, checked.
+
+    Raises:
+        UserError: settings that are out of range.
+        SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
+    """
+    settings = tyro.cli(Planning, args=list(arguments), prog="plan.py")
+    _check_bounds(settings)
+    _check_width("dim", settings.dim)
+    return settings
+
+
+def _check_width(name: str, dim: int) -> None:
+    if dim % 4:
+        raise UserError(f"{name} is {dim}: the table kernels need a multiple of 4")
+
+
 def _absolute(path: str | None) -> str | None:
     return path if path is None or "://" in path else str(Path(path).absolute())
 
@@ -605,9 +755,16 @@ def check(config: Config) -> None:
             f"pretrain.hidden is {config.pretrain.hidden} and pretrain.heads {config.pretrain.heads}: "
             "the width must be a multiple of twice the heads (rotary embeddings take pairs)"
         )
-    if config.collab.dim % 4:
-        raise UserError(f"collab.dim is {config.collab.dim}: the table kernels need a multiple of 4")
-    collab = config.collab
+    _check_width("collab.dim", config.collab.dim)
+    _check_collab(config)
+    if not 0 <= config.fuse.unseen_dropout < 1:
+        raise UserError(f"fuse.unseen_dropout is {config.fuse.unseen_dropout}: a share from 0 to below 1 is needed")
+    if not 0 <= config.adapt.dropout < 1:
+        raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
+
+
+def _check_collab(config: Config) -> None:
+    collab, defaults = config.collab, Collab()
     for name in ("collab", "align"):
         if collab.loss != "bce" and getattr(config, name).select_on == "auc":
             raise UserError(
@@ -615,18 +772,67 @@ def check(config: Config) -> None:
                 f"users: take --{name}.select-on uauc"
             )
     for name, unread in (
-        ("negatives", collab.loss == "bce"),
-        ("negatives_per_row", collab.loss == "bce" or collab.negatives == "in-batch"),
+        ("negatives", collab.loss not in ("bpr", "softmax")),
+        ("negatives_per_row", collab.loss not in ("bpr", "softmax") or collab.negatives == "in-batch"),
     ):
-        if unread and getattr(collab, name) != getattr(Collab(), name):
+        if unread and getattr(collab, name) != getattr(defaults, name):
             raise UserError(
                 f"collab.{name} is {getattr(collab, name)}, but collab.loss is {collab.loss} and collab.negatives "
                 f"{collab.negatives}, for which it means nothing: leave out one of them"
             )
-    if not 0 <= config.fuse.unseen_dropout < 1:
-        raise UserError(f"fuse.unseen_dropout is {config.fuse.unseen_dropout}: a share from 0 to below 1 is needed")
-    if not 0 <= config.adapt.dropout < 1:
-        raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
+    if not collab.hidden or min(collab.hidden) < 1:
+        raise UserError(f"collab.hidden is {collab.hidden}: one width or more, each at least 1, are needed")
+    if not 0 <= collab.dropout < 1:
+        raise UserError(f"collab.dropout is {collab.dropout}: a share from 0 to below 1 is needed")
+    changed = [name for name in MODEL_SETTINGS if getattr(collab, name) != getattr(defaults, name)]
+    plain = collab.loss == "bce" or (collab.loss == "bpr" and collab.negatives != "in-batch")
+    if not changed and collab.train_on == "rows" and plain and collab.select_on in ("auc", "uauc"):
+        return
+    from importlib import import_module  # a model's file loads torch
+
+    model = import_module(f"sellarec.collab.models.{collab.model}").Model
+    for name in changed:
+        if name not in model.reads:
+            raise UserError(
+                f"collab.{name} is {getattr(collab, name)}, but collab.model is {collab.model}, which doesn't read it: leave out "
+                "one of the two"
+            )
+    if "history" in model.reads and collab.history > config.data.history_cap:
+        raise UserError(
+            f"collab.history is {collab.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
+            "data.history_cap or lower collab.history"
+        )
+    if "heads" in model.reads and collab.dim % collab.heads:
+        raise UserError(
+            f"collab.dim is {collab.dim} and collab.heads {collab.heads}: the width must be a multiple of the heads"
+        )
+    if not model.is_product and (
+        collab.loss == "full-softmax" or (collab.loss != "bce" and collab.negatives == "in-batch")
+    ):
+        raise UserError(
+            f"collab.model is {collab.model}, whose score is no product of a user's and an item's vector, but collab.loss "
+            f"{collab.loss} scores many items at once: draw negatives (collab.negatives uniform or popularity)"
+        )
+    if not model.is_product and collab.select_on not in ("auc", "uauc"):
+        raise UserError(
+            f"collab.model is {collab.model}, whose score is no product of a user's and an item's vector, but collab.select_on "
+            f"{collab.select_on} ranks the whole catalog: take auc or uauc"
+        )
+    if collab.train_on == "sequences":
+        if not model.has_positions:
+            raise UserError(
+                f"collab.train_on is sequences, but collab.model is {collab.model}, which scores rows: take rows"
+            )
+        if collab.loss == "bce" or collab.negatives == "in-batch" or collab.user_rows:
+            raise UserError(
+                f"collab.train_on is sequences, collab.loss {collab.loss}, collab.negatives {collab.negatives} and "
+                f"collab.user_rows {collab.user_rows}: sequences take a ranking loss with drawn negatives or the full softmax, "
+                "and no rows of users"
+            )
+
+
+MODEL_SETTINGS = ("user_rows", "layers", "heads", "hidden", "dropout", "history")
+"""Settings of `collab` that only some models read."""
 
 
 def _check_bounds(settings: Any) -> None:
@@ -663,6 +869,12 @@ def check_data(data: Data) -> None:
             raise UserError(
                 f"{name} is {value}, but data.source is {data.source}, for which it means nothing: leave out one of the two"
             )
+    if data.source == "log":
+        for name, value, _ in leaves(data, "data."):
+            if value != defaults[name] and name not in ("data.source", "data.path", "data.noun", "data.expected"):
+                raise UserError(
+                    f"{name} is {value}, but data.source is log, which is prepared already: leave out one of the two"
+                )
     if not (abs(sum(data.split) - 1) <= 1e-6 and min(data.split) > 0):
         raise UserError(f"data.split is {data.split}: three fractions above 0 that add up to 1 are needed")
     if (data.split_by == "dates") != (data.split_dates is not None):
@@ -717,6 +929,6 @@ _LOWEST: dict[str, float] = {
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
     "negatives_per_row": 1,
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
-    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip"), 1e-6),
+    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "memory_per_worker"), 1e-6),
     "seed": 0,
 }

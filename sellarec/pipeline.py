@@ -9,7 +9,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import metadata
@@ -22,19 +22,22 @@ import pyarrow.parquet as pq
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
 from sellarec.data.files import file_hashes
-from sellarec.data.log import Log, read_log
+from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
 from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, UserError
 from sellarec.language.templates import templates
-from sellarec.training.launch import Cluster, check_room, connect, run_task, run_workers, train
+from sellarec.training.launch import WORKER_MEMORY, Cluster, check_room, connect, run_task, run_workers, train
 from sellarec.training.progress import Console, duration
 
 VERSIONS = {**dict.fromkeys(STAGES, 1), **dict.fromkeys(("prepare", "pretrain", "adapt", "fuse"), 2)}
 """Raised by hand when a stage's code gives other results than before."""
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
+
+WORK = "work"
+"""Folder in an unfinished artifact for what its training reads beside its inputs."""
 
 NO_ROOM = 1 << 20
 """With less room than this behind the workspace (bytes), a failed stage is taken to have failed for that."""
@@ -64,10 +67,10 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         "prepare": (),
         "pretrain": ("pretrain", "llm"),
         "adapt": ("prompt", "adapt", "llm"),
-        "collab": ("collab",),
+        "collab": ("collab", "tables"),
         "distil": ("distil",),
-        "align": ("align", "collab"),
-        "fuse": ("prompt", "fuse", "llm"),
+        "align": ("align", "collab", "tables"),
+        "fuse": ("prompt", "fuse", "llm", "tables"),
         "evaluate": ("prompt", "evaluate", "llm"),
     }[stage]
     settings = {name: result_settings(getattr(config, name)) for name in sections}
@@ -103,8 +106,18 @@ class Run:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the source's files, by name."""
+        """SHA-256 of the source's files, by name; of a prepared log, the fingerprint of its facts."""
+        if self.config.data.source == "log":
+            return {"log": fingerprint(self.given_log.facts)}
         return file_hashes(self.source.files)
+
+    @cached_property
+    def given_log(self) -> Log:
+        """What --data names, where that is a prepared log."""
+        path = self.config.data.path
+        if path is None:
+            raise UserError("the log is not given: name its folder with --data")
+        return read_log(Path(path))
 
     @property
     def place(self) -> Place:
@@ -136,6 +149,15 @@ class Run:
         from sellarec.language.llm import find_llm
 
         return find_llm(self.config.llm.model, self.config.llm.revision)
+
+    @cached_property
+    def collab_start(self) -> tuple[Place, str]:
+        """What collab.init_from names, and its fingerprint."""
+        place = Place.of(str(self.config.collab.init_from))
+        manifest = place.read_json("manifest.json") or {}
+        if manifest.get("stage") != "collab":
+            raise UserError(f"collab.init_from is {place}, which is no finished artifact of stage collab")
+        return place, manifest["fingerprint"]
 
     def gpus(self) -> bool:
         assert self.cluster is not None
@@ -260,6 +282,8 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
     }
     if stage == "prepare" and config.data.source != "world":
         facts["sources"] = this.hashes
+    if stage == "collab" and config.collab.init_from is not None:
+        facts["init_from"] = this.collab_start[1]
     if stage in ("pretrain", "adapt", "fuse", "evaluate"):
         facts["templates"] = fingerprint(templates())
     if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
@@ -348,6 +372,12 @@ def _prepare(this: Run) -> dict[str, Any]:
             this.cluster = connect(this.config.workers, this.console)
 
     data = this.config.data
+    if data.source == "log":
+        with this.artifact("prepare").writing() as folder:
+            copy_log(this.given_log, folder)
+        facts = this.given_log.facts
+        check_expected(facts, data.expected)
+        return {**facts, "noun": data.noun or facts["noun"]}
     with this.artifact("prepare").writing() as folder:
         facts = prepare(
             this.source,
@@ -360,14 +390,6 @@ def _prepare(this: Run) -> dict[str, Any]:
         )
         check_expected(facts, data.expected)
         discard_work(folder)
-    rows = facts["rows"]
-    for split in ("train", "valid"):
-        count, positives = rows[split], facts["positives"][split]
-        if positives in (0, count):
-            raise UserError(
-                f"{positives} of the {count} rows of the {split} split are positives ({facts['label_rule']}): rows of "
-                "both labels are needed to train and to select; mend the label rule or the split"
-            )
     for line in in_words(facts):
         this.console.line(f"prepare   {line}")
     return facts
@@ -379,15 +401,18 @@ def _order(this: Run, split: str, batch: int, seed: int | None) -> Any:
     return Order(tuple(row_groups([str(path) for path in this.log().split_paths(split)])), batch, seed)
 
 
-def _positive_rate(log: Log) -> float:
-    return log.facts["positives"]["train"] / log.facts["rows"]["train"]
-
-
 def _titles(log: Log) -> list[str]:
     return log.items(["title"])["title"].to_pylist()
 
 
-def _train(this: Run, stage: str, build: Callable[[], Any], train_order: Any) -> dict[str, Any]:
+def _train(
+    this: Run, stage: str, build: Callable[[], Any], train_order: Any, tables: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Train a stage on a worker group; gives the facts that the workers leave.
+
+    Args:
+        tables: the embedding tables that it will make: refused here where they can't be held.
+    """
     from sellarec.training.loop import Training
 
     settings = getattr(this.config, stage)
@@ -398,16 +423,65 @@ def _train(this: Run, stage: str, build: Callable[[], Any], train_order: Any) ->
         this.console.line(
             f"{stage:<9} {stage}.max_steps {settings.max_steps} ends it after {done:.2f} of {settings.epochs:g} epochs"
         )
+    if tables:
+        _check_tables(this, tables, settings)
     valid = None
     if isinstance(settings, Selection):
-        valid = _order(this, "valid", this.config.evaluate.batch, None)
-        valid = dataclasses.replace(valid, every=-(-valid.rows // settings.valid_rows))
-    training = Training(stage, build, settings, this.config.seed, train_order, valid, this.artifact(stage), dtype=dtype)
+        valid = _valid_order(this, stage, settings)
+    training = Training(
+        stage, build, settings, this.config.seed, train_order, valid, this.artifact(stage),
+        dtype=dtype, storage=this.config.tables,
+    )  # fmt: skip
     train(training, this.config.workers, this.gpus(), this.console, partial(_to_tensorboard, this))
-    this.artifact(stage).delete("item-counts")
+    this.artifact(stage).delete(WORK)
     found = this.artifact(stage).read_json("training.json")
     assert found is not None
     return found
+
+
+def _valid_order(this: Run, stage: str, settings: Selection) -> Any:
+    """The rows, or queries, by which a stage's state is selected."""
+    from sellarec.training.stream import Order, row_groups
+
+    batch = this.config.evaluate.batch
+    if settings.select_on in ("auc", "uauc"):
+        _check_labels(this, stage, settings)
+        valid = _order(this, "valid", batch, None)
+        return dataclasses.replace(valid, every=-(-valid.rows // settings.valid_rows))
+    from sellarec.evaluation.queries import write_queries
+
+    place = this.artifact(stage) / WORK
+    with place.writing() as folder:
+        write_queries(this.log(), "valid", folder / "queries.parquet", settings.valid_rows)
+    return Order(tuple(row_groups([str(place.local() / "queries.parquet")])), batch, None)
+
+
+def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
+    """Raises UserError where the kernels can't do what is asked of the tables, or this machine's memory can't hold them."""
+    import psutil
+
+    from sellarec.training.plan import check_fits, place
+
+    assert this.cluster is not None
+    workers, storage = this.config.workers, this.config.tables
+    placements = place(tables, storage, settings, workers, "cuda" if this.gpus() else "cpu")
+    if this.cluster.local and not this.gpus():
+        # its workers' own memory was seen to be free before Ray was started
+        room = (psutil.virtual_memory().available - workers * WORKER_MEMORY) // workers
+        check_fits(placements, storage, settings, workers, room, f"each of {workers} workers on this machine")
+
+
+def _check_labels(this: Run, stage: str, settings: Selection) -> None:
+    """Raises UserError where a stage can't be trained, or selected, for want of rows of one label."""
+    facts = this.log().facts
+    for split in ("train", "valid"):
+        count, positives = facts["rows"][split], facts["positives"][split]
+        if positives in (0, count):
+            raise UserError(
+                f"{positives} of the {count} rows of the {split} split are positives ({facts['label_rule']}): stage {stage} "
+                f"takes both labels to train and to select by {settings.select_on}; mend the label rule or the split, or rank: "
+                "--collab.loss softmax --collab.select-on ndcg@10 --stages prepare,collab"
+            )
 
 
 def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
@@ -418,11 +492,11 @@ def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         this.writer = SummaryWriter(str(this.place.folder / "tensorboard"))
-    for name, value in record.items():
-        if name in ("loss", "rows/s", "data wait %", "valid AUC", "valid UAUC"):
-            this.writer.add_scalar(
-                f"{record['stage']}/{name.replace('/s', ' per s').replace(' %', ' (%)')}", value, record["step"]
-            )
+    shown: dict[str, Any] = {name: record[name] for name in ("loss", "rows/s", "data wait %") if name in record}
+    shown |= {f"valid {name.upper()}": value for name, value in record.get("valid", {}).items() if value is not None}
+    for name, value in shown.items():
+        title = name.replace("/s", " per s").replace(" %", " (%)")
+        this.writer.add_scalar(f"{record['stage']}/{title}", value, record["step"])
 
 
 def _pretrain(this: Run) -> dict[str, Any]:
@@ -454,33 +528,60 @@ def _adapt(this: Run) -> dict[str, Any]:
 
 
 def _collab(this: Run) -> dict[str, Any]:
-    return _train(
-        this, "collab", _collab_builder(this, None, trains="collab"),
-        _order(this, "train", this.config.collab.batch, this.config.seed),
-    )  # fmt: skip
+    settings, seed = this.config.collab, this.config.seed
+    order = _order(this, "train", settings.batch, seed)
+    if settings.train_on == "sequences":
+        order = _sequences(this)
+    origin = this.collab_start[0] if this.config.collab.init_from is not None else None
+    build = _collab_builder(this, origin, trains="collab")
+    task = build()
+    facts = _train(this, "collab", build, order, task.tables)
+    cold = _cold_rows(this.log())
+    shares = ", ".join(f"{share:.1%} an unseen {name}" for name, share in cold.items())
+    this.console.line(f"collab    unseen users and items are {task.network.unseen}; of the test rows have {shares}")
+    return {**facts, "test rows unseen": cold}
+
+
+def _cold_rows(log: Log) -> dict[str, float]:
+    """Share of the test rows whose user, item, or either, the train split doesn't have."""
+    seen = log.split("test", ["user_seen", "item_seen"])
+    user, item = (seen[name].to_numpy() for name in seen.column_names)
+    return {"user": float((~user).mean()), "item": float((~item).mean()), "user or item": float((~user | ~item).mean())}
+
+
+def _sequences(this: Run) -> Any:
+    """The order of train sequences, which are put beside the artifact while it is made."""
+    from sellarec.data.log import write_sequences
+    from sellarec.training.stream import Order, row_groups
+
+    place = this.artifact("collab") / WORK
+    with place.writing() as folder:
+        write_sequences(this.log(), folder / "sequences.parquet", this.config.collab.history + 1)
+    groups = tuple(row_groups([str(place.local() / "sequences.parquet")]))
+    return Order(groups, this.config.collab.batch, this.config.seed)
 
 
 def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) -> Callable[[], Any]:
     """Builds the collaborative model.
 
     Args:
-        origin: the artifact whose tables its rows start from; None for fresh rows.
+        origin: the artifact whose tables and dense weights it starts from; None for fresh ones.
         trains: the stage that trains it, which may take negatives; None where it is only scored with.
     """
-    from sellarec.collab.mf import build_collab, table_names
+    from sellarec.collab.task import build_collab
     from sellarec.data.log import item_counts
-    from sellarec.training.tables import SavedTable
 
     log, settings = this.log(), this.config.collab
-    start = {} if origin is None else {n: SavedTable(origin.local() / "tables", n).read for n in table_names(settings)}
+    if trains != "collab":  # other stages go through the rows
+        settings = dataclasses.replace(settings, train_on="rows")
     counts = None
-    if trains is not None and settings.loss != "bce":
-        place = this.artifact(trains) / "item-counts"
+    if trains is not None and settings.loss in ("bpr", "softmax"):
+        place = this.artifact(trains) / WORK
         with place.writing() as folder:
             np.save(folder / "counts.npy", item_counts(log))
         counts = place.local() / "counts.npy"
-    sizes = (log.facts["users"], log.facts["items"], _positive_rate(log))
-    return partial(build_collab, *sizes, settings, start, counts, this.config.seed)
+    start = None if origin is None else origin.local()
+    return partial(build_collab, log, settings, start, counts, this.config.seed)
 
 
 def _distil(this: Run) -> dict[str, Any]:
@@ -513,7 +614,7 @@ def _align(this: Run) -> dict[str, Any]:
     origin = this.artifact("collab") if config.align.init == "collab" else None
     collab = _collab_builder(this, origin, trains="align")
     build = partial(_build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align)
-    return _train(this, "align", build, _order(this, "train", config.align.batch, config.seed))
+    return _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
 
 
 def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
@@ -545,7 +646,7 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
 
 def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> Any:
     from sellarec.fusion.fuse import build_fuse
-    from sellarec.training.tables import SavedTable, Table
+    from sellarec.training.table import SavedTable, Table
 
     saved = SavedTable(tables, "semantic")
     semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
@@ -574,10 +675,11 @@ def _evaluate(this: Run) -> dict[str, Any]:
         "sella-rec": _fuse_builder(this, "fuse"),
     }  # fmt: skip
     order = _order(this, "test", config.evaluate.batch, None)
-    scoring = Scoring("evaluate", build, config.evaluate, order, this.artifact("evaluate"), dtype=config.llm.dtype)
+    output = this.artifact("evaluate")
+    scoring = Scoring("evaluate", build, config.evaluate, order, output, dtype=config.llm.dtype, storage=config.tables)
     run_workers(
-        score_worker, {"scoring": scoring}, "evaluate", this.artifact("evaluate"), config.workers, this.gpus(),
-        this.console, partial(_to_tensorboard, this),
+        score_worker, {"scoring": scoring}, "evaluate", output, config.workers, this.gpus(), this.console,
+        partial(_to_tensorboard, this),
     )  # fmt: skip
     scored = pq.read_table(this.artifact("evaluate").local() / "scores.parquet")
     test, training = log.split("test"), log.split("train", ["user", "item", "label"])

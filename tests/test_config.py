@@ -7,11 +7,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import sellarec.config
-from sellarec.config import STAGES, Config, built_in_recipes, leaves, parse, read_recipe, result_settings, to_yaml
+from sellarec.config import (
+    COLLAB_MODELS,
+    STAGES,
+    Align,
+    Collab,
+    Config,
+    Tables,
+    built_in_recipes,
+    check,
+    leaves,
+    parse,
+    read_recipe,
+    result_settings,
+    to_yaml,
+)
 from sellarec.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -296,3 +311,105 @@ def test_stages_may_have_blanks_around_commas():
 @pytest.mark.parametrize("name", ["data.history_cap", "data.world.users"])
 def test_a_number_beyond_all_bounds_is_refused(name):
     assert f"{name} is" in refusal(f"--{name.replace('_', '-')}", "1000000000000000")
+
+
+def with_collab(align: Any = "uauc", **settings: Any) -> Config:
+    """A ranking loss is selected by UAUC, unless said otherwise."""
+    usual = {} if settings.get("loss", "bce") == "bce" else {"select_on": "uauc"}
+    return Config(collab=Collab(**usual | settings), align=Align(select_on=align))
+
+
+SEQUENCES = {"model": "sasrec", "train_on": "sequences"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (
+            {"loss": "bpr", "select_on": "auc"},
+            ["collab.loss is bpr", "collab.select_on is auc", "--collab.select-on uauc"],
+        ),
+        ({"loss": "softmax", "align": "auc"}, ["align.select_on is auc", "--align.select-on uauc"]),
+        ({"loss": "full-softmax", "select_on": "auc"}, ["collab.loss is full-softmax", "--collab.select-on uauc"]),
+        ({"negatives": "popularity"}, ["collab.negatives is popularity", "collab.loss is bce"]),
+        ({"loss": "full-softmax", "negatives": "in-batch"}, ["collab.negatives is in-batch", "full-softmax"]),
+        ({"negatives_per_row": 2}, ["collab.negatives_per_row is 2", "collab.loss is bce"]),
+        (
+            {"loss": "bpr", "negatives": "in-batch", "negatives_per_row": 2},
+            ["collab.negatives_per_row is 2", "collab.negatives in-batch"],
+        ),
+        ({"model": "sasrec", "dropout": 1.0}, ["collab.dropout is 1", "below 1"]),
+        ({"model": "mf", "dropout": 0.1}, ["collab.dropout is 0.1", "collab.model is mf", "doesn't read it"]),
+        ({"model": "mf", "history": 5}, ["collab.history is 5", "mf"]),
+        ({"model": "svdpp", "layers": 3}, ["collab.layers is 3", "svdpp"]),
+        ({"model": "lightgcn", "heads": 2}, ["collab.heads is 2", "lightgcn"]),
+        ({"model": "lightgcn", "user_rows": False}, ["collab.user_rows is False", "lightgcn"]),
+        ({"model": "sasrec", "hidden": (8, 8)}, ["collab.hidden is (8, 8)", "sasrec"]),
+        ({"model": "din", "layers": 3}, ["collab.layers is 3", "din"]),
+        ({"model": "sasrec", "dim": 32, "heads": 3}, ["collab.dim is 32", "collab.heads 3"]),
+        ({"model": "din", "loss": "full-softmax"}, ["collab.model is din", "no product", "full-softmax"]),
+        ({"model": "din", "loss": "softmax", "negatives": "in-batch"}, ["collab.model is din", "no product"]),
+        ({"model": "din", "loss": "bpr", "negatives": "in-batch"}, ["collab.model is din", "no product"]),
+        ({"model": "din", "dropout": 0.1, "select_on": "ndcg@10"}, ["collab.model is din", "ndcg@10", "auc or uauc"]),
+        ({"model": "din", "select_on": "recall@20"}, ["collab.model is din", "recall@20"]),
+        ({"model": "mf", "train_on": "sequences", "loss": "bpr"}, ["train_on is sequences", "collab.model is mf"]),
+        (SEQUENCES | {"user_rows": False}, ["train_on is sequences", "collab.loss bce"]),
+        (SEQUENCES | {"loss": "bpr"}, ["train_on is sequences", "collab.user_rows True"]),
+        (
+            SEQUENCES | {"loss": "bpr", "negatives": "in-batch", "user_rows": False},
+            ["train_on is sequences", "collab.negatives in-batch"],
+        ),
+        *(({"model": "sasrec", name: 0}, [f"collab.{name} is 0"]) for name in ("layers", "heads", "history", "dim")),
+        ({"loss": "bpr", "negatives_per_row": 0}, ["collab.negatives_per_row is 0"]),
+        ({"model": "din", "hidden": (0,)}, ["collab.hidden"]),
+        ({"model": "din", "hidden": (8, -1)}, ["collab.hidden"]),
+        ({"model": "din", "history": 51}, ["collab.history is 51", "data.history_cap keeps only 50"]),
+    ],
+)
+def test_collaborative_settings_that_contradict_each_other_are_refused_naming_both(settings, named):
+    with pytest.raises(UserError) as caught:
+        check(with_collab(**settings))
+    assert all(word in str(caught.value) for word in named), caught.value
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"model": name} for name in ("mf", "svdpp", "lightgcn", "sasrec", "din")),
+        {"loss": "bpr", "negatives": "in-batch"},
+        {"model": "din", "loss": "softmax", "negatives": "popularity", "negatives_per_row": 3},
+        {"model": "lightgcn", "layers": 3, "loss": "full-softmax"},
+        {"model": "svdpp", "history": 5, "loss": "bpr", "select_on": "ndcg@10"},
+        {"model": "sasrec", "heads": 2, "layers": 1, "dropout": 0.2, "history": 9},
+        SEQUENCES | {"loss": "softmax", "user_rows": False},
+        SEQUENCES | {"loss": "full-softmax", "user_rows": False},
+        {"model": "mf", "biases": False, "global_mean": False, "table_optimizer": "adam"},
+    ],
+)
+def test_collaborative_settings_that_go_together_are_taken(settings):
+    check(with_collab(**settings))
+
+
+def test_collaborative_settings_are_flags():
+    flags = "--collab din --collab.loss bpr --collab.negatives popularity --collab.hidden 8 4 --collab.biases False"
+    collab = parse(f"{flags} --collab.select-on uauc --align.select-on uauc".split()).collab
+    assert (collab.model, collab.loss, collab.negatives, collab.hidden) == ("din", "bpr", "popularity", (8, 4))
+    assert not collab.biases and set(COLLAB_MODELS) == {"mf", "svdpp", "lightgcn", "sasrec", "din"}
+
+
+def test_every_setting_of_some_models_is_read_by_one():
+    from importlib import import_module
+
+    read = {name for model in COLLAB_MODELS for name in import_module(f"sellarec.collab.models.{model}").Model.reads}
+    assert read == set(sellarec.config.MODEL_SETTINGS) <= {f.name for f in dataclasses.fields(Collab)}
+
+
+def test_the_models_are_the_files_of_their_folder():
+    folder = ROOT / "sellarec" / "collab" / "models"
+    assert set(COLLAB_MODELS) == {path.stem for path in folder.glob("*.py")} - {"__init__"}
+
+
+def test_how_tables_are_shared_out_affects_no_result():
+    base = result_settings(Config())
+    assert result_settings(Config(tables=Tables(sharding="table-wise", placement="uvm"))) == base
+    assert result_settings(Config(tables=Tables(dtype="float16"))) != base

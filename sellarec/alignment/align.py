@@ -4,65 +4,95 @@ The projection of an item's collaborative row is drawn to the item's distilled v
 and the other way round; gradients reach both tables (SeLLa-Rec, arXiv 2504.10107, section on semantic alignment).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sellarec.alignment.contrastive import symmetric_info_nce
-from sellarec.collab.mf import MatrixFactorization
+from sellarec.collab.model import CollabModel
+from sellarec.collab.task import WEIGHTS, CollabTask, save_parts
 from sellarec.config import Align
 from sellarec.fusion.projection import Projection
-from sellarec.training.tables import RowReader, Table
-from sellarec.training.task import Batch, Gather, Vectors
+from sellarec.training.stream import Prepare
+from sellarec.training.table import RowReader, Table
+from sellarec.training.task import Batch, Peers, Task, Vectors
+
+PROJECTION = "projection.safetensors"
+"""File of the projection's weights in an artifact."""
 
 
-class AlignTask:
+class Aligned(nn.Module):
+    """The collaborative model, and the projection D -> hidden -> H of its items' rows."""
+
+    def __init__(self, network: CollabModel, projection: Projection) -> None:
+        super().__init__()
+        self.network, self.projection = network, projection
+
+    def forward(self, batch: Batch, vectors: Vectors, *candidates: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """What the collaborative model gives, and the rows' items projected, [b, H]."""
+        return *self.network(batch, vectors, *candidates), self.projection(vectors["item"])
+
+
+class AlignTask(Task):
     """The collaborative model's loss plus `weight` times the contrastive one.
 
     Tables: those of the collaborative model, and semantic ([I, H], starting from the distilled vectors).
-    Dense: the projection D -> hidden -> H.
     """
 
-    def __init__(self, collab: MatrixFactorization, semantic: Table, projection: Projection, settings: Align) -> None:
+    def __init__(self, collab: CollabTask, semantic: Table, projection: Projection, settings: Align) -> None:
         self._collab = collab
         self.columns, self.prepare = collab.columns, collab.prepare
-        self.tables = (*collab.tables, semantic)
-        self.model = projection
-        self.blocks = ()
+        self.tables, self.whole, self.graph = (*collab.tables, semantic), collab.whole, collab.graph
+        self.model = Aligned(collab.network, projection)
         self._weight, self._temperature = settings.weight, settings.temperature
+
+    @property
+    def prepare_to_score(self) -> Prepare | None:
+        return self._collab.prepare_to_score
+
+    def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        return self._collab.propagate(rows, multiply)
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
         return self._collab.collate(rows, step)
 
-    def lookups(self, batch: Batch) -> dict[str, Tensor]:
+    def lookups(self, batch: Batch) -> Batch:
         return {**self._collab.lookups(batch), "semantic": batch["item"]}
 
     def targets(self, batch: Batch) -> Tensor:
         return self._collab.targets(batch)
 
-    def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, gather: Gather) -> Tensor:
-        collab = self._collab.loss(None, batch, vectors, gather)
-        projected, semantic, weights = model(vectors["item"]), vectors["semantic"], self._collab.row_weights(batch)
+    def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
+        projected: list[Tensor] = []
+
+        def network(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+            users, scores, found = model(*arguments)
+            projected.append(found)
+            return users, scores
+
+        collab_vectors = {name: found for name, found in vectors.items() if name != "semantic"}
+        collab = self._collab.loss(network, batch, collab_vectors, peers)
+        (left,), right, weights = projected, vectors["semantic"], self._collab.row_weights(batch)
         contrastive = symmetric_info_nce(
-            projected, semantic, batch["item"], gather(projected), gather(semantic), gather(batch["item"]),
-            gather(weights), self._temperature,
+            left, right, batch["item"], peers.gather(left), peers.gather(right), peers.gather(batch["item"]),
+            peers.gather(weights), self._temperature,
         )  # fmt: skip
         return collab + self._weight * (contrastive * weights).sum()
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
-        return self._collab.score(None, batch, vectors)
+        return self._collab.score(lambda *arguments: model(*arguments)[:2], batch, vectors)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        save_file(weights, folder / "projection.safetensors")
+        save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})
 
     def facts(self) -> dict[str, Any]:
         return self._collab.facts()
 
 
-def build_align(collab: MatrixFactorization, width: int, vectors: RowReader, dim: int, settings: Align) -> AlignTask:
+def build_align(collab: CollabTask, width: int, vectors: RowReader, dim: int, settings: Align) -> AlignTask:
     """The task for a collaborative model.
 
     Args:

@@ -1,76 +1,81 @@
 """Sampled negatives: items that stand for what a user of a row was not interested in.
 
-They are drawn in the tasks that read rows, which don't load torch. Shapes: b rows, N negatives of a row, I items.
+They are drawn in the tasks that read rows, which don't load torch. Shapes: b rows, n targets, N negatives of a target, I items.
 """
 
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
 
 from sellarec.data.keys import uniform
 
 Kind = Literal["uniform", "popularity", "in-batch"]
 
 MOST_DRAWS = 16
-"""A negative that is the row's own item or in its history is drawn again; after so many draws the row goes without it."""
+"""A negative that is known to be liked is drawn again; after so many draws the target goes without it."""
+
+MOST_TARGETS = 1 << 20
+"""Above the number of targets of any row: keeps rows' draws apart."""
 
 _SALT = 0x6E656761
 """Keeps these draws apart from others of the same seed and row."""
 
 
 class Negatives:
-    """Draws items, each row's by (seed, epoch, row) alone, and says how likely they were to be drawn.
+    """Draws items, each row's by (seed, epoch, row) alone, and knows how likely they were to be drawn.
 
     Args:
         kind: `uniform` over the items of the train split; `popularity`, in proportion to their positive train rows; or
-            `in-batch`: nothing is drawn, as the other rows' items serve, but their likelihood is told.
+            `in-batch`: nothing is drawn, as the other rows' items serve.
         counts: int64 [2, I], each item's train rows, and the positive ones of them (`sellarec.data.log.item_counts`).
-        number: N, negatives drawn for each row.
+        number: N, negatives drawn for each target.
+
+    Attributes:
+        log_q: float32 [I], the logarithm of how likely an item is drawn.
     """
 
     def __init__(self, kind: Kind, counts: np.ndarray, number: int, seed: int) -> None:
         rows, positives = counts
-        self._number, self._seed = (0 if kind == "in-batch" else number), seed
+        self.number, self._seed = (0 if kind == "in-batch" else number), seed
         weights = (rows > 0).astype(np.int64) if kind == "uniform" else positives
         self._items = np.flatnonzero(weights)
         self._ends = np.cumsum(weights[self._items])
         with np.errstate(divide="ignore"):  # -inf where an item is never drawn
-            self._log_q = np.log(weights / weights.sum()).astype(np.float32)
+            self.log_q = np.log(weights / weights.sum()).astype(np.float32)
 
-    def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray, keep_history: bool) -> pa.Table:
-        """Rows with `row` and `item` -> the same with
+    def draw(
+        self, row: np.ndarray, targets: np.ndarray, liked: tuple[np.ndarray, np.ndarray], epoch: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Negatives of each row's targets, one row after the other; None where nothing is drawn.
 
-        log_q: float32, the logarithm of how likely the row's own item is drawn;
-        and where negatives are drawn, from rows with `history`, which is left out unless `keep_history`:
-        negative: list<int64>, N items; none of them the row's item or in its history.
-        negative_log_q: list<float32>, the same of these; inf for one that doesn't count.
+        Args:
+            row: int64 [b], ids of the rows.
+            targets: int64 [b], how many targets each row has.
+            liked: the items that each row's user is known to like, none of which is drawn: values, and int64 [b] lengths.
+
+        Returns:
+            int64 [n N], items; float32 [n N], `log_q` of each, or inf for one that doesn't count.
         """
-        items = rows["item"].to_numpy()
-        rows = rows.append_column("log_q", pa.array(self._log_q[items]))
-        if not self._number:
-            return rows
-        histories = rows["history"].combine_chunks()
-        # what the users are known to like, as one sorted array of numbers of (row, item)
-        size, place = len(self._log_q), np.arange(len(rows))
-        liked = np.repeat(place, np.diff(histories.offsets.to_numpy())) * size + histories.flatten().to_numpy()
-        liked = np.sort(np.concatenate([liked, place * size + items]))
-        place = np.repeat(place, self._number)
-        seeds = np.repeat(rows["row"].to_numpy() * self._number, self._number) + np.arange(len(place)) % self._number
-        negatives = np.zeros(len(place), np.int64)
-        waiting = np.arange(len(place))
+        if not self.number:
+            return None
+        size, place = len(self.log_q), np.arange(len(row))
+        values, lengths = liked
+        known = np.sort(np.repeat(place, lengths) * size + values)
+        each = targets * self.number
+        of_row = np.repeat(place, each)
+        number = np.arange(len(of_row)) - np.repeat(np.cumsum(each) - each, each)
+        seeds = row[of_row] * MOST_TARGETS * self.number + number
+        negatives = np.zeros(len(of_row), np.int64)
+        waiting = np.arange(len(of_row))
         for attempt in range(MOST_DRAWS):
             drawn = self._draw(uniform(seeds[waiting], _SALT, self._seed, epoch, attempt))
             negatives[waiting] = drawn
-            waiting = waiting[_is_in(place[waiting] * size + drawn, liked)]
+            waiting = waiting[_is_in(of_row[waiting] * size + drawn, known)]
             if not len(waiting):
                 break
-        log_q = self._log_q[negatives]
+        log_q = self.log_q[negatives]
         log_q[waiting] = np.inf
-        offsets = np.arange(len(rows) + 1, dtype=np.int32) * self._number
-        for name, values in (("negative", negatives), ("negative_log_q", log_q)):
-            rows = rows.append_column(name, pa.ListArray.from_arrays(offsets, pa.array(values)))
-        return rows if keep_history else rows.drop_columns(["history"])
+        return negatives, log_q
 
     def _draw(self, u: np.ndarray) -> np.ndarray:
         """Items by numbers drawn from [0, 1)."""

@@ -25,11 +25,14 @@ are an item's ids in other catalogs and knowledge graphs.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -125,6 +128,39 @@ def item_counts(log: Log) -> np.ndarray:
     return counts
 
 
+def write_sequences(log: Log, path: Path, most: int) -> None:
+    """Write the train sequences as rows: of each user with two positives in train or more, the last `most` of them.
+
+    `item` is the last one's, `history` has those before it, both of the train split alone; users are in the order of their
+    first positives.
+
+    Raises:
+        UserError: there are none.
+    """
+    rows = pl.scan_parquet(log.split_paths("train")).filter(pl.col("label") == 1)
+    last = rows.group_by("user", maintain_order=True).agg(
+        pl.col("row").last(), pl.col("item").tail(most).alias("items")
+    )
+    sequences = last.filter(pl.col("items").list.len() > 1).select(
+        "row",
+        "user",
+        pl.col("items").list.last().alias("item"),
+        pl.lit(1, pl.Int8).alias("label"),
+        pl.col("items").list.head(pl.col("items").list.len() - 1).alias("history"),
+        pl.lit(True).alias("user_seen"),
+        pl.lit(True).alias("item_seen"),
+    )
+    found = sequences.collect()
+    if not len(found):
+        raise UserError(
+            "no user has two positives in the train split, so there are no sequences: take collab.train_on rows"
+        )
+    table = found.to_arrow()
+    history = table.schema.get_field_index("history")
+    table = table.set_column(history, "history", table["history"].cast(pa.list_(pa.int64())))
+    pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS)
+
+
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:
     """Put the facts beside the tables: without them there is no log."""
     unfinished = directory / f".{FACTS_FILE}"
@@ -146,6 +182,20 @@ def read_log(directory: Path) -> Log:
     except ValueError as error:
         raise UserError(f"{directory / FACTS_FILE} is damaged ({error}): prepare the data again.") from error
     return Log(directory, facts.get("facts", facts))
+
+
+def copy_log(log: Log, folder: Path) -> None:
+    """Put a log's tables into another folder, as hard links where the file system has them; its facts are left to the caller."""
+    for table in ("interactions", "sequences", "items", "users"):
+        shutil.copytree(log.directory / table, folder / table, copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy(source, target)
 
 
 def _read(paths: list[Path], columns: list[str] | None = None) -> pa.Table:

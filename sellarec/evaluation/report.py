@@ -170,17 +170,16 @@ def _curves(stage: Mapping[str, Any]) -> dict[str, Any]:
         _finish_curves(axes, kept)
 
     def draw_evaluations(axes: Axes) -> None:
-        for column, (label, color) in enumerate((("AUC", ACCENT), ("UAUC", SECOND)), start=1):
-            _curve(axes, evaluations, column, color=color, label=label)
+        for label, color in zip(evaluations[0][1], (ACCENT, SECOND), strict=False):
+            points = [(step, metrics[label]) for step, metrics in evaluations]
+            _curve(axes, points, 1, color=color, label=label.upper())
         _finish_curves(axes, kept)
 
     return {
         "stage": name,
         "kept": kept,
         "loss": svg(draw_losses, f"training loss of stage {name} by step", 1.9) if losses else None,
-        "valid": svg(draw_evaluations, f"validation AUC and UAUC of stage {name} by step", 1.9)
-        if evaluations
-        else None,
+        "valid": svg(draw_evaluations, f"validation metrics of stage {name} by step", 1.9) if evaluations else None,
         "facts": {
             "steps": f"{show(steps)}, kept: {show(kept)}",
             "workers": f"{show(workers)} ({show(device)})",

@@ -3,34 +3,39 @@
 Shapes: b rows, D columns of a collaborative row, H width of the language model.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sellarec.collab.mf import MatrixFactorization
+from sellarec.alignment.align import PROJECTION
+from sellarec.collab.model import CollabModel
+from sellarec.collab.task import WEIGHTS, CollabTask, save_parts
 from sellarec.config import Fuse, Prompt
 from sellarec.data.keys import uniform
 from sellarec.fusion.projection import HybridProjection, Projection
+from sellarec.fusion.rows import prepare
 from sellarec.language import llm as llms
 from sellarec.language.adapt import answer_loss, answer_score, make_prompts
 from sellarec.language.prompts import SOFT, Prompts
 from sellarec.language.scorer import PromptScorer, left_padded
-from sellarec.training.tables import Table
-from sellarec.training.task import Batch, Gather, Vectors
+from sellarec.training.table import Table
+from sellarec.training.task import Batch, Peers, Task, Vectors
 
 
 class Recommender(nn.Module):
-    """The frozen language model, and the projections whose tokens it reads."""
+    """The frozen language model, the projections whose tokens it reads, and the collaborative model that they are made of."""
 
-    def __init__(self, llm: nn.Module, projection: HybridProjection) -> None:
+    def __init__(self, llm: nn.Module, projection: HybridProjection, network: CollabModel) -> None:
         super().__init__()
         self.scorer = PromptScorer(llm)
         self.projection = projection
+        self.network = network
 
     def train(self, mode: bool = True) -> "Recommender":
         """The language model stays as it is evaluated: it is frozen, so dropout in it would only be noise."""
@@ -40,11 +45,12 @@ class Recommender(nn.Module):
 
     def forward(self, batch: Batch, vectors: Vectors) -> Tensor:
         """Logits [b, V] at the deciding position."""
-        tokens = self.projection(vectors["user"], vectors["item"], vectors["semantic"])
+        user, item = self.network.represent(batch, vectors)
+        tokens = self.projection(user, item, vectors["semantic"])
         return self.scorer(batch["tokens"], batch["mask"], {name: batch[f"{name}_position"] for name in SOFT}, tokens)
 
 
-class FuseTask:
+class FuseTask(Task):
     """Yes or no from a prompt with three soft tokens.
 
     Trained: the tables and the projections. A user or item that isn't in the train split stands for a row of zeros in
@@ -55,7 +61,7 @@ class FuseTask:
     def __init__(
         self,
         recommender: Recommender,
-        collab: MatrixFactorization,
+        collab: CollabTask,
         semantic: Table,
         prompts: Prompts,
         unseen_dropout: float,
@@ -64,10 +70,10 @@ class FuseTask:
         self.model = recommender
         self.blocks = recommender.scorer.blocks
         self.collab = collab
-        self.tables = (*collab.tables, semantic)
+        self.tables, self.graph = (*collab.tables, semantic), collab.graph
         self.prompts = prompts
         self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
-        self.prepare = partial(prompts.prepare, keep_history="history" in collab.columns)
+        self.prepare = partial(prepare, prompts, collab.prepare_to_score)
         self._unseen_dropout, self._seed = unseen_dropout, seed
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
@@ -84,20 +90,17 @@ class FuseTask:
     def targets(self, batch: Batch) -> Tensor:
         return batch["weight"].sum()
 
-    def _logits(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
-        user, item = self.collab.represent(batch, vectors)
-        return model(batch, {"user": user, "item": item, "semantic": vectors["semantic"]})
+    def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.collab.propagate(rows, multiply)
 
-    def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, gather: Gather) -> Tensor:
-        return answer_loss(self._logits(model, batch, vectors), batch, self.prompts)
+    def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
+        return answer_loss(model(batch, vectors), batch, self.prompts)
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
-        return answer_score(self._logits(model, batch, vectors), self.prompts)
+        return answer_score(model(batch, vectors), self.prompts)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        prefix = "projection."
-        assert all(name.startswith(prefix) for name in weights)
-        save_file({n.removeprefix(prefix): w for n, w in weights.items()}, folder / "projection.safetensors")
+        save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})
 
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
@@ -110,7 +113,7 @@ def build_fuse(
     prompt: Prompt,
     noun: str,
     adapter: Path,
-    collab: MatrixFactorization,
+    collab: CollabTask,
     semantic: Table,
     hidden: int,
     projection: Path | None,
@@ -142,4 +145,6 @@ def build_fuse(
     hybrid = HybridProjection(collaborative, width, norm)
     if trained is not None:
         hybrid.load_state_dict(load_file(trained))
-    return FuseTask(Recommender(adapted, hybrid), collab, semantic, prompts, settings.unseen_dropout, seed)
+    return FuseTask(
+        Recommender(adapted, hybrid, collab.network), collab, semantic, prompts, settings.unseen_dropout, seed
+    )

@@ -14,10 +14,10 @@ from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.prompts import Prompts
 from sellarec.language.scorer import PromptScorer, left_padded
-from sellarec.training.task import Batch, Gather
+from sellarec.training.task import Batch, Peers, Task, Vectors
 
 
-class TextTask:
+class TextTask(Task):
     """Yes or no from a text-only prompt: the title to judge after the titles of the history.
 
     The score is the difference of the two answers' logits at the first position where their tokens differ; the loss is
@@ -25,7 +25,6 @@ class TextTask:
     """
 
     columns = ("row", "item", "label", "history")
-    tables = ()
 
     def __init__(self, model: nn.Module, prompts: Prompts) -> None:
         self.model = PromptScorer(model)
@@ -40,16 +39,13 @@ class TextTask:
             "weight": torch.from_numpy(rows["weight"].to_numpy().copy()),
         }
 
-    def lookups(self, batch: Batch) -> dict[str, Tensor]:
-        return {}
-
     def targets(self, batch: Batch) -> Tensor:
         return batch["weight"].sum()
 
-    def loss(self, model: nn.Module, batch: Batch, vectors: dict[str, Tensor], gather: Gather) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
         return answer_loss(model(batch["tokens"], batch["mask"], {}, {}), batch, self.prompts)
 
-    def score(self, model: nn.Module, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
+    def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         return answer_score(model(batch["tokens"], batch["mask"], {}, {}), self.prompts)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

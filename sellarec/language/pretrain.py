@@ -15,7 +15,7 @@ from sellarec.config import Pretrain
 from sellarec.language import llm as llms
 from sellarec.language.scorer import left_padded, trim
 from sellarec.language.texts import Lines
-from sellarec.training.task import Batch, Gather
+from sellarec.training.task import Batch, Peers, Task, Vectors
 
 
 def build_decoder(texts: list[str], extra: list[str], settings: Pretrain, seed: int, folder: Path) -> None:
@@ -80,11 +80,10 @@ class CausalLoss(nn.Module):
         return (losses.sum(1) * weight).sum()
 
 
-class PretrainTask:
+class PretrainTask(Task):
     """Next-token prediction on lines of the catalog's texts."""
 
     columns = ("text",)
-    tables = ()
 
     def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
         self.model = CausalLoss(model)
@@ -95,16 +94,13 @@ class PretrainTask:
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
         return {**left_padded(rows), "weight": torch.from_numpy(rows["weight"].to_numpy().copy())}
 
-    def lookups(self, batch: Batch) -> dict[str, Tensor]:
-        return {}
-
     def targets(self, batch: Batch) -> Tensor:
         return ((batch["mask"].sum(1) - 1) * batch["weight"]).sum()
 
-    def loss(self, model: nn.Module, batch: Batch, vectors: dict[str, Tensor], gather: Gather) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
         return model(batch["tokens"], batch["mask"], batch["weight"])
 
-    def score(self, model: nn.Module, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:
+    def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         raise TypeError("pre-training scores no rows")
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

@@ -272,9 +272,10 @@ def describe(record: dict[str, Any]) -> str:
     if "model" in record:
         return f"{record['stage']:<9} {record['model']}: {record['rows']:,} rows scored in {record['seconds']:.1f} s"
     head = f"{record['stage']:<9} step {record['step']}/{record['steps']}"
-    if "valid AUC" in record:
+    if "valid" in record:
         best = " (best so far)" if record["best"] == record["step"] else f" (best at step {record['best']})"
-        return f"{head}  valid AUC {_number(record['valid AUC'])}  UAUC {_number(record['valid UAUC'])}{best}"
+        metrics = "  ".join(f"{name.upper()} {_number(value)}" for name, value in record["valid"].items())
+        return f"{head}  valid {metrics}{best}"
     percent = 100 * record["step"] / max(1, record["steps"])
     left = "" if record["seconds left"] is None else f"  {duration(record['seconds left'])} left"
     return (

@@ -16,9 +16,9 @@ import time
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,16 +32,27 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from sellarec.artifacts import Place
-from sellarec.config import Dense, Language, Selection, Sparse, Steps
+from sellarec.config import Dense, Language, Selection, Sparse, Steps, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.metrics import auc, uauc
+from sellarec.evaluation.ranking import TopList, UserMetrics, merge, top_k, user_metrics
 from sellarec.training import dense
+from sellarec.training.graph import Kind, ShardedGraph
+from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
-from sellarec.training.stream import Order, stream
-from sellarec.training.tables import Jagged, ShardedTables, index
-from sellarec.training.task import Batch, Task, Vectors
+from sellarec.training.stream import Order, Prepare, stream, whole_batches
+from sellarec.training.table import Jagged, index
+from sellarec.training.tables import ShardedTables
+from sellarec.training.task import INITIAL, WHOLE, Batch, RankingTask, Task, Vectors
 
 FIRST_LOSSES = 20
+
+KINDS: tuple[Kind, ...] = ("user", "item")
+"""Tables whose rows a graph smooths, in the order of its rows."""
+
+Made = TypeVar("Made")
+
+DENSE_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ class Training:
         output: the artifact that the result is written to.
         board: actor that takes progress records.
         dtype: compute type of the dense part.
+        storage: how embedding tables are stored and sharded.
     """
 
     stage: str
@@ -69,6 +81,7 @@ class Training:
     output: Place
     board: Any = None
     dtype: str = "float32"
+    storage: Tables = field(default_factory=Tables)
 
     @property
     def steps(self) -> int:
@@ -89,8 +102,8 @@ class Position:
     """Loss of each of the first steps: what two runs are compared by."""
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, mean loss since the entry before)."""
-    evaluations: list[tuple[int, float | None, float | None]] = field(default_factory=list)
-    """(step, AUC, UAUC) on the valid split."""
+    evaluations: list[tuple[int, dict[str, float | None]]] = field(default_factory=list)
+    """(step, metrics on the valid split by name)."""
 
 
 @dataclass
@@ -133,32 +146,70 @@ class Workers:
         return gathered
 
     def gather(self, rows: Tensor) -> Tensor:
-        """[b, ...] of each worker -> [W * b, ...]; the gradient of a row is summed over all that used it."""
+        """[b, ...] of each worker -> [W b, ...]; the gradient of a row is summed over all that used it."""
         if self.world_size == 1:
             return rows
         from torch.distributed.nn.functional import all_gather
 
         return torch.cat(list(all_gather(rows.contiguous())))
 
+    def own(self, rows: Tensor) -> Tensor:
+        """[W b, ...] of all -> [b, ...], those of this worker."""
+        share = len(rows) // self.world_size
+        return rows[self.rank * share : (self.rank + 1) * share]
+
+    def add(self, values: Tensor) -> Tensor:
+        """The sum over workers; the gradient of a worker's summand is the sum of all workers' gradients."""
+        if self.world_size == 1:
+            return values
+        from torch.distributed.nn.functional import all_reduce
+
+        return all_reduce(values.contiguous())
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The maximum over workers, element by element. Without a gradient."""
+        found = values.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found
+
+
+def _refuse(message: str | None) -> None:
+    if message is not None:
+        raise UserError(f"{message}: the prepared log is damaged, prepare the data again")
+
+
+def _part(found: dict[str, Any], rows: slice, parts: Sequence[slice]) -> dict[str, Any]:
+    """Some rows of a batch or of its vectors; where there is but one part, all that it has."""
+    return found if len(parts) == 1 else {name: value[rows] for name, value in found.items()}
+
 
 class Engine:
     """A task's model and tables on all workers, with their optimizers."""
 
-    def __init__(self, task: Task, workers: Workers, seed: int, settings: Any, dtype: str) -> None:
+    def __init__(self, task: Task, workers: Workers, seed: int, settings: Any, storage: Tables, dtype: str) -> None:
         self.task, self.workers = task, workers
         self.settings = settings
         self.micro_batch = settings.micro_batch if isinstance(settings, Language) else None
         self.tables = None
         if task.tables:
-            rate = settings.table_learning_rate if isinstance(settings, Sparse) else 0.0
-            self.tables = ShardedTables(task.tables, rate, workers.tables, workers.device, seed)
+            optimizer = settings if isinstance(settings, Sparse) else None
+            placements = place(task.tables, storage, optimizer, workers.world_size, workers.device.type)
+            self.tables = ShardedTables(placements, storage, optimizer, workers.tables, workers.device, seed)
+        self._graph = None
+        if task.graph is not None:
+            paths, sizes = task.graph.paths, (task.graph.users, task.graph.items)
+            self._graph = ShardedGraph.read(
+                paths, *sizes, workers.tables if workers.world_size > 1 else None, workers.device
+            )
+        self._smoothed: Tensor | None = None
         self.optimizer = None
         if task.model is not None:
             task.model.to(workers.device)
             dense.shard(task.model, task.blocks, workers.device, getattr(torch, dtype))
             task.model.train(isinstance(settings, Dense))
             if isinstance(settings, Dense):
-                self.optimizer = torch.optim.AdamW(
+                self.optimizer = DENSE_OPTIMIZERS[settings.optimizer](
                     dense.trainable(task.model),
                     lr=settings.learning_rate,
                     weight_decay=settings.weight_decay,
@@ -166,8 +217,66 @@ class Engine:
                 )
 
     def rate(self, step: int, steps: int) -> float:
-        """What the learning rates are multiplied by at a step; 1 for tables alone."""
-        return 1.0 if self.optimizer is None else learning_rate_factor(self.settings, step, steps)
+        """What the learning rates are multiplied by at a step."""
+        return learning_rate_factor(self.settings, step, steps) if isinstance(self.settings, Dense) else 1.0
+
+    def _look_up(self, batch: Batch) -> Vectors:
+        """The vectors of a batch's ids; of `whole` features the worker's share too, whose ids are added to the batch."""
+        task, tables = self.task, self.tables
+        if tables is None:
+            return {}
+        ids = task.lookups(batch)
+        whole = task.whole if torch.is_grad_enabled() else ()
+        shares = {WHOLE + name: Jagged.one(tables.share(name), len(batch["weight"])) for name in whole}
+        batch |= {name: share.values for name, share in shares.items()}
+        if self._graph is None:
+            found = tables.look_up({**ids, **shares})
+            return found | {name: found[name].values for name in shares}
+        vectors: Vectors = {}
+        rows = self._smoothed if self._smoothed is not None else self._smooth()
+        columns = rows.shape[1] // 2
+        for kind in KINDS:
+            (table,) = (table for table in task.tables if table.name == kind)
+            for feature in table.features:
+                if feature in shares:
+                    start = 0 if kind == "user" else self._graph.rows - len(batch[feature])
+                    vectors[feature] = rows[start : start + len(batch[feature]), :columns]
+                elif feature in ids:
+                    asked = ids.pop(feature)
+                    found = self._graph.fetch(rows, kind, asked.values if isinstance(asked, Jagged) else asked)
+                    for name, part in ((feature, found[..., :columns]), (INITIAL + feature, found[..., columns:])):
+                        vectors[name] = Jagged(part, asked.lengths) if isinstance(asked, Jagged) else part
+        return vectors | (tables.look_up(ids) if ids else {})
+
+    def _agree(self, batch: Batch, count: float = 0.0) -> float:
+        """The sum of all workers' counts. On all workers a UserError where one has an id that its table doesn't have."""
+        wrong = self.tables.out_of_range(self.task.lookups(batch)) if self.tables is not None else None
+        total, refused = self.workers.sum(count, float(wrong is not None))
+        if refused:
+            _together(partial(_refuse, wrong), self.workers)
+        return total
+
+    def _smooth(self) -> Tensor:
+        """The worker's share of users and items, smoothed over the graph, and beside that as they lie in the tables."""
+        assert self.tables is not None and self._graph is not None
+        shares: dict[str, Jagged] = {kind: Jagged.one(self.tables.share(kind), 1) for kind in KINDS}
+        found = self.tables.look_up(shares)
+        rows = torch.cat([found[name].values for name in shares])
+        return torch.cat([self.task.propagate(rows, self._graph.multiply), rows], dim=1)
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Without dropout; rows that a graph smooths are smoothed once for all slices."""
+        model = self.task.model
+        training = model is not None and model.training
+        if model is not None:
+            model.eval()
+        if self._graph is not None:
+            self._smoothed = self._smooth()
+        yield
+        self._smoothed = None
+        if model is not None:
+            model.train(training)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {name: value.to(self.workers.device, non_blocking=True) for name, value in batch.items()}
@@ -193,11 +302,10 @@ class Engine:
         """
         task, workers = self.task, self.workers
         batch = self._to_device(task.collate(self._by_length(rows), step))
-        (count,) = workers.sum(task.targets(batch).item())
-        vectors: Vectors = {}
+        count = self._agree(batch, task.targets(batch).item())
         if self.tables is not None:
             self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
-            vectors = self.tables.look_up(task.lookups(batch))
+        vectors = self._look_up(batch)
         found = {name: value.values if isinstance(value, Jagged) else value for name, value in vectors.items()}
         leaves = {name: value.detach().requires_grad_() for name, value in found.items()}
         given = {
@@ -209,12 +317,7 @@ class Engine:
         for number, part in enumerate(parts):
             if task.model is not None:
                 task.model.set_requires_gradient_sync(number == len(parts) - 1)
-            loss = task.loss(
-                task.model,
-                {name: value[part] for name, value in batch.items()},
-                {name: value[part] for name, value in given.items()},
-                workers.gather,
-            )
+            loss = task.loss(task.model, _part(batch, part, parts), _part(given, part, parts), workers)
             loss = loss / max(count, 1.0)
             loss.backward()
             total += loss.item()
@@ -232,8 +335,9 @@ class Engine:
                 group["lr"] = self.settings.learning_rate * rate
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        if vectors:
+        if self.tables is not None:
             torch.autograd.backward(list(found.values()), list(gradients.values()))
+            self.tables.step()
         return mean
 
     @torch.no_grad()
@@ -246,31 +350,23 @@ class Engine:
             report: is told every PROGRESS_SECONDS how many slices are done.
         """
         task = self.task
-        training = task.model is not None and task.model.training
-        if task.model is not None:
-            task.model.eval()
         found = []
         told = time.monotonic()
-        for number, rows in enumerate(slices):
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
-                report(number)
-            rows = self._by_length(rows)
-            batch = self._to_device(task.collate(rows, None))
-            vectors = self.tables.look_up(task.lookups(batch)) if self.tables is not None else {}
-            scores = []
-            for part in self._parts(len(batch["weight"])):
-                scores.append(
-                    task.score(
-                        task.model,
-                        {name: value[part] for name, value in batch.items()},
-                        {name: value[part] for name, value in vectors.items()},
-                    )
-                )
-            valid = rows["weight"].to_numpy() > 0
-            found.append((rows["row"].to_numpy()[valid], torch.cat(scores).float().cpu().numpy()[valid]))
-        if task.model is not None:
-            task.model.train(training)
+        with self._scoring():
+            for number, rows in enumerate(slices):
+                if time.monotonic() - told > PROGRESS_SECONDS:
+                    told = time.monotonic()
+                    report(number)
+                rows = self._by_length(rows)
+                batch = self._to_device(task.collate(rows, None))
+                self._agree(batch)
+                vectors = self._look_up(batch)
+                parts = self._parts(len(batch["weight"]))
+                scores = [
+                    task.score(task.model, _part(batch, part, parts), _part(vectors, part, parts)) for part in parts
+                ]
+                valid = rows["weight"].to_numpy() > 0
+                found.append((rows["row"].to_numpy()[valid], torch.cat(scores).float().cpu().numpy()[valid]))
         gathered = self.workers.collect(found)
         if gathered is None:
             return None
@@ -278,6 +374,48 @@ class Engine:
         score = np.concatenate([score for part in gathered for _, score in part])
         order = np.argsort(row)
         return {"row": row[order], "score": score[order]}
+
+    @torch.no_grad()
+    def rank(self, batches: Iterable[pa.Table], k: int, report: Callable[[int], None]) -> np.ndarray | None:
+        """Each query's k best items of the whole catalog but for its `excluded` ones; int64 [queries, k] on worker 0, elsewhere
+        None.
+
+        The workers share out a batch's queries to make the users' vectors, gather those, and rank each its share of the
+        catalog for all of them; the lists are merged. So no worker holds more of the catalog than its share.
+
+        Args:
+            batches: whole global batches of `sellarec.evaluation.queries`, the same on all workers.
+        """
+        task, workers, tables = self.task, self.workers, self.tables
+        assert isinstance(task, RankingTask) and tables is not None
+        found = []
+        told = time.monotonic()
+        with self._scoring():
+            ids = tables.share("item")
+            if self._smoothed is not None:
+                rows = self._smoothed[len(self._smoothed) - len(ids) :, : self._smoothed.shape[1] // 2]
+            else:
+                rows = tables.look_up({"item": Jagged.one(ids, 1)})["item"].values
+            rows = task.catalog(ids, rows)
+            first = int(ids[0]) if len(ids) else 0
+            for number, batch_rows in enumerate(batches):
+                if time.monotonic() - told > PROGRESS_SECONDS:
+                    told = time.monotonic()
+                    report(number)
+                valid = int((batch_rows["weight"].to_numpy() > 0).sum())
+                share = -(-len(batch_rows) // workers.world_size)
+                places = np.arange(workers.rank * share, (workers.rank + 1) * share) % len(batch_rows)
+                batch = self._to_device(task.collate(batch_rows.take(places), None))
+                self._agree(batch)
+                users = workers.gather(task.users(task.model, batch, self._look_up(batch)))[:valid]
+                excluded = Jagged.of(batch_rows["excluded"].slice(0, valid)).to(workers.device)
+                best = top_k(users, rows, first, k, (excluded.values, excluded.lengths), scores_of=task.products)
+                parts = zip(
+                    *(workers.gather(part.to(users.device)).chunk(workers.world_size) for part in best), strict=True
+                )
+                best = reduce(partial(merge, k=k), (TopList(*part) for part in parts))
+                found.append(best.items.cpu().numpy())
+        return np.concatenate(found) if workers.rank == 0 else None
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
@@ -330,10 +468,12 @@ class Engine:
 
 
 def learning_rate_factor(settings: Dense, step: int, steps: int) -> float:
-    """What the learning rates are multiplied by at a step: linear warm-up, then a cosine to 0."""
+    """What the learning rates are multiplied by at a step: a linear warm-up, then constant, or a cosine to 0."""
     warmup = max(1, round(settings.warmup * steps))
     if step < warmup:
         return (step + 1) / warmup
+    if settings.schedule == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
@@ -355,11 +495,11 @@ def train_worker(config: dict[str, Any]) -> None:
         ray.get(training.board.put.remote({"error": str(error)}))
 
 
-def _build(build: Callable[[], Task], workers: Workers) -> Task:
-    """The task; where any worker can't build its own, all end, instead of waiting for that one in a collective."""
+def _together(make: Callable[[], Made], workers: Workers) -> Made:
+    """What `make` gives; where any worker is refused, all end, instead of waiting for that one in a collective."""
     refusal: UserError | None = None
     try:
-        task = build()
+        made = make()
     except UserError as error:
         refusal = error
     messages: list[Any] = [None] * workers.world_size
@@ -367,15 +507,17 @@ def _build(build: Callable[[], Task], workers: Workers) -> Task:
     found = [message for message in messages if message is not None]
     if found:
         raise UserError(found[0]) from refusal
-    return task
+    return made
 
 
 def _train(training: Training) -> None:
     settings = training.settings
     workers = Workers.join()
     seed_everything(training.seed, training.stage)
-    task = _build(training.build, workers)
-    engine = Engine(task, workers, training.seed, settings, training.dtype)
+    task = _together(training.build, workers)
+    engine = _together(
+        partial(Engine, task, workers, training.seed, settings, training.storage, training.dtype), workers
+    )
     position = Position()
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -385,11 +527,11 @@ def _train(training: Training) -> None:
     selection = settings if isinstance(settings, Selection) else None
     if workers.rank == 0:
         training.board.put.remote({"stage": training.stage, "started": position.step, "steps": training.steps})
-    valid = _Valid(training.stage, training.valid, task, workers, training.board) if selection else None
+    valid = _Valid(training, task, workers) if selection else None
     validate_every = max(1, round(selection.validate_every * training.train.steps_per_epoch)) if selection else 0
     steps = training.steps
     reporter = _Reporter(training, workers, steps, position.step)
-    batches = _slices(training.train, task, workers, position.step, steps)
+    batches = _slices(training.train, task, task.prepare, workers, position.step, steps)
     saved = time.monotonic()
     stopped = selection is not None and position.evaluations_without >= selection.patience
     while position.step < steps and not stopped:
@@ -406,7 +548,7 @@ def _train(training: Training) -> None:
         reporter.step(position, loss, training.train.batch_rows(position.step - 1))
         improved = False
         if selection and valid and (position.step % validate_every == 0 or position.step == steps):
-            improved = valid.evaluate(engine, position, selection)
+            improved = valid.evaluate(engine, position)
             reporter.evaluated(position)
             stopped = position.evaluations_without >= selection.patience
         (due,) = workers.sum(time.monotonic() - saved > settings.checkpoint_every if workers.rank == 0 else 0.0)
@@ -430,11 +572,10 @@ def _train(training: Training) -> None:
 
 
 def _slices(
-    order: Order, task: Task, workers: Workers, first: int, last: int, more: Sequence[str] = ()
+    order: Order, task: Task, how: Prepare | None, workers: Workers, first: int, last: int, more: Sequence[str] = ()
 ) -> Generator[pa.Table]:
-    """This worker's slices of steps [first, last), prepared for a task, with the columns that it reads and `more`."""
-    columns = list(dict.fromkeys([*task.columns, *more]))
-    return stream(order, columns, task.prepare, workers.rank, workers.world_size, first, last)
+    """This worker's slices of steps [first, last), prepared `how`, with the columns that a task reads and `more`."""
+    return stream(order, _once([*task.columns, *more]), how, workers.rank, workers.world_size, first, last)
 
 
 def _report_checkpoint(engine: Engine, position: Position, improved: bool) -> None:
@@ -453,9 +594,10 @@ def _report_checkpoint(engine: Engine, position: Position, improved: bool) -> No
 def _facts(training: Training, engine: Engine, position: Position) -> dict[str, Any]:
     optimizers = {}
     if engine.tables is not None and isinstance(training.settings, Sparse):
-        optimizers["tables"] = f"row-wise Adagrad (fused), learning rate {training.settings.table_learning_rate}"
+        optimizers["tables"] = engine.tables.optimizer
     if isinstance(training.settings, Dense) and engine.optimizer is not None:
-        optimizers["dense"] = f"AdamW, peak learning rate {training.settings.learning_rate}"
+        name = type(engine.optimizer).__name__
+        optimizers["dense"] = f"{name}, peak learning rate {training.settings.learning_rate}"
     return {
         "steps": position.step,
         "kept_step": position.best_step if training.valid is not None else position.step,
@@ -471,47 +613,80 @@ def _facts(training: Training, engine: Engine, position: Position) -> dict[str, 
 
 
 class _Valid:
-    """The valid split, read once: each worker keeps its slices."""
+    """The valid split, read once and kept, by which a state is selected."""
 
-    def __init__(self, stage: str, order: Order | None, task: Task, workers: Workers, board: Any) -> None:
-        self._stage = stage
-        assert order is not None
-        self._report = partial(_scored, workers, board, stage, "valid", order)
-        self._slices = list(_slices(order, task, workers, 0, order.steps_per_epoch, ("row", "user", "label")))
+    def __init__(self, training: Training, task: Task, workers: Workers) -> None:
+        order = training.valid
+        assert order is not None and isinstance(training.settings, Selection)
+        self._stage, self._settings, self._workers = training.stage, training.settings, workers
+        self._ranks = "@" in training.settings.select_on
+        self._report = partial(_scored, workers, training.board, training.stage, "valid", order)
+        steps = order.steps_per_epoch
+        if self._ranks:
+            columns = _once([*task.columns, "user", "relevant", "excluded"])
+            self._rows = list(whole_batches(order, columns, task.prepare_to_score, workers.rank, 0, steps))
+            return
+        self._rows = list(_slices(order, task, task.prepare_to_score, workers, 0, steps, ("row", "user", "label")))
         wanted = ("row", "user", "label", "weight")
-        labels = [np.stack([part[c].to_numpy().astype(np.int64) for c in wanted]) for part in self._slices]
+        labels = [np.stack([part[c].to_numpy().astype(np.int64) for c in wanted]) for part in self._rows]
         gathered = workers.collect(np.concatenate(labels, axis=1))
-        self._workers = workers
         self._truth = None
         if gathered is not None:
             everything = np.concatenate(gathered, axis=1)
             everything = everything[:, everything[3] > 0]
             self._truth = everything[:, np.argsort(everything[0])]
 
-    def evaluate(self, engine: Engine, position: Position, settings: Selection) -> bool:
+    def _score(self, engine: Engine) -> dict[str, float]:
+        """The metrics, on worker 0."""
+        if self._ranks:
+            cutoff = int(self._settings.select_on.partition("@")[2])
+            ranked = rank_queries(engine, self._rows, (cutoff,), self._report)
+            return {} if ranked is None else ranked.means()
+        scored = engine.score(self._rows, self._report)
+        if scored is None or self._truth is None:
+            return {}
+        _, users, labels, _ = self._truth
+        return {"auc": auc(labels, scored["score"]), "uauc": uauc(users, labels, scored["score"]).value}
+
+    def evaluate(self, engine: Engine, position: Position) -> bool:
         """Score the split, note the metrics in `position`; True where they are the best so far."""
-        scored = engine.score(self._slices, self._report)
-        metrics: list[dict[str, float]] = [{}]
-        if scored is not None and self._truth is not None:
-            _, users, labels, _ = self._truth
-            scores = scored["score"]
-            metrics = [{"auc": auc(labels, scores), "uauc": uauc(users, labels, scores).value}]
+        metrics = [self._score(engine)]
         dist.broadcast_object_list(metrics, src=0, group=self._workers.control)
         (found,) = metrics
-        if math.isnan(found[settings.select_on]):
+        name = self._settings.select_on
+        value = found[name]
+        if math.isnan(value):
             raise UserError(
-                f"stage {self._stage} selects its state by {settings.select_on} on the valid split, which has none: it takes "
-                "users with rows of both labels; give a larger valid split, or select_on auc"
+                f"stage {self._stage} selects its state by {name} on the valid split, which has none: it takes "
+                "users with rows of both labels (auc: rows of both labels); give a larger valid split, or another select_on"
             )
-        shown = {name: None if math.isnan(value) else value for name, value in found.items()}
-        position.evaluations.append((position.step, shown["auc"], shown["uauc"]))
-        if found[settings.select_on] > position.best:
-            position.best, position.best_step = found[settings.select_on], position.step
+        position.evaluations.append(
+            (position.step, {metric: None if math.isnan(value) else value for metric, value in found.items()})
+        )
+        if value > position.best:
+            position.best, position.best_step = value, position.step
             position.improvements += 1
             position.evaluations_without = 0
             return True
         position.evaluations_without += 1
         return False
+
+
+def rank_queries(
+    engine: Engine, batches: Sequence[pa.Table], cutoffs: Sequence[int], report: Callable[[int], None]
+) -> UserMetrics | None:
+    """Metrics of ranking the whole catalog for queries, on worker 0; elsewhere None. All workers call it."""
+    best = engine.rank(batches, max(cutoffs), report)
+    if best is None:
+        return None
+    rows = pa.concat_tables(batch.select(["user", "relevant", "weight"]) for batch in batches)
+    rows = rows.filter(pc.greater(rows["weight"], 0))
+    relevant = Jagged.of(rows["relevant"])
+    return user_metrics(rows["user"].to_numpy(), best, (relevant.values.numpy(), relevant.lengths.numpy()), cutoffs)
+
+
+def _once(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
 class _Reporter:
@@ -562,10 +737,8 @@ class _Reporter:
         self._clock, self._wait, self._rows, self._losses = now, 0.0, 0.0, []
 
     def evaluated(self, position: Position) -> None:
-        step, auc_, uauc_ = position.evaluations[-1]
-        self._send(
-            {"step": step, "steps": self._steps, "valid AUC": auc_, "valid UAUC": uauc_, "best": position.best_step}
-        )
+        step, metrics = position.evaluations[-1]
+        self._send({"step": step, "steps": self._steps, "valid": metrics, "best": position.best_step})
 
     def _send(self, record: dict[str, Any]) -> None:
         if self._rank == 0:
@@ -587,6 +760,8 @@ class Scoring:
         build: by model name, what makes the task with its trained weights; called on each worker.
         order: order of the rows.
         output: the place that `scores.parquet` is written to: column `row`, and one float32 column a model.
+        queries: order of the queries for which each model ranks the catalog too; None ranks nothing.
+        cutoffs: at which the rankings are measured; `MODEL.parquet` in the output has a row a user, a column a metric.
     """
 
     stage: str
@@ -596,6 +771,9 @@ class Scoring:
     output: Place
     board: Any = None
     dtype: str = "float32"
+    storage: Tables = field(default_factory=Tables)
+    queries: Order | None = None
+    cutoffs: Sequence[int] = ()
 
 
 def score_worker(config: dict[str, Any]) -> None:
@@ -613,15 +791,28 @@ def _score(scoring: Scoring) -> None:
     columns: dict[str, np.ndarray] = {}
     for name, build in scoring.build.items():
         start = time.monotonic()
-        task = _build(build, workers)
-        engine = Engine(task, workers, 0, scoring.settings, scoring.dtype)
-        slices = _slices(order, task, workers, 0, order.steps_per_epoch)
+        task = _together(build, workers)
+        engine = _together(partial(Engine, task, workers, 0, scoring.settings, scoring.storage, scoring.dtype), workers)
+        slices = _slices(order, task, task.prepare_to_score, workers, 0, order.steps_per_epoch)
         found = engine.score(slices, partial(_scored, workers, scoring.board, scoring.stage, name, order))
         if found is not None:
             columns["row"], columns[name] = found["row"], found["score"]
             seconds = time.monotonic() - start
             record = {"stage": scoring.stage, "model": name, "rows": len(found["row"]), "seconds": seconds}
             scoring.board.put.remote(record)
+        if scoring.queries is not None:
+            ranked = _rank(scoring, scoring.queries, name, engine)
+            if ranked is not None:
+                with scoring.output.writing() as folder:
+                    pq.write_table(pa.table({"user": ranked.users, **ranked.values}), folder / f"{name}.parquet")
     if workers.rank == 0:
         with scoring.output.writing() as folder:
             pq.write_table(pa.table(columns), folder / "scores.parquet")
+
+
+def _rank(scoring: Scoring, queries: Order, name: str, engine: Engine) -> UserMetrics | None:
+    task, workers, steps = engine.task, engine.workers, queries.steps_per_epoch
+    columns = _once([*task.columns, "user", "relevant", "excluded"])
+    batches = list(whole_batches(queries, columns, task.prepare_to_score, workers.rank, 0, steps))
+    report = partial(_scored, workers, scoring.board, scoring.stage, f"{name}, users ranked for", queries)
+    return rank_queries(engine, batches, scoring.cutoffs, report)

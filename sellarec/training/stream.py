@@ -195,6 +195,14 @@ def stream(
         yield from slices(_blocks(order, columns, prepare, rank, first, last), order, rank, world_size, first, last)
 
 
+def whole_batches(
+    order: Order, columns: Sequence[str], prepare: Prepare | None, rank: int, first: int, last: int
+) -> Generator[pa.Table]:
+    """The global batches of steps [first, last), whole on each worker, with `weight` as in `slices`."""
+    if first < last:
+        yield from slices(_blocks(order, columns, prepare, rank, first, last), order, 0, 1, first, last)
+
+
 def _blocks(
     order: Order, columns: Sequence[str], prepare: Prepare | None, rank: int, first: int, last: int
 ) -> Iterator[pa.Table]:

@@ -1,165 +1,94 @@
-"""Embedding tables sharded by rows over all workers (TorchRec), with an optimizer fused into the backward pass.
+"""Embedding tables sharded over all workers (TorchRec), with their optimizer.
 
 Shapes: b rows of one worker's slice, L ids a row, D columns, R rows of a table, W workers.
 """
 
-import json
 import math
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-MAX_COLUMNS = 1024
-"""The kernels' column limit (of the oldest supported version): wider tables are cut into pieces of so many columns."""
+from sellarec.config import Sparse, Tables
+from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, describe
+from sellarec.training.table import Jagged, Table, initial_rows
 
-INIT_BLOCK = 4096
-"""Rows that share one random stream, so that initial rows don't depend on how the table is sharded."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's states of a weight, as torch names them."""
 
-RowReader = Callable[[int, int], np.ndarray]
-"""(start, stop) -> float32 rows [stop - start, D] of a whole table."""
+FILE_ROWS = 1 << 20
+"""Rows of an exported file at most, and rows that are read or drawn at once: no table is ever whole in memory twice."""
 
-
-@dataclass(frozen=True)
-class Jagged:
-    """Lists of different lengths, one after the other: what TorchRec's KeyedJaggedTensor is made of.
-
-    Attributes:
-        values: [n] or [n, D].
-        lengths: int64 [b], adding up to n.
-    """
-
-    values: Tensor
-    lengths: Tensor
-
-    @classmethod
-    def of(cls, lists: pa.ChunkedArray) -> "Jagged":
-        """A column of lists of numbers."""
-        whole = lists.combine_chunks()
-        lengths = np.diff(whole.offsets.to_numpy()).astype(np.int64)
-        return cls(torch.from_numpy(whole.flatten().to_numpy().copy()), torch.from_numpy(lengths))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, rows: slice) -> "Jagged":
-        ends = self.lengths.cumsum(0)
-        start, stop = rows.start or 0, len(self) if rows.stop is None else rows.stop
-        first = int(ends[start - 1]) if start else 0
-        return Jagged(self.values[first : int(ends[stop - 1]) if stop else 0], self.lengths[rows])
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Jagged":
-        return Jagged(
-            self.values.to(device, non_blocking=non_blocking), self.lengths.to(device, non_blocking=non_blocking)
-        )
-
-    def sum(self) -> Tensor:
-        """[b, D]: the sum of each list's vectors; zeros for an empty one."""
-        row = torch.repeat_interleave(torch.arange(len(self), device=self.lengths.device), self.lengths)
-        return self.values.new_zeros(len(self), self.values.shape[1]).index_add(0, row, self.values)
-
-
-@dataclass(frozen=True)
-class Table:
-    """One feature's embedding table, as a task declares it."""
-
-    name: str
-    rows: int
-    dim: int
-    features: tuple[str, ...]
-    """Names under which ids are looked up in it."""
-    init_std: float = 0.0
-    read: RowReader | None = None
-    """Where the rows start from; None: normal with `init_std`, the same for any number of workers."""
-
-    @property
-    def pieces(self) -> list[tuple[str, int, int]]:
-        """(name, first column, stop column) of each piece."""
-        starts = range(0, self.dim, MAX_COLUMNS)
-        return [(f"{self.name}_{k}", start, min(start + MAX_COLUMNS, self.dim)) for k, start in enumerate(starts)]
-
-
-def initial_rows(table: Table, seed: int, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a fresh table, float32 [stop - start, D]: a function of (seed, table, row) alone."""
-    if table.read is not None:
-        return table.read(start, stop)
-    rows = np.empty((stop - start, table.dim), np.float32)
-    for block in range(start // INIT_BLOCK, -(-stop // INIT_BLOCK)):
-        first = block * INIT_BLOCK
-        generator = np.random.default_rng([seed, zlib.crc32(table.name.encode()), block])
-        normal = generator.standard_normal((INIT_BLOCK, table.dim), np.float32)
-        low, high = max(start, first), min(stop, first + INIT_BLOCK)
-        rows[low - start : high - start] = normal[low - first : high - first] * table.init_std
-    return rows
+EPSILON = 1e-8
+"""Added to the root of Adagrad's sums of squares, which start from 0."""
 
 
 class ShardedTables:
-    """Tables sharded row-wise over a process group; ids in, vectors out, gradients summed over workers.
+    """Tables sharded over a process group; ids in, vectors out, gradients summed over workers.
 
-    The optimizer is row-wise Adagrad, fused: `backward` of a lookup's output updates the rows. Gradients are summed, not
-    averaged, over workers, so with a loss divided by the global count any number of workers takes the same step.
+    Gradients are summed, not averaged, over workers, so with a loss divided by the global count any number of workers takes
+    the same step. The optimizer is fused: `backward` of a lookup's output updates the rows that were looked up. Adam is not
+    among the fused kernels of CPUs, and on GPUs it leaves rows without a gradient as they are; so it is torch's own, on
+    dense gradients of each worker's rows, which `step` takes: the step of `torch.optim.Adam` on the unsharded table.
+
+    Args:
+        optimizer: None where the rows are only looked up.
     """
 
     def __init__(
-        self, tables: Sequence[Table], learning_rate: float, group: dist.ProcessGroup, device: torch.device, seed: int
+        self,
+        placements: Sequence[Placement],
+        storage: Tables,
+        optimizer: Sparse | None,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        seed: int,
     ) -> None:
-        from fbgemm_gpu.split_embedding_configs import EmbOptimType
-        from torchrec import EmbeddingCollection, EmbeddingConfig
         from torchrec.distributed import DistributedModelParallel, comm_ops
-        from torchrec.distributed.embedding import EmbeddingCollectionSharder
-        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
         from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
         comm_ops.set_gradient_division(False)
-        self.tables = list(tables)
-        self.device = device
-        self.world_size = dist.get_world_size(group)
-        sharder = EmbeddingCollectionSharder(
-            fused_params={
-                "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-                "learning_rate": learning_rate,
-                "eps": 1e-8,
-            }
-        )
+        self.placements, self.device = list(placements), device
+        self.tables = [placement.table for placement in placements]
+        self._storage, self._settings, self._group = storage, optimizer, group
+        self.world_size, self._rank = dist.get_world_size(group), dist.get_rank(group)
+        self._dense = optimizer is not None and optimizer.table_optimizer == "adam"
+        sharder = _dense_sharder() if self._dense else _fused_sharder(optimizer, storage)
+        kernel = "dense" if self._dense else KERNELS[storage.placement]
         # TorchRec wants one width a collection, so tables are grouped by the widths of their pieces.
-        self._names: dict[str, str] = {}
+        by_width: dict[int, list[tuple[str, Placement]]] = {}
+        for placement in placements:
+            for name, start, stop in placement.table.pieces:
+                by_width.setdefault(stop - start, []).append((name, placement))
         holder, plans = nn.Module(), {}
-        by_width: dict[int, list[Any]] = {}
-        for table in self.tables:
-            for name, start, stop in table.pieces:
-                config = EmbeddingConfig(
-                    name=name,
-                    embedding_dim=stop - start,
-                    num_embeddings=table.rows,
-                    feature_names=[f"{feature}:{name}" for feature in table.features],
-                    init_fn=_leave_as_is,
-                )
-                by_width.setdefault(stop - start, []).append(config)
-                self._names[name] = f"width_{stop - start}"
-        for width, configs in by_width.items():
-            collection = EmbeddingCollection(device=torch.device("meta"), tables=configs)
+        for width, pieces in by_width.items():
+            collection = _collection(self._dense, width, pieces, storage)
             setattr(holder, f"width_{width}", collection)
             plans[f"width_{width}"] = construct_module_sharding_plan(
                 collection,
-                {config.name: row_wise(compute_kernel="fused") for config in configs},
+                {
+                    name: row_wise(compute_kernel=kernel)
+                    if placement.worker is None
+                    else table_wise(rank=placement.worker, compute_kernel=kernel)
+                    for name, placement in pieces
+                },
                 sharder=sharder,
                 local_size=_local_size(self.world_size, device),
                 world_size=self.world_size,
                 device_type=device.type,
             )
         self._keys = {
-            f"width_{width}": [name for config in configs for name in config.feature_names]
-            for width, configs in by_width.items()
+            f"width_{width}": [
+                f"{feature}:{name}" for name, placement in pieces for feature in placement.table.features
+            ]
+            for width, pieces in by_width.items()
         }
+        self._widths = {name: f"width_{width}" for width, pieces in by_width.items() for name, _ in pieces}
         self.module = DistributedModelParallel(
             holder,
             env=ShardingEnv.from_process_group(group),
@@ -171,34 +100,81 @@ class ShardedTables:
         self._collections = {name: getattr(self.module.module, name) for name in self._keys}
         for table in self.tables:
             for (_, first, stop), (offset, rows) in self._local_pieces(table):
-                rows.copy_(torch.from_numpy(initial_rows(table, seed, offset, offset + len(rows))[:, first:stop]))
+                for start in range(0, len(rows), FILE_ROWS):
+                    block = rows[start : start + FILE_ROWS]
+                    fresh = initial_rows(table, seed, offset + start, offset + start + len(block))
+                    block.copy_(torch.from_numpy(fresh[:, first:stop]))
+        self._steps = 0
+        self._adam = None
+        if optimizer is not None and self._dense:
+            owned = [weight for weight in self.module.parameters() if weight.numel()]
+            decay = optimizer.table_weight_decay
+            self._adam = (
+                torch.optim.Adam(owned, lr=optimizer.table_learning_rate, weight_decay=decay) if owned else None
+            )
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer that runs, in words."""
+        assert self._settings is not None
+        settings = self._settings
+        name = {
+            "sgd": "SGD (fused)",
+            "adagrad": "Adagrad (fused)",
+            "rowwise-adagrad": "row-wise Adagrad (fused)",
+            "adam": "Adam (dense gradients, all rows)",
+        }[settings.table_optimizer]
+        decay = f", weight decay {settings.table_weight_decay}" if settings.table_weight_decay else ""
+        return f"{name}, learning rate {settings.table_learning_rate}{decay}"
+
+    def _sharded(self) -> dict[str, Any]:
+        """TorchRec's ShardedTensor of each piece's weights, by the piece's name."""
+        weights = self.module.state_dict()
+        parts = "embedding_bags" if self._dense else "embeddings"
+        return {name: weights[f"{width}.{parts}.{name}.weight"] for name, width in self._widths.items()}
 
     def _local_pieces(self, table: Table) -> list[tuple[tuple[str, int, int], tuple[int, Tensor]]]:
-        weights = self.module.state_dict()
+        sharded = self._sharded()
         out = []
         for piece in table.pieces:
-            for shard in weights[f"{self._names[piece[0]]}.embeddings.{piece[0]}.weight"].local_shards():
+            for shard in sharded[piece[0]].local_shards():
                 out.append((piece, (shard.metadata.shard_offsets[0], shard.tensor.detach())))
         return out
 
-    def look_up(self, ids: Mapping[str, Tensor | Jagged]) -> dict[str, Tensor | Jagged]:
-        """int64 ids [b], [b, L] or jagged by feature (all features, equal b) -> float32 vectors [b, D], [b, L, D] or jagged."""
-        from torchrec import KeyedJaggedTensor
+    def share(self, name: str) -> Tensor:
+        """int64: the ids of this worker's block of a table's rows, ceil(R / W) of them or, at the end, fewer."""
+        (rows,) = (table.rows for table in self.tables if table.name == name)
+        block = -(-rows // self.world_size)
+        return torch.arange(min(self._rank * block, rows), min((self._rank + 1) * block, rows), device=self.device)
 
+    def out_of_range(self, ids: Mapping[str, Tensor | Jagged]) -> str | None:
+        """The first id that its table doesn't have, in words; None where all are there."""
+        for table in self.tables:
+            for feature in set(table.features) & set(ids):
+                found = _as_jagged(ids[feature])
+                bad = (found.values < 0) | (found.values >= table.rows)
+                if bool(bad.any()):
+                    place = int(bad.nonzero()[0])
+                    row = int((found.lengths.cumsum(0) <= place).sum())
+                    return (
+                        f"{feature} is {int(found.values[place])} in row {row} of a worker's slice, but table {table.name} has "
+                        f"the ids 0 to {table.rows - 1}"
+                    )
+        return None
+
+    def look_up(self, ids: Mapping[str, Tensor | Jagged]) -> dict[str, Tensor | Jagged]:
+        """int64 ids [b], [b, L] or jagged by feature (with equal b) -> float32 vectors [b, D], [b, L, D] or jagged.
+
+        Features that aren't asked for are left out; all workers ask for the same ones.
+        """
         jagged = {name: _as_jagged(feature) for name, feature in ids.items()}
-        found = {}
-        for name, keys in self._keys.items():
-            features = [jagged[key.partition(":")[0]] for key in keys]
-            keyed = KeyedJaggedTensor(
-                keys,
-                torch.cat([feature.values for feature in features]),
-                lengths=torch.cat([feature.lengths for feature in features]).int(),
-            )
-            found.update(self._collections[name](keyed).wait())
+        found = self._look_up_bags(jagged) if self._dense else self._look_up_rows(jagged)
         out: dict[str, Tensor | Jagged] = {}
         for table in self.tables:
             for feature in table.features:
-                vectors = [found[f"{feature}:{name}"].values() for name, _, _ in table.pieces]
+                if feature not in ids:
+                    continue
+                vectors = [found[f"{feature}:{name}"] for name, _, _ in table.pieces]
                 whole = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
                 asked = ids[feature]
                 if isinstance(asked, Jagged):
@@ -207,23 +183,114 @@ class ShardedTables:
                     out[feature] = whole.reshape(*asked.shape, table.dim)
         return out
 
+    def _look_up_rows(self, ids: Mapping[str, Jagged]) -> dict[str, Tensor]:
+        from torchrec import KeyedJaggedTensor
+
+        (rows,) = {len(feature) for feature in ids.values()}
+        zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        none = Jagged(zeros[:0], zeros)
+        found: dict[str, Tensor] = {}
+        for width, keys in self._keys.items():
+            features = [ids.get(key.partition(":")[0], none) for key in keys]
+            keyed = KeyedJaggedTensor(
+                keys,
+                torch.cat([feature.values for feature in features]),
+                lengths=torch.cat([feature.lengths for feature in features]).int(),
+            )
+            found |= {key: vectors.values() for key, vectors in self._collections[width](keyed).wait().items()}
+        return found
+
+    def _look_up_bags(self, ids: Mapping[str, Jagged]) -> dict[str, Tensor]:
+        """By bags of one id: the kernels with dense gradients are right for bags alone, and equally many on all workers."""
+        from torchrec import KeyedJaggedTensor
+
+        # at least one: the kernels don't take none
+        most = torch.tensor(max(1, *(len(feature.values) for feature in ids.values())), device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
+        bags = int(most)
+        found: dict[str, Tensor] = {}
+        for width, keys in self._keys.items():
+            values = [ids[name].values if (name := key.partition(":")[0]) in ids else None for key in keys]
+            counts = [0 if value is None else len(value) for value in values]
+            lengths = torch.arange(bags, device=self.device) < torch.tensor(counts, device=self.device)[:, None]
+            keyed = KeyedJaggedTensor(
+                keys,
+                torch.cat([value for value in values if value is not None] or [most.new_zeros(0)]),
+                lengths=lengths.flatten().int(),
+            )
+            pooled = self._collections[width](keyed).wait().to_dict()
+            found |= {key: pooled[key][:count] for key, count in zip(keys, counts, strict=True)}
+        return found
+
+    def step(self) -> None:
+        """What the optimizer has left to do after the backward pass: nothing where it is fused."""
+        self._steps += 1
+        if self._adam is not None:
+            for weight in self._adam.param_groups[0]["params"]:
+                if weight.grad is None:  # of a table that no feature was asked for of, which moves on all the same
+                    weight.grad = torch.zeros_like(weight)
+            self._adam.step()
+            self._adam.zero_grad(set_to_none=True)
+
     def set_learning_rate(self, learning_rate: float) -> None:
         """The learning rate of updates by lookups that follow (the kernels read it in the forward pass)."""
+        if self._adam is not None:
+            self._adam.param_groups[0]["lr"] = learning_rate
+        if self._dense:
+            return
         for collection in self._collections.values():
             for group in collection.fused_optimizer.param_groups:
                 group["lr"] = learning_rate
             collection.fused_optimizer.zero_grad()  # hands the rate on to the kernels; there are no gradients to zero
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs, sharded: rows and the optimizer's state."""
-        return {"rows": self.module.state_dict(), "optimizer": self.module.fused_optimizer.state_dict()}
+        """What a checkpoint needs, sharded, in tensors that loading writes into; any other number of workers loads it."""
+        state: dict[str, Any] = {"rows": self._sharded()}
+        if self._dense:
+            optimizer = self._moments()
+            state["steps"] = torch.tensor(self._steps)
+        else:
+            optimizer = {
+                name: value
+                for found in self.module.fused_optimizer.state_dict()["state"].values()
+                for name, value in found.items()
+            }
+        if optimizer:  # a worker may hold no rows; Torch Distributed Checkpoint takes an empty dict for a missing one
+            state["optimizer"] = optimizer
+        return state
+
+    def _moments(self) -> dict[str, Any]:
+        """Adam's moments as sharded tensors, like the weights that they belong to."""
+        from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor
+
+        moments: dict[str, Any] = {}
+        if self._adam is None:  # this worker holds no rows
+            return moments
+        weights = {name.split(".")[-2]: weight for name, weight in self.module.named_parameters()}
+        for name, sharded in self._sharded().items():
+            if sharded.local_shards():
+                state = self._adam.state[weights[name]]
+                if not state:  # before the first step
+                    state |= {"step": torch.zeros(()), **{m: torch.zeros_like(weights[name]) for m in MOMENTS}}
+                for moment in MOMENTS:
+                    local = [
+                        Shard(state[moment].view(shard.tensor.shape), shard.metadata)
+                        for shard in sharded.local_shards()
+                    ]
+                    moments[f"{name}.{moment}"] = ShardedTensor._init_from_local_shards_and_global_metadata(
+                        local, sharded_tensor_metadata=sharded.metadata(), process_group=sharded._process_group
+                    )
+        return moments
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["rows"])
-        self.module.fused_optimizer.load_state_dict(state["optimizer"])
+        """Take over what was read into the tensors of `state()`: rows and moments lie there already."""
+        if self._dense:
+            self._steps = int(state["steps"])
+        for found in self._adam.state.values() if self._adam is not None else ():
+            found["step"] = torch.tensor(float(self._steps))
 
     def save(self, folder: Path) -> list[dict[str, Any]]:
-        """Write this worker's rows as safetensors into `folder`.
+        """Write this worker's rows as safetensors into `folder`, FILE_ROWS at a time.
 
         Returns:
             What was written, for `index`: table, file, start and rows of each file.
@@ -232,31 +299,79 @@ class ShardedTables:
         for table in self.tables:
             by_offset: dict[int, list[Tensor]] = {}
             for _, (offset, rows) in self._local_pieces(table):
-                by_offset.setdefault(offset, []).append(rows.cpu())
+                by_offset.setdefault(offset, []).append(rows)
             for offset, parts in by_offset.items():
-                if len(parts[0]):
-                    name = f"{table.name}-{offset:012d}.safetensors"
-                    save_file({"rows": torch.cat(parts, dim=1).contiguous()}, folder / name)
-                    written.append({"table": table.name, "file": name, "start": offset, "rows": len(parts[0])})
+                for start in range(0, len(parts[0]), FILE_ROWS):
+                    blocks = [part[start : start + FILE_ROWS].cpu() for part in parts]
+                    name = f"{table.name}-{offset + start:012d}.safetensors"
+                    save_file({"rows": torch.cat(blocks, dim=1).contiguous()}, folder / name)
+                    written.append({"table": table.name, "file": name, "start": offset + start, "rows": len(blocks[0])})
         return written
 
     def plan(self) -> list[dict[str, Any]]:
-        """One line a table: rows, columns, and what each worker holds of it."""
-        lines = []
-        for table in self.tables:
-            rows_each = -(-table.rows // self.world_size)
-            lines.append(
-                {
-                    "table": table.name,
-                    "rows": table.rows,
-                    "columns": table.dim,
-                    "sharding": "row-wise",
-                    "rows per worker": rows_each,
-                    # row-wise Adagrad keeps one float32 a row and piece beside the row itself
-                    "MiB per worker": round(rows_each * 4 * (table.dim + len(table.pieces)) / 2**20, 3),
-                }
-            )
-        return lines
+        """One line a table: where it lies, and the bytes of the worker that holds most of it."""
+        return describe(self.placements, self._storage, self._settings, self.world_size)
+
+
+def _fused_sharder(settings: Sparse | None, storage: Tables) -> Any:
+    """Kernels that update rows in the backward pass; without settings they are only looked up."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+
+    class Sharder(EmbeddingCollectionSharder):
+        def sharding_types(self, compute_device_type: str) -> list[str]:
+            return ["row_wise", "table_wise"]
+
+    fused: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.0}
+    if settings is not None:
+        kinds = {
+            "sgd": EmbOptimType.EXACT_SGD,
+            "adagrad": EmbOptimType.EXACT_ADAGRAD,
+            "rowwise-adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        }
+        fused = {"optimizer": kinds[settings.table_optimizer], "learning_rate": settings.table_learning_rate}
+        if settings.table_optimizer != "sgd":
+            fused["eps"] = EPSILON
+        if settings.table_weight_decay:
+            fused |= {"weight_decay": settings.table_weight_decay, "weight_decay_mode": WeightDecayMode.L2}
+    if storage.placement == "uvm-caching":
+        fused["cache_load_factor"] = CACHED_SHARE
+    return Sharder(fused_params=fused)
+
+
+def _dense_sharder() -> Any:
+    """Kernels that give dense gradients of a worker's rows."""
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+
+    class Sharder(EmbeddingBagCollectionSharder):
+        def sharding_types(self, compute_device_type: str) -> list[str]:
+            return ["row_wise", "table_wise"]
+
+    return Sharder()
+
+
+def _collection(dense: bool, width: int, pieces: Sequence[tuple[str, Placement]], storage: Tables) -> nn.Module:
+    """The pieces of one width, not yet sharded."""
+    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, PoolingType
+    from torchrec.modules.embedding_configs import DataType
+
+    types = {"float32": DataType.FP32, "float16": DataType.FP16, "bfloat16": DataType.BF16}
+    settings = [
+        {
+            "name": name,
+            "embedding_dim": width,
+            "num_embeddings": placement.table.rows,
+            "feature_names": [f"{feature}:{name}" for feature in placement.table.features],
+            "data_type": types[storage.dtype],
+            "init_fn": _leave_as_is,
+        }
+        for name, placement in pieces
+    ]
+    if dense:
+        bags = [EmbeddingBagConfig(pooling=PoolingType.SUM, **found) for found in settings]
+        return EmbeddingBagCollection(device=torch.device("meta"), tables=bags)
+    return EmbeddingCollection(device=torch.device("meta"), tables=[EmbeddingConfig(**found) for found in settings])
 
 
 def _as_jagged(ids: Tensor | Jagged) -> Jagged:
@@ -272,44 +387,3 @@ def _local_size(world_size: int, device: torch.device) -> int:
 
 def _leave_as_is(weight: Tensor) -> Tensor:
     return weight
-
-
-def index(table: Table, written: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The content of NAME.json beside a table's files: rows, columns, and which rows lie where.
-
-    Raises:
-        RuntimeError: the files don't cover the table exactly.
-    """
-    shards = sorted((part for part in written if part["table"] == table.name), key=lambda part: part["start"])
-    end = 0
-    for part in shards:
-        if part["start"] != end:
-            raise RuntimeError(f"table {table.name}: its files leave a gap or overlap at row {end}")
-        end += part["rows"]
-    if end != table.rows:
-        raise RuntimeError(f"table {table.name}: its files hold {end} rows, but it has {table.rows}")
-    return {"rows": table.rows, "columns": table.dim, "shards": shards}
-
-
-@dataclass(frozen=True)
-class SavedTable:
-    """A table in an artifact: `read(start, stop)` gives rows without loading the rest."""
-
-    folder: Path
-    name: str
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return json.loads((self.folder / f"{self.name}.json").read_text())
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """float32 [stop - start, D]."""
-        facts = self.facts
-        rows = np.empty((stop - start, facts["columns"]), np.float32)
-        for shard in facts["shards"]:
-            low, high = max(start, shard["start"]), min(stop, shard["start"] + shard["rows"])
-            if low < high:
-                with safe_open(self.folder / shard["file"], "np") as file:
-                    part = file.get_slice("rows")[low - shard["start"] : high - shard["start"]]
-                rows[low - start : high - start] = part
-        return rows

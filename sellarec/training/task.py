@@ -1,18 +1,19 @@
 """What a stage tells the training loop about its model: the one protocol between the two.
 
 Nothing in a task knows Ray, process groups or sharding; nothing in the loop knows a model.
-Shapes: b rows of one worker's slice (or of a micro-batch of it), D columns of a table.
+Shapes: b rows of one worker's slice (or of a micro-batch of it), D columns of a table, W workers.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 from torch import Tensor, nn
 
 from sellarec.training.stream import Prepare
-from sellarec.training.tables import Table
+from sellarec.training.table import Table
 
 Batch = dict[str, Any]
 """Tensors with one leading dimension b, or Jagged of b lists; `weight` (float32 [b]) is 0 for padding."""
@@ -20,38 +21,81 @@ Batch = dict[str, Any]
 Vectors = dict[str, Any]
 """By feature, the vectors of its ids: [b, D], [b, L, D] or Jagged of b lists of them."""
 
-Gather = Callable[[Tensor], Tensor]
-"""[b, ...] of each worker -> [W * b, ...] of all; gradients flow back to where the rows came from."""
+INITIAL = "initial "
+"""Where rows are smoothed over a graph, a feature's rows as they lie in the table are found under its name after this."""
+
+WHOLE = "whole "
+"""A worker's share of a feature's whole table is found under the feature's name after this, its ids in the batch likewise."""
+
+
+class Peers(Protocol):
+    """The other workers, as a loss needs them. All workers call the same in the same order; gradients flow back."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[b, ...] of each worker, with equal b -> [W b, ...] of all."""
+
+    def own(self, rows: Tensor) -> Tensor:
+        """[W b, ...] of all -> [b, ...], those of this worker."""
+
+    def add(self, values: Tensor) -> Tensor:
+        """The sum over workers of tensors of one shape."""
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The maximum over workers, element by element, of tensors of one shape. Without a gradient."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Where the graph of users and items is read from: the prepared log's train split, of which positives are edges."""
+
+    paths: tuple[str, ...]
+    users: int
+    items: int
 
 
 class Task(Protocol):
-    """A model with its loss and scores, written for a single device.
+    """A model with its loss and scores, written for a single device. What most tasks have alike is the default here.
 
     Attributes:
         columns: columns of the interactions (or of whatever the stage streams) that are read.
-        prepare: what the reading tasks do with the rows (draw negatives, make tokens); None where it is nothing.
+        prepare: what the reading tasks do with rows to train on (draw negatives, make tokens); None where it is nothing.
+        prepare_to_score: the same of rows to score; `prepare` where nothing else is said.
         tables: embedding tables, which the loop shards over the workers.
+        whole: features of whose tables each worker gets its share of the rows when training.
+        graph: the graph over which rows of the tables `user` and `item` are smoothed; None for none.
         model: the dense part, which the loop shards with FSDP2; None where there is none.
         blocks: submodules of `model` that are gathered one at a time (decoder layers).
     """
 
     columns: Sequence[str]
     prepare: Prepare | None
-    tables: Sequence[Table]
+    tables: Sequence[Table] = ()
+    whole: Sequence[str] = ()
+    graph: Graph | None = None
     model: nn.Module | None
-    blocks: Sequence[nn.Module]
+    blocks: Sequence[nn.Module] = ()
+
+    @property
+    def prepare_to_score(self) -> Prepare | None:
+        return self.prepare
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
         """Prepared rows with their `weight` -> tensors. What is drawn may depend on (step, row), never on the worker;
         `step` is None when scoring."""
 
     def lookups(self, batch: Batch) -> Batch:
-        """Feature -> int64 ids [b], [b, L] or Jagged, every feature of every table."""
+        """Feature -> int64 ids [b], [b, L] or Jagged, of features of the tables."""
+        return {}
+
+    def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows [R, D] of the graph's users and items -> smoothed rows; `multiply` is the product with the graph's matrix.
+        Called only where there is a `graph`."""
+        raise TypeError("this task has no graph")
 
     def targets(self, batch: Batch) -> Tensor:
         """How many valid targets the slice has: what the summed loss is divided by, over all workers."""
 
-    def loss(self, model: nn.Module | None, batch: Batch, vectors: Vectors, gather: Gather) -> Tensor:
+    def loss(self, model: nn.Module | None, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
         """The loss summed (not averaged) over the valid targets of these rows: a scalar."""
 
     def score(self, model: nn.Module | None, batch: Batch, vectors: Vectors) -> Tensor:
@@ -62,3 +106,17 @@ class Task(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What the manifest should say of the model beside its settings."""
+
+
+@runtime_checkable
+class RankingTask(Protocol):
+    """What a task has beside, whose score is a product, so that the whole catalog can be ranked."""
+
+    def users(self, model: nn.Module | None, batch: Batch, vectors: Vectors) -> Tensor:
+        """float [b, D]: the users' vectors."""
+
+    def catalog(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """Rows [m, D] of items int64 [m], as the score takes them."""
+
+    def products(self, users: Tensor, items: Tensor) -> Tensor:
+        """The scores of all pairs: [b, D] and [m, D] -> [b, m]."""

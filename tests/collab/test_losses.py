@@ -3,13 +3,14 @@
 import math
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import Alone, together
+from torch.nn import functional as F
 
-from sellarec.collab.losses import bpr, sampled_softmax
+from sellarec.collab.losses import bpr, full_softmax, sampled_softmax
 from sellarec.collab.negatives import Negatives
 
 NUMBERS = st.floats(-5, 5, width=32)
@@ -57,17 +58,110 @@ def test_drawn_negatives_stand_for_the_whole_catalog(kind, item):
     """With many of them, the gradient is that of the softmax over all items, be the row's item popular or rare."""
     counts = np.array([[40, 25, 20, 10, 4, 1]] * 2)
     n, each = 300, 500
-    drawn = Negatives(kind, counts, each, seed=3).prepare(
-        pa.table({"row": np.arange(n), "item": np.full(n, item), "history": pa.array([[]] * n, pa.list_(pa.int64()))}),
-        0, np.zeros(n, np.int64), keep_history=False,
-    )  # fmt: skip
-    negative, log_q = (
-        torch.from_numpy(drawn[name].combine_chunks().flatten().to_numpy().reshape(n, each).copy())
-        for name in ("negative", "negative_log_q")
-    )
-    own = torch.from_numpy(drawn["log_q"].to_numpy().copy())
+    negatives = Negatives(kind, counts, each, seed=3)
+    ones = np.ones(n, np.int64)
+    found = negatives.draw(np.arange(n), ones, (np.full(n, item), ones), 0)
+    assert found is not None
+    negative, log_q = (torch.from_numpy(part.reshape(n, each)) for part in found)
+    own = torch.full((n,), float(negatives.log_q[item]))
     scores = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     loss = sampled_softmax(scores[item].expand(n), scores[negative], log_q.isfinite(), own, log_q)
     (sampled,) = torch.autograd.grad(loss.mean(), scores)
     (whole,) = torch.autograd.grad(-torch.log_softmax(scores, 0)[item], scores)
     torch.testing.assert_close(sampled, whole, rtol=0.03, atol=0.003)
+
+
+def catalog(seed: int, users: int, items: int, width: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(n, width, generator=generator, dtype=torch.float64) for n in (users, items)]
+    return drawn[0].requires_grad_(), drawn[1].requires_grad_(), torch.randint(items, (users,), generator=generator)
+
+
+SEEDS = st.integers(0, 2**31)
+
+
+def gradients(losses: torch.Tensor, *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(losses.sum(), of, retain_graph=True)
+
+
+@given(SEEDS, st.integers(1, 6), st.integers(1, 8))
+def test_with_all_other_items_as_negatives_the_sampled_softmax_is_the_full_one(seed, n, items):
+    """Each is drawn once, as N = I - 1 uniform draws of the others are expected to."""
+    users, rows, target = catalog(seed, n, items)
+    scores = users @ rows.T
+    others = torch.tensor([[i for i in range(items) if i != t] for t in target]).view(n, items - 1)
+    log_q = torch.full((n, items - 1), -math.log(items), dtype=torch.float64)
+    positive = scores.gather(1, target[:, None])[:, 0]
+    found = sampled_softmax(
+        positive, scores.gather(1, others), torch.ones_like(others, dtype=torch.bool),
+        torch.full((n,), -math.log(items), dtype=torch.float64), log_q,
+    )  # fmt: skip
+    expected = F.cross_entropy(scores, target, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)  # the likelihood of the target is kept below 1
+    torch.testing.assert_close(
+        full_softmax(users, positive, lambda u: u @ rows.T, torch.ones(items, dtype=bool), Alone()), expected
+    )
+
+
+@given(SEEDS, st.integers(1, 6), st.integers(2, 8), st.data())
+def test_items_that_arent_allowed_have_no_part_in_the_full_softmax(seed, n, items, data):
+    users, rows, _ = catalog(seed, n, items)
+    allowed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=items, max_size=items)))
+    allowed[seed % items] = True
+    target = allowed.nonzero()[:, 0][torch.arange(n) % int(allowed.sum())]
+    scores = users @ rows.T
+    found = full_softmax(users, scores.gather(1, target[:, None])[:, 0], lambda u: u @ rows.T, allowed, Alone())
+    whole = F.cross_entropy(scores.masked_fill(~allowed, -torch.inf), target, reduction="none")
+    torch.testing.assert_close(found, whole)
+    for ours, theirs in zip(*(gradients(loss, users, rows) for loss in (found, whole)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@settings(max_examples=40)
+@given(SEEDS, st.lists(st.integers(0, 4), min_size=2, max_size=4), st.integers(1, 9), st.data())
+def test_the_full_softmax_doesnt_depend_on_who_holds_what(seed, counts, items, data):
+    """Workers with another number of users each, or none, and blocks of the catalog that may be empty or not allowed."""
+    n, workers = sum(counts), len(counts)
+    users, rows, target = catalog(seed, max(1, n), items)
+    allowed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=items, max_size=items)))
+    allowed[target] = True
+    scores = users @ rows.T
+    positive = scores.gather(1, target[:, None])[:, 0]
+    whole = F.cross_entropy(scores.masked_fill(~allowed, -torch.inf), target, reduction="none")[:n]
+    block = -(-items // workers)
+    starts = np.cumsum([0, *counts])
+
+    def work(peers) -> torch.Tensor:
+        mine = slice(starts[peers.rank], starts[peers.rank + 1])
+        part = slice(peers.rank * block, (peers.rank + 1) * block)
+        return full_softmax(users[mine], positive[mine], lambda u: u @ rows[part].T, allowed[part], peers)
+
+    found = torch.cat(together(workers, work))
+    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(gradients(found, users, rows), gradients(whole, users, rows))
+
+
+def test_large_scores_dont_overflow_the_full_softmax():
+    users, rows = torch.tensor([[200.0], [-300.0]]), torch.tensor([[1.0], [-1.0], [0.5]])
+    target = torch.tensor([1, 2])
+    found = full_softmax(
+        users,
+        (users @ rows.T).gather(1, target[:, None])[:, 0],
+        lambda u: u @ rows.T,
+        torch.ones(3, dtype=bool),
+        Alone(),
+    )
+    torch.testing.assert_close(found, F.cross_entropy(users @ rows.T, target, reduction="none"))
+
+
+def test_a_target_without_negatives_has_a_loss_of_zero():
+    positive, none, counts = torch.tensor([2.0]), torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2, dtype=torch.bool)
+    log_q = torch.full((1, 2), torch.inf)
+    for found in (bpr(positive, none, counts), sampled_softmax(positive, none, counts, torch.tensor([-1.0]), log_q)):
+        assert found.tolist() == [0]
+    # a negative that doesn't count has an infinite log_q, and still no part in the gradient
+    score = torch.tensor([[1.0, 3.0]], requires_grad=True)
+    one = torch.tensor([[True, False]])
+    loss = sampled_softmax(positive, score, one, torch.tensor([-1.0]), torch.tensor([[-2.0, torch.inf]]))
+    loss.sum().backward()
+    assert score.grad is not None and score.grad[0, 1] == 0 and score.grad[0, 0] > 0

@@ -9,9 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prepared import files_of, prepare_into, rules, source_of
+from small import write_train
 
-from sellarec.data.log import INTERACTIONS, ITEMS, SEQUENCES, USERS, Log, read_log
+from sellarec.data.log import INTERACTIONS, ITEMS, SEQUENCES, USERS, Log, item_counts, read_log, write_sequences
 from sellarec.data.raw import SPLITS, Source
 from sellarec.errors import UserError
 
@@ -103,3 +106,61 @@ def test_damaged_log(log):
 def test_an_unknown_split_is_a_programming_error(log):
     with pytest.raises(ValueError, match="no split 'dev'"):
         log.split("dev")
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6), st.integers(0, 1)), max_size=25)
+
+
+@settings(max_examples=60)
+@given(st.lists(ROWS, min_size=1, max_size=3), st.integers(1, 5), st.integers(2, 5))
+def test_a_sequence_is_a_users_last_train_positives(tmp_path_factory, files, group, most):
+    """However rows lie in files and row groups."""
+    liked: dict[int, list[tuple[int, int]]] = {}
+    row = 0
+    for file in files:
+        for user, item, label in file:
+            if label:
+                liked.setdefault(user, []).append((row, item))
+            row += 1
+    folder = tmp_path_factory.mktemp("sequences")
+    log = write_train(folder, *([(*r, []) for r in file] for file in files), group=group)
+    expected = [
+        (found[-1][0], user, found[-1][1], [item for _, item in found[-most:-1]])
+        for user, found in liked.items()
+        if len(found) > 1
+    ]
+    if not expected:
+        with pytest.raises(UserError, match="no user has two positives in the train split"):
+            write_sequences(log, folder / "sequences.parquet", most)
+        return
+    write_sequences(log, folder / "sequences.parquet", most)
+    found = pq.ParquetFile(folder / "sequences.parquet").read().to_pylist()
+    assert [(r["row"], r["user"], r["item"], r["history"]) for r in found] == expected
+    assert all(r["label"] == 1 and r["user_seen"] and r["item_seen"] for r in found)
+
+
+@pytest.mark.parametrize("split", ["shares", "leave-one-out", "random"])
+def test_sequences_are_made_of_train_positives_alone(tmp_path, split):
+    generator = np.random.default_rng(0)
+    index = np.arange(300)
+    rows = pa.table(
+        {
+            "user": index % 6,
+            "item": generator.permutation(300) % 150,
+            "label": pa.array(index % 4 != 0, pa.int8()),
+            "timestamp": index,
+        }
+    )
+    log = prepare_into(tmp_path / "log", source_of(rows), rules(split=split, shares=(0.6, 0.2, 0.2), history_cap=100))
+    write_sequences(log, tmp_path / "sequences.parquet", 101)
+    train = log.split("train", ["user", "item", "label"]).to_pylist()
+    liked = {(row["user"], row["item"]) for row in train if row["label"] == 1}
+    found = pq.ParquetFile(tmp_path / "sequences.parquet").read().to_pylist()
+    assert {row["user"] for row in found} == set(range(6))
+    for row in found:
+        assert {(row["user"], item) for item in [*row["history"], row["item"]]} <= liked
+
+
+def test_items_are_counted_by_their_train_rows(tmp_path):
+    log = write_train(tmp_path, [(0, 1, 1, []), (0, 1, 0, [1])], [(1, 3, 1, []), (1, 1, 1, [3])], group=1)
+    assert item_counts(log).tolist() == [[0, 3, 0, 1], [0, 2, 0, 1]]

@@ -95,7 +95,9 @@ def make_stages() -> list[dict]:
         "steps": 1096,
         "kept_step": 700,
         "losses": [[350, 0.69], [700, 0.6], [1096, 0.5]],
-        "evaluations": [[350, 0.6, 0.55], [700, 0.7, None], [1096, 0.65, 0.57]],
+        "evaluations": [
+            [step, {"auc": auc, "uauc": uauc}] for step, auc, uauc in ((350, 0.6, 0.55), (700, 0.7, None), (1096, 0.65, 0.57))
+        ],
         "optimizers": {"tables": "row-wise Adagrad (fused), learning rate 0.1"},
         "sharding": [
             {"table": "user", "rows": 897, "columns": 32, "sharding": "row-wise", "rows per worker": 449,

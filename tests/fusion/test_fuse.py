@@ -1,14 +1,19 @@
 """Stage fuse: three embeddings of the prompt are replaced, nothing else; what is frozen stays; unseen rows are zeros."""
 
+import pickle
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from small import Alone, save_table, small_log
 
-from sellarec.collab.mf import build_collab
+from sellarec.collab.task import WEIGHTS, build_collab
 from sellarec.config import Adapt, Collab, Fuse, Prompt
 from sellarec.fusion.fuse import FuseTask, build_fuse
 from sellarec.fusion.projection import Projection
@@ -16,11 +21,13 @@ from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
 from sellarec.language.prompts import SOFT
 from sellarec.language.scorer import base_model
-from sellarec.training.tables import Jagged, Table
+from sellarec.training.table import Jagged, Table
 
 torch.set_num_threads(1)
 
 USERS, ITEMS, DIM, HIDDEN, WIDTH = 7, 10, 4, 6, 16
+READ = 2
+"""Items of a history that the collaborative model reads; a prompt shows more."""
 PROMPT = Prompt(template="compact")
 ROWS = {"user": np.random.default_rng(0), "item": np.random.default_rng(1), "semantic": np.random.default_rng(2)}
 TABLES = {
@@ -43,11 +50,19 @@ def make(decoder, titles, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapt")
     adapt.save(folder, trained)
 
-    def build(projection=None, trained=None, unseen_dropout=0.3, seed=1, model="mf") -> FuseTask:
+    start = tmp_path_factory.mktemp("collab")
+    for name, rows in TABLES.items():
+        save_table(start / "tables", name, rows, (2,))
+
+    def build(projection=None, trained=None, unseen_dropout=0.3, seed=1, model="mf", dense=None) -> FuseTask:
         torch.manual_seed(7)
-        read = {name: lambda start, stop, rows=rows: rows[start:stop] for name, rows in TABLES.items()}
-        collab = build_collab(USERS, ITEMS, 0.5, Collab(dim=DIM, model=model), read)
-        semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=read["semantic"])
+        log = small_log(start, USERS, ITEMS, np.ones(ITEMS, bool))
+        settings = Collab(dim=DIM, model=model, history=READ)
+        if model in ("sasrec", "din"):
+            fresh = build_collab(log, settings, None)
+            fresh.save(start, {name: weight.detach() for name, weight in fresh.network.named_parameters()})
+        collab = build_collab(log, settings, start if dense is None else dense)
+        semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=lambda low, high: TABLES["semantic"][low:high])
         return build_fuse(
             source, titles, PROMPT, "movie", folder / "adapter", collab, semantic, HIDDEN, projection, trained,
             Fuse(unseen_dropout=unseen_dropout), seed,
@@ -84,16 +99,13 @@ def batch_of(task: FuseTask, rows: pa.Table, step: int | None) -> dict[str, torc
 
 def look_up(task: FuseTask, batch: dict) -> dict:
     found = {}
+    of = {feature: TABLES[table.name] for table in task.tables for feature in table.features}
     for name, ids in task.lookups(batch).items():
         if isinstance(ids, Jagged):
-            found[name] = Jagged(torch.from_numpy(TABLES[name][ids.values.numpy()]).requires_grad_(), ids.lengths)
+            found[name] = Jagged(torch.from_numpy(of[name][ids.values.numpy()]).requires_grad_(), ids.lengths)
         else:
-            found[name] = torch.from_numpy(TABLES[name][ids.numpy()]).requires_grad_()
+            found[name] = torch.from_numpy(of[name][ids.numpy()]).requires_grad_()
     return found
-
-
-def no_gather(x: torch.Tensor) -> torch.Tensor:
-    return x
 
 
 def test_exactly_the_three_slots_are_replaced(task):
@@ -140,7 +152,7 @@ def test_user_and_item_share_a_projection(task):
 def test_only_projections_and_rows_are_trained(task):
     batch = batch_of(task, rows(6), None)
     vectors = look_up(task, batch)
-    task.loss(task.model, batch, vectors, no_gather).backward()
+    task.loss(task.model, batch, vectors, Alone()).backward()
     for name, weight in task.model.named_parameters():
         assert weight.requires_grad == name.startswith("projection."), name
         assert (weight.grad is not None and weight.grad.abs().sum() > 0) == name.startswith("projection."), name
@@ -155,12 +167,12 @@ def test_rows_of_weight_zero_have_no_effect(task):
     weight = np.array([1, 0, 1, 0], np.float32)
     batch = batch_of(task, rows(weight=weight), None)
     vectors = look_up(task, batch)
-    loss = task.loss(task.model, batch, vectors, no_gather)
+    loss = task.loss(task.model, batch, vectors, Alone())
     loss.backward()
     assert task.targets(batch) == 2
     assert all((vector.grad[weight == 0] == 0).all() for vector in vectors.values())
     kept = batch_of(task, rows().take([0, 2]), None)
-    torch.testing.assert_close(task.loss(task.model, kept, look_up(task, kept), no_gather), loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(task.loss(task.model, kept, look_up(task, kept), Alone()), loss, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["user", "item"])
@@ -252,7 +264,7 @@ def test_the_frozen_language_model_has_no_dropout_while_the_projections_train(ta
 
 
 def test_the_users_token_is_that_of_a_collaborative_model_with_history(make):
-    task = make(model="svd++")
+    task = make(model="svdpp")
     batch = batch_of(task, rows(7), None)
     vectors = look_up(task, batch)
     lengths = vectors["history"].lengths
@@ -265,3 +277,54 @@ def test_the_users_token_is_that_of_a_collaborative_model_with_history(make):
     plain = make(model="mf")
     user = vectors["user"] + vectors["history"].sum() / lengths.clamp(min=1).sqrt()[:, None]
     torch.testing.assert_close(plain.score(plain.model, batch, {**vectors, "user": user}), score)
+
+
+@pytest.mark.parametrize("model", ["lightgcn", "sasrec", "din"])
+def test_any_collaborative_model_is_fused(make, tmp_path, model):
+    """Its users and items are what is projected; its dense weights are trained, saved and read back."""
+    task = make(model=model)
+    batch = batch_of(task, rows(6), None)
+    vectors = look_up(task, batch)
+    task.model.eval()
+    user, item = task.collab.represent(batch, vectors)
+    seen: dict = {}
+    handle = task.model.projection.register_forward_pre_hook(
+        lambda module, given: seen.update(zip("uis", given, strict=True))
+    )
+    try:
+        score = task.score(task.model, batch, vectors)
+    finally:
+        handle.remove()
+    torch.testing.assert_close((seen["u"], seen["i"], seen["s"]), (user, item, vectors["semantic"]))
+    task.loss(task.model, batch, vectors, Alone()).backward()
+    trained = {n: w for n, w in task.model.named_parameters() if w.requires_grad}
+    assert all(n.startswith(("projection.", "network.")) for n in trained)
+    if model == "lightgcn":
+        assert not any(n.startswith("network.") for n in trained)
+        return
+    reached = [n for n, w in trained.items() if w.grad is not None and w.grad.abs().sum() > 0]
+    assert sum(n.startswith("network.") for n in reached) >= 4
+    for name, table in TABLES.items():
+        if name in ("user", "item"):
+            save_table(tmp_path / "tables", name, table)
+    task.save(tmp_path, {n: w.detach() for n, w in trained.items()})
+    assert set(load_file(tmp_path / WEIGHTS)) == set(task.collab.network.state_dict())
+    again = make(model=model, trained=tmp_path / "projection.safetensors", dense=tmp_path)
+    again.model.eval()
+    torch.testing.assert_close(again.score(again.model, batch, vectors), score)
+
+
+@pytest.mark.parametrize("model", ["mf", "svdpp", "sasrec"])
+def test_prompts_show_more_of_a_history_than_the_model_reads(make, model):
+    long = rows(3, history=pa.array([list(range(8)), [9, 9], []], pa.list_(pa.int64())))
+    task = make(model=model)
+    batch, plain = batch_of(task, long, None), batch_of(make(), long, None)
+    assert torch.equal(batch["tokens"], plain["tokens"]) and ("history" in batch) == (model != "mf")
+    if model != "mf":
+        assert (batch["history"].values.tolist(), batch["history"].lengths.tolist()) == ([6, 7, 9, 9], [2, 2, 0])
+
+
+def test_tasks_that_read_rows_dont_load_torch(task):
+    code = "import pickle, sys; pickle.loads(sys.stdin.buffer.read()); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(task.prepare), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()

@@ -23,7 +23,7 @@ from sellarec.training.launch import connect, train
 from sellarec.training.loop import Training
 from sellarec.training.progress import Console
 from sellarec.training.stream import Order, row_groups
-from sellarec.training.tables import Table
+from sellarec.training.table import Table
 from sellarec.training.task import Batch, Gather
 
 BATCH, EPOCHS, SEED = 66, 2, 3

@@ -1,32 +1,35 @@
-"""Embedding tables: initial rows that don't depend on sharding, updates as a plain optimizer's, rows saved and read back.
+"""Sharded embedding tables on one to three workers, against whole tables of plain torch; checkpoints between any of them.
 
-One process with a gloo group of one: the tables' own code on the real engine. Several workers:
-tests/end_to_end/test_worker_counts.py.
+One process with a gloo group of one serves what needs no others.
 """
 
 import json
+import re
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import table_cases
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from table_cases import Plain, Setup, Step
 
-from sellarec.training.tables import (
-    INIT_BLOCK,
-    MAX_COLUMNS,
-    Jagged,
-    SavedTable,
-    ShardedTables,
-    Table,
-    index,
-    initial_rows,
-)
+from sellarec.config import Sparse, Tables
+from sellarec.training.plan import place
+from sellarec.training.table import MAX_COLUMNS, Jagged, SavedTable, Table, index, initial_rows
+from sellarec.training.tables import ShardedTables
 
 WIDE = 2 * MAX_COLUMNS + 8
+FLOAT = {"rtol": 1e-5, "atol": 2e-6}
+"""float32 sums in other orders, over a few steps."""
+HALF = {"rtol": 2e-3, "atol": 2e-3}
+"""Rows that are rounded to float16 once or twice a step."""
 
 
 @pytest.fixture(scope="module")
@@ -42,71 +45,10 @@ def numbered(rows: int, columns: int):
     return whole, lambda start, stop: whole[start:stop]
 
 
-@given(st.integers(0, 2 * INIT_BLOCK + 9), st.integers(0, 2 * INIT_BLOCK + 9), st.integers(0, 3))
-def test_initial_rows_do_not_depend_on_the_range_that_is_asked_for(a, b, seed):
-    table = Table("user", 2 * INIT_BLOCK + 9, 2, ("user",), init_std=0.1)
-    start, stop = sorted((a, b))
-    np.testing.assert_array_equal(
-        initial_rows(table, seed, 0, table.rows)[start:stop], initial_rows(table, seed, start, stop)
-    )
-
-
-def test_initial_rows_are_normal_and_differ_by_seed_and_table():
-    user, item = (Table(name, 5000, 8, (name,), init_std=0.05) for name in ("user", "item"))
-    rows = initial_rows(user, 1, 0, 5000)
-    assert rows.dtype == np.float32 and rows.shape == (5000, 8)
-    assert rows.std() == pytest.approx(0.05, rel=0.02) and abs(rows.mean()) < 1e-3
-    assert not np.allclose(rows, initial_rows(item, 1, 0, 5000))
-    assert not np.allclose(rows, initial_rows(user, 2, 0, 5000))
-    assert len(np.unique(rows[:, 0])) > 4990, "no block repeats another"
-
-
-def test_rows_that_are_read_are_taken_as_they_are():
-    whole, read = numbered(10, 3)
-    np.testing.assert_array_equal(initial_rows(Table("x", 10, 3, ("x",), read=read), 5, 2, 7), whole[2:7])
-
-
-def test_wide_tables_are_cut_into_pieces_that_cover_them():
-    pieces = Table("wide", 4, WIDE, ("wide",)).pieces
-    assert [(start, stop) for _, start, stop in pieces] == [(0, 1024), (1024, 2048), (2048, WIDE)]
-    assert len({name for name, _, _ in pieces}) == 3
-
-
-def written(*parts: tuple[str, int, int]) -> list[dict]:
-    return [{"table": t, "file": f"{t}-{start}", "start": start, "rows": rows} for t, start, rows in parts]
-
-
-def test_an_index_lists_the_files_of_one_table_in_order():
-    facts = index(Table("user", 10, 4, ("user",)), written(("user", 6, 4), ("item", 0, 3), ("user", 0, 6)))
-    assert (facts["rows"], facts["columns"]) == (10, 4)
-    assert [part["start"] for part in facts["shards"]] == [0, 6]
-
-
-@pytest.mark.parametrize(
-    "parts", [[(0, 4), (5, 5)], [(0, 6), (5, 5)], [(0, 9)], [(0, 11)], [(1, 9)], [], [(0, 5), (0, 5), (5, 5)]]
-)
-def test_an_index_refuses_gaps_overlaps_and_missing_rows(parts):
-    with pytest.raises(RuntimeError, match="table user"):
-        index(Table("user", 10, 4, ("user",)), written(*(("user", *part) for part in parts)))
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
-def test_a_saved_table_reads_across_its_files(tmp_path_factory, sizes, data):
-    folder = tmp_path_factory.mktemp("tables")
-    whole, _ = numbered(sum(sizes), 3)
-    parts, start = [], 0
-    for rows in sizes:
-        save_file({"rows": whole[start : start + rows]}, folder / f"user-{start}")
-        parts.append(("user", start, rows))
-        start += rows
-    facts = index(Table("user", start, 3, ("user",)), written(*parts))
-    (folder / "user.json").write_text(json.dumps(facts))
-    low, high = sorted((data.draw(st.integers(0, start)), data.draw(st.integers(0, start))))
-    np.testing.assert_array_equal(SavedTable(folder, "user").read(low, high), whole[low:high])
-
-
-def sharded(group, *tables: Table, rate: float = 0.1) -> ShardedTables:
-    return ShardedTables(tables, rate, group, torch.device("cpu"), seed=7)
+def sharded(group, *tables: Table, **optimizer: Any) -> ShardedTables:
+    settings = Sparse(**{"table_learning_rate": 0.1, **optimizer})
+    placements = place(tables, Tables(), settings, 1, "cpu")
+    return ShardedTables(placements, Tables(), settings, group, torch.device("cpu"), seed=7)
 
 
 def test_a_lookup_gives_the_rows_in_whatever_shape_the_ids_have(group):
@@ -123,10 +65,43 @@ def test_a_lookup_gives_the_rows_in_whatever_shape_the_ids_have(group):
         "candidate": torch.tensor([[0, 1, 5], [5, 5, 2], [3, 4, 0]]),
         "semantic": torch.tensor([1, 5, 1]),
     }
-    found = sharded(group, *tables).look_up(ids)
-    for feature, asked in ids.items():
-        name = "item" if feature == "candidate" else feature
-        np.testing.assert_array_equal(found[feature].detach().numpy(), rows[name][asked.numpy()])
+    for optimizer in ("rowwise-adagrad", "adam"):
+        found = sharded(group, *tables, table_optimizer=optimizer).look_up(ids)
+        assert set(found) == set(ids)
+        for feature, asked in ids.items():
+            name = "item" if feature == "candidate" else feature
+            np.testing.assert_array_equal(found[feature].detach().numpy(), rows[name][asked.numpy()])
+
+
+JAGGED = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(JAGGED, st.sampled_from(["sgd", "adam"]), st.data())
+def test_lists_of_ids_are_looked_up_as_lists_of_rows(group, lists, optimizer, data):
+    """Beside a feature of plain ids in the same table; a slice is that of the rows; updates reach each id."""
+    table = Table("item", 6, WIDE, ("item", "history"), init_std=0.1)
+    tables = sharded(group, table, table_optimizer=optimizer)
+    rows = torch.from_numpy(initial_rows(table, 7, 0, 6))
+    ids = Jagged.of(pa.chunked_array([pa.array(lists, pa.list_(pa.int64()))]))
+    found = tables.look_up({"item": torch.arange(len(lists)) % 6, "history": ids})
+    history = found["history"]
+    assert torch.equal(found["item"], rows[torch.arange(len(lists)) % 6])
+    assert torch.equal(history.values, rows[[i for ids in lists for i in ids]].reshape(-1, WIDE))
+    assert history.lengths.tolist() == [len(ids) for ids in lists]
+    sums = torch.stack([rows[ids].sum(0) if ids else torch.zeros(WIDE) for ids in lists])
+    torch.testing.assert_close(history.sum(), sums)
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(lists))] * 2)))
+    torch.testing.assert_close(history[start:stop].sum(), sums[start:stop])
+    assert len(history[start:stop]) == stop - start
+    (history.sum().sum() + 0 * found["item"].sum()).backward()
+    tables.step()
+    after = tables.look_up(
+        {"item": torch.arange(6), "history": Jagged(ids.values[:0], torch.zeros(6, dtype=torch.int64))}
+    )
+    moved = (after["item"] != rows).any(1)
+    assert set(torch.flatten(moved.nonzero()).tolist()) == {i for ids in lists for i in ids}
+    assert after["history"].sum().abs().sum() == 0
 
 
 class PlainAdagrad:
@@ -146,6 +121,7 @@ class PlainAdagrad:
 def step(tables: ShardedTables, ids: np.ndarray, gradients: np.ndarray) -> None:
     found = tables.look_up({"user": torch.from_numpy(ids)})["user"]
     (found * torch.from_numpy(gradients)).sum().backward()
+    tables.step()
 
 
 def current(tables: ShardedTables, rows: int) -> np.ndarray:
@@ -155,7 +131,7 @@ def current(tables: ShardedTables, rows: int) -> np.ndarray:
 def test_steps_are_those_of_row_wise_adagrad_at_the_rate_set_last(group):
     """Repeated ids count once with their summed gradient; rows that aren't looked up stay."""
     whole, read = numbered(6, 8)
-    tables, plain = sharded(group, Table("user", 6, 8, ("user",), read=read), rate=0.1), PlainAdagrad(whole)
+    tables, plain = sharded(group, Table("user", 6, 8, ("user",), read=read)), PlainAdagrad(whole)
     generator = np.random.default_rng(0)
     for rate in (0.1, 0.1, 0.5, 0.0, 0.02):
         ids = generator.integers(0, 5, 7)
@@ -179,10 +155,11 @@ def test_each_piece_of_a_wide_table_is_stepped_as_a_table_of_its_own(group):
         np.testing.assert_allclose(current(tables, 3)[:, first:last], plain.rows, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["rowwise-adagrad", "adam"])
 @pytest.mark.parametrize("columns", [8, WIDE])
-def test_saved_rows_are_read_back_and_a_state_that_is_loaded_steps_on_alike(group, tmp_path, columns):
+def test_saved_rows_are_read_back_and_a_state_that_is_loaded_steps_on_alike(group, tmp_path, columns, optimizer):
     table = Table("user", 5, columns, ("user",), init_std=1.0)
-    tables = sharded(group, table)
+    tables = sharded(group, table, table_optimizer=optimizer)
     gradients = np.random.default_rng(2).standard_normal((3, columns)).astype(np.float32)
     ids = np.array([1, 4, 1])
     step(tables, ids, gradients)
@@ -190,11 +167,12 @@ def test_saved_rows_are_read_back_and_a_state_that_is_loaded_steps_on_alike(grou
     (tmp_path / "user.json").write_text(json.dumps(facts))
     saved = SavedTable(tmp_path, "user")
     np.testing.assert_array_equal(saved.read(0, 5), current(tables, 5))
-    torch.save(tables.state(), tmp_path / "state.pt")
+    torch.distributed.checkpoint.save(tables.state(), checkpoint_id=tmp_path / "state")
     step(tables, ids, gradients)
-    resumed = sharded(group, table)
-    # written above by this test: sharded tensors are no plain weights
-    resumed.load_state(torch.load(tmp_path / "state.pt", weights_only=False))
+    resumed = sharded(group, table, table_optimizer=optimizer)
+    state = resumed.state()
+    torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path / "state")
+    resumed.load_state(state)
     np.testing.assert_array_equal(current(resumed, 5), saved.read(0, 5))
     step(resumed, ids, gradients)
     np.testing.assert_array_equal(current(resumed, 5), current(tables, 5))
@@ -207,34 +185,196 @@ def test_the_plan_tells_what_a_worker_holds(group):
         ("user", 1000, 32, 1000),
         ("semantic", 100, WIDE, 100),
     ]
-    assert lines[0]["MiB per worker"] == round(1000 * 4 * 33 / 2**20, 3)
+    assert [line["weight bytes"] + line["optimizer bytes"] for line in lines] == [
+        1000 * (4 * 32 + 4),
+        100 * (4 * WIDE + 3 * 4),
+    ]
 
 
-JAGGED = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=6)
+# One to three workers
+
+TABLES = (
+    Table("user", 13, 8, ("user",), init_std=0.5),
+    Table("item", 10, 8, ("item", "history", "candidate"), init_std=0.5),
+    Table("tiny", 2, 4, ("tiny",), init_std=0.5),  # fewer rows than workers
+    Table("wide", 5, 20, ("wide",), init_std=0.5),  # three pieces
+)
+PIECE = 8
+OPTIMIZERS = {
+    "sgd": Sparse(table_optimizer="sgd"),
+    "adagrad": Sparse(table_optimizer="adagrad"),
+    "rowwise": Sparse(table_optimizer="rowwise-adagrad"),
+    "rowwise decay": Sparse(table_optimizer="rowwise-adagrad", table_weight_decay=0.1),
+    "adam": Sparse(table_optimizer="adam"),
+    "adam decay": Sparse(table_optimizer="adam", table_weight_decay=0.1),
+}
+RATES = (0.1, 0.02, 0.3, 0.3, 0.05)
+WORKERS = (1, 2, 3)
+SHARDINGS = ("row-wise", "table-wise")
 
 
-@settings(max_examples=20, deadline=None)
-@given(JAGGED, st.data())
-def test_lists_of_ids_are_looked_up_as_lists_of_rows(group, lists, data):
-    """Beside a feature of plain ids in the same table; a slice is that of the rows; updates reach each id."""
-    table = Table("item", 6, WIDE, ("item", "history"), init_std=0.1)
-    tables = sharded(group, table)
-    rows = torch.from_numpy(initial_rows(table, 7, 0, 6))
-    ids = Jagged.of(pa.chunked_array([pa.array(lists, pa.list_(pa.int64()))]))
-    found = tables.look_up({"item": torch.arange(len(lists)) % 6, "history": ids})
-    history = found["history"]
-    assert torch.equal(found["item"], rows[torch.arange(len(lists)) % 6])
-    assert torch.equal(history.values, rows[[i for ids in lists for i in ids]].reshape(-1, WIDE))
-    assert history.lengths.tolist() == [len(ids) for ids in lists]
-    sums = torch.stack([rows[ids].sum(0) if ids else torch.zeros(WIDE) for ids in lists])
-    torch.testing.assert_close(history.sum(), sums)
-    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(lists))] * 2)))
-    torch.testing.assert_close(history[start:stop].sum(), sums[start:stop])
-    assert len(history[start:stop]) == stop - start
-    (history.sum().sum() + 0 * found["item"].sum()).backward()
-    after = tables.look_up(
-        {"item": torch.arange(6), "history": Jagged(ids.values[:0], torch.zeros(6, dtype=torch.int64))}
-    )
-    moved = (after["item"] != rows).any(1)
-    assert set(torch.flatten(moved.nonzero()).tolist()) == {i for ids in lists for i in ids}
-    assert after["history"].sum().abs().sum() == 0
+def setup_of(optimizer: str, sharding: str = "row-wise", dtype: str = "float32") -> Setup:
+    return Setup(TABLES, OPTIMIZERS[optimizer], Tables(sharding=sharding, dtype=dtype), PIECE)
+
+
+def steps_of(workers: int) -> tuple[Step, ...]:
+    """Slices of different sizes; in the second and third step features that nobody asks for, in the third a worker without
+    ids, in the fourth none with any."""
+    generator = np.random.default_rng(11)
+    steps = []
+    for number, rate in enumerate(RATES):
+        ids = []
+        for worker in range(3):
+            rows = 3 + worker
+            lengths = generator.integers(0, 4, rows) * (number != 3 and not (number == 2 and worker == 0))
+            found = {
+                "user": generator.integers(0, 13, rows).tolist(),
+                "item": generator.integers(0, 9, rows).tolist(),
+                "history": tuple(generator.integers(0, 9, n).tolist() for n in lengths),
+                "candidate": generator.integers(0, 10, (rows, 2)).tolist(),
+                "tiny": generator.integers(0, 2, rows).tolist(),
+                "wide": generator.integers(0, 4, rows).tolist(),
+            }
+            asked = {1: ("user", "wide"), 2: ("history",), 3: ("history",)}.get(number, tuple(found))
+            ids.append({name: found[name] for name in asked})
+        steps.append(Step(rate, tuple(ids[:workers])))
+    return tuple(steps)
+
+
+def close_to_plain(setup: Setup, steps: tuple[Step, ...], found: list[dict]) -> None:
+    half = setup.storage.dtype == "float16"
+    tolerance = HALF if half else FLOAT
+    plain = Plain(setup)
+    for number, expected in enumerate(plain.take(steps, len(found))):
+        for worker, vectors in enumerate(expected):
+            assert set(vectors) == set(found[worker]["looked up"][number])
+            for name, value in vectors.items():
+                np.testing.assert_allclose(
+                    found[worker]["looked up"][number][name], value, err_msg=f"{name}, step {number}", **tolerance
+                )
+    after = table_cases.whole([worker["after"] for worker in found])
+    for name, value in plain.state().items():
+        assert after[name].dtype == (np.float16 if half else np.float32)
+        np.testing.assert_allclose(after[name], value, err_msg=name, **tolerance)
+
+
+GRID = [(o, s, "float32", w) for o, s, w in product(OPTIMIZERS, SHARDINGS, WORKERS)] + [
+    (o, s, "float16", w) for o, s, w in product(("sgd", "adagrad", "rowwise", "rowwise decay"), SHARDINGS, WORKERS)
+]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("optimizer", "sharding", "dtype", "workers"), sorted(GRID, key=lambda case: case[3]))
+def test_any_sharding_takes_the_steps_of_whole_tables(gloo, optimizer, sharding, dtype, workers):
+    """Vectors of each step and rows after them; the learning rate changes with each step."""
+    setup, steps = setup_of(optimizer, sharding, dtype), steps_of(workers)
+    close_to_plain(setup, steps, gloo.call(workers, table_cases.run, setup, steps))
+
+
+@pytest.mark.distributed
+def test_rows_that_are_read_start_all_workers_and_pieces(gloo, tmp_path):
+    """A table that was saved by two workers, then read by three."""
+    setup, steps = setup_of("sgd"), steps_of(2)
+    found = gloo.call(2, table_cases.run, setup, steps, tmp_path)
+    written = [part for worker in found for part in worker["written"]]
+    after = table_cases.whole([worker["after"] for worker in found])
+    again = []
+    for table in TABLES:
+        (tmp_path / "rows" / f"{table.name}.json").write_text(json.dumps(index(table, written)))
+        saved = SavedTable(tmp_path / "rows", table.name)
+        pieces = [after[name] for name, _, _ in table_cases.cut(table, PIECE)]
+        np.testing.assert_array_equal(saved.read(0, table.rows), np.concatenate(pieces, axis=1))
+        again.append(replace(table, read=saved.read))
+    found = gloo.call(3, table_cases.run, replace(setup, tables=tuple(again)), ())
+    for name, value in table_cases.whole([worker["before"] for worker in found]).items():
+        np.testing.assert_array_equal(value, after[name], err_msg=name)
+
+
+# Checkpoints
+
+KINDS = [(workers, sharding) for workers in WORKERS for sharding in SHARDINGS]
+QUICK = {(1, "row-wise"), (2, "row-wise"), (2, "table-wise"), (3, "table-wise")}
+
+
+@pytest.fixture(scope="module")
+def saved(gloo, tmp_path_factory):
+    """Checkpoints after three steps by optimizer, workers and sharding, each made once."""
+    made: dict[tuple, tuple[Path, dict]] = {}
+
+    def make(optimizer: str, workers: int, sharding: str) -> tuple[Path, dict]:
+        key = (optimizer, workers, sharding)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("checkpoint")
+            setup, steps = setup_of(optimizer, sharding), steps_of(workers)
+            found = gloo.call(workers, table_cases.run, setup, steps[:3], folder)
+            made[key] = folder, table_cases.whole([worker["after"] for worker in found])
+        return made[key]
+
+    return make
+
+
+def resharding() -> list:
+    cases = []
+    for optimizer, before, after in product(("sgd", "adagrad", "rowwise decay", "adam decay"), KINDS, KINDS):
+        is_quick = before in QUICK and after in QUICK and optimizer in ("rowwise decay", "adam decay")
+        is_quick = is_quick or (optimizer != "sgd" and (before, after) == ((2, "row-wise"), (3, "table-wise")))
+        marks = () if is_quick else pytest.mark.slow
+        cases.append(pytest.param(optimizer, *before, *after, marks=marks))
+    return sorted(cases, key=lambda case: case.values[3])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("optimizer", "workers", "sharding", "then_workers", "then_sharding"), resharding())
+def test_any_number_of_workers_loads_what_any_other_has_saved(
+    gloo, saved, optimizer, workers, sharding, then_workers, then_sharding
+):
+    """Rows and the optimizer's state to the bit; the steps after it as whole tables take them, and with as many workers
+    exactly as those that went on."""
+    folder, state = saved(optimizer, workers, sharding)
+    fresh = replace(setup_of(optimizer, then_sharding), seed=99)
+    further = steps_of(then_workers)[3:]
+    found = gloo.call(then_workers, table_cases.resume, fresh, folder, further, 3)
+    loaded = table_cases.whole([worker["loaded"] for worker in found])
+    assert set(loaded) == set(state) and (optimizer == "sgd") == (len(state) == 6)
+    for name, value in state.items():
+        np.testing.assert_array_equal(loaded[name], value, err_msg=name)
+    after = table_cases.whole([worker["after"] for worker in found])
+    plain = Plain(setup_of(optimizer))
+    for _ in plain.take(steps_of(workers)[:3], workers):
+        pass
+    for _ in plain.take(further, then_workers, 3):
+        pass
+    for name, value in plain.state().items():
+        np.testing.assert_allclose(after[name], value, err_msg=name, **FLOAT)
+    if workers == then_workers:
+        straight = gloo.call(workers, table_cases.run, setup_of(optimizer, sharding), steps_of(workers))
+        for name, value in table_cases.whole([worker["after"] for worker in straight]).items():
+            np.testing.assert_array_equal(after[name], value, err_msg=name)
+
+
+# What is refused
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("feature", "ids", "message"),
+    [
+        ("user", [3, 13, 0], "user is 13 in row 1 of a worker's slice, but table user has the ids 0 to 12"),
+        ("user", [3, 1, -1], "user is -1 in row 2 of"),
+        ("candidate", [[0, 9], [1, 1], [10, 2]], "candidate is 10 in row 2 of .* table item has the ids 0 to 9"),
+        ("history", ([], [1], [2, 99]), "history is 99 in row 2 of"),
+        ("wide", [5, 0, 0], "wide is 5 in row 0 of"),
+    ],
+)
+def test_an_id_that_a_table_does_not_have_is_found_by_whoever_has_it(gloo, feature, ids, message):
+    good, bad = ({"user": [1, 2, 3], "history": ([], [1], []), feature: found} for found in ([0, 1, 1], ids))
+    first, second = gloo.call(2, table_cases.out_of_range, setup_of("sgd"), (good, bad))
+    assert first is None
+    assert second is not None and re.search(message, second)
+
+
+def broken(start: int, stop: int) -> np.ndarray:
+    rows = np.zeros((stop - start, 8), np.float32)
+    if start <= 2 < stop:
+        rows[2 - start, 3] = np.nan
+    return rows

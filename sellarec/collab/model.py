@@ -1,0 +1,134 @@
+"""What the models of collaborative filtering have in common: one file each in `models/`, written for a single device.
+
+Shapes: b rows, n targets (rows, or all positions of b sequences), N candidates of a target, L items of a history, D columns of
+a row, of which the last is the bias where the model has biases.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sellarec.config import Collab
+from sellarec.training.table import Jagged, Table
+from sellarec.training.task import INITIAL, WHOLE, Batch, Vectors
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model needs to know of a log.
+
+    Attributes:
+        positive_rate: share of positives among the training rows.
+    """
+
+    users: int
+    items: int
+    positive_rate: float
+
+
+class CollabModel(nn.Module):
+    """A model: its tables, the user's vector, and scores of candidates. What differs from a plain product is overridden.
+
+    A model is a file `models/NAME.py` with a class `Model`; `collab.model NAME` takes it, and nothing else is to be changed.
+
+    Attributes:
+        reads: settings of `collab` that it reads beside those that every model reads.
+        is_product: whether a score is the product of a user's and an item's vector, which full ranking, in-batch
+            negatives and the full softmax take.
+        has_positions: whether it scores the next item at every position of a sequence (`collab.train_on sequences`).
+        history: items of a row's history that it reads at most, the most recent ones; 0 reads none.
+        uses_graph: whether rows are smoothed over the graph of train positives (`propagate`).
+        unseen: what a user, item or item of a history without a train row counts as, in words.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    is_product: ClassVar[bool] = True
+    has_positions: ClassVar[bool] = False
+    uses_graph: ClassVar[bool] = False
+    unseen: ClassVar[str] = "masked: a row of zeros"
+    history: int = 0
+
+    def __init__(self, sizes: Sizes, settings: Collab) -> None:
+        super().__init__()
+        self.has_biases = settings.biases
+        rate = sizes.positive_rate
+        # without a row of either label the log-odds say nothing, and a constant has no part in any ranking
+        self.constant = math.log(rate / (1 - rate)) if settings.global_mean and 0 < rate < 1 else 0.0
+        self.tables: tuple[Table, ...] = (
+            Table("user", sizes.users, settings.dim, ("user",), init_std=settings.init_std),
+            Table("item", sizes.items, settings.dim, ("item",), init_std=settings.init_std),
+        )
+
+    def user(self, batch: Batch, vectors: Vectors) -> Tensor:
+        """The users' vectors: [n, D]."""
+        return vectors["user"] * batch["user_seen"][:, None]
+
+    def item(self, batch: Batch, vectors: Vectors) -> Tensor:
+        """The target items' vectors: [n, D]."""
+        item = vectors["item"]
+        return item.values if isinstance(item, Jagged) else item * batch["item_seen"][:, None]
+
+    def forward(self, batch: Batch, vectors: Vectors, *candidates: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The users' vectors [n, D], and for candidates [n, N, D] each their scores [n, N]."""
+        user = self.user(batch, vectors)
+        return user, [self.product(user[:, None], items) for items in candidates]
+
+    def product(self, user: Tensor, item: Tensor) -> Tensor:
+        """constant + <u, i> + b_u + b_i: float [...] from rows [..., D]."""
+        if not self.has_biases:
+            return self.constant + (user * item).sum(-1)
+        return self.constant + (user[..., :-1] * item[..., :-1]).sum(-1) + user[..., -1] + item[..., -1]
+
+    def products(self, users: Tensor, items: Tensor) -> Tensor:
+        """The same of all pairs, without an array of three dimensions: [n, D] and [m, D] -> [n, m]."""
+        if not self.has_biases:
+            return (users @ items.T).add_(self.constant)
+        # in place: at a whole catalog's width, each copy would cost as much as the product
+        found = torch.addmm(items[:, -1], users[:, :-1], items[:, :-1].T)
+        return found.add_(users[:, -1:] + self.constant)
+
+    def represent(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Tensor]:
+        """A row's user and item as vectors, [b, D] each: what alignment and fusion take."""
+        item = self.item(batch, vectors)
+        return self(batch, vectors, item[:, None])[0], item
+
+    def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        """Rows of users and items [R, D] -> smoothed rows [R, D]; `multiply` is the product with the graph's matrix."""
+        raise NotImplementedError(f"{type(self).__module__} uses no graph")
+
+    def squared_norms(self, vectors: Vectors) -> Tensor:
+        """[n]: what `l2` holds small, the squared norms of a target's rows; of a history's, or negatives', rows their mean."""
+        targets = vectors["item"]
+        norms = values(targets).square().sum(1)
+        for name, found in vectors.items():
+            squares = values(found).square().sum(1)
+            if name == "negative":
+                norms = norms + squares.view(len(norms), len(squares) // max(1, len(norms))).mean(1)
+            elif isinstance(found, Jagged) and not isinstance(targets, Jagged):
+                norms = norms + Jagged(squares[:, None], found.lengths).sum()[:, 0] / found.lengths.clamp(min=1)
+            elif name != "item" and not name.startswith((INITIAL, WHOLE)):
+                norms = norms + squares
+        return norms
+
+
+def values(found: Tensor | Jagged) -> Tensor:
+    return found.values if isinstance(found, Jagged) else found
+
+
+def places(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists of int64 [b] lengths -> bool [b, L], where there is a value (L is at least 1), and int64 [n], each value's place in
+    its list."""
+    longest = max(1, int(lengths.max())) if len(lengths) else 1
+    place = torch.arange(longest, device=lengths.device)
+    there = place < lengths[:, None]
+    return there, place.expand_as(there)[there]
+
+
+def padded(values: Tensor, there: Tensor) -> Tensor:
+    """Values of lists [n, ...] one after the other -> [b, L, ...], with zeros after a list's end."""
+    out = values.new_zeros(*there.shape, *values.shape[1:])
+    return out.index_put((there,), values)

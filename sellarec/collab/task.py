@@ -1,0 +1,216 @@
+"""A collaborative model as the training loop takes it: rows to tensors, and the loss.
+
+Shapes: b rows of a worker's slice, n targets (the rows, or all positions of b sequences), N negatives of a target, D columns
+of a row, B targets of all workers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sellarec.collab.losses import bpr, full_softmax, sampled_softmax
+from sellarec.collab.model import CollabModel, Sizes, values
+from sellarec.collab.negatives import Negatives
+from sellarec.collab.rows import Rows
+from sellarec.config import Collab
+from sellarec.data.log import Log
+from sellarec.errors import UserError
+from sellarec.training.stream import Prepare
+from sellarec.training.table import Jagged, saved_rows
+from sellarec.training.task import WHOLE, Batch, Graph, Peers, Task, Vectors
+
+WEIGHTS = "collab.safetensors"
+"""File of a model's dense weights in an artifact."""
+
+Network = Callable[..., tuple[Tensor, list[Tensor]]]
+"""A model of `sellarec.collab.models`, or what stands for it: (batch, vectors, *candidates) -> users, scores."""
+
+
+class CollabTask(Task):
+    """Trains and scores a model of `sellarec.collab.models`.
+
+    Args:
+        network: the model.
+        seen: bool [items], which items the train split has: others are left out of histories and of the full softmax.
+        negatives: what draws them; None for a loss that takes none, and where the model is only scored with.
+        graph: where the graph is read from, for a model that smooths its rows over it.
+    """
+
+    def __init__(
+        self,
+        network: CollabModel,
+        settings: Collab,
+        seen: np.ndarray,
+        negatives: Negatives | None = None,
+        graph: Graph | None = None,
+    ) -> None:
+        self.network, self._settings = network, settings
+        self.model: nn.Module | None = network if any(True for _ in network.parameters()) else None
+        self._sequences = settings.train_on == "sequences"
+        self._has_negatives = negatives is not None
+        self._draws = negatives is not None and settings.negatives != "in-batch"
+        self._seen = torch.from_numpy(seen)
+        self.whole = ("item",) if settings.loss == "full-softmax" else ()
+        more = [*["negative"] * self._draws, *(WHOLE + name for name in self.whole)]
+        self.tables = tuple(
+            replace(table, features=(*table.features, *more)) if table.name == "item" else table
+            for table in network.tables
+        )
+        self.graph = graph
+        to_train = Rows(network.history, seen, self._sequences, negatives)
+        to_score = Rows(network.history, seen)
+        self.prepare = to_train.prepare if self._sequences or negatives or network.history else None
+        self._prepare_to_score = to_score.prepare if network.history or self._draws else None
+        history = ["history"] * bool(network.history or self._draws)
+        self.columns = ("row", "user", "item", "label", "user_seen", "item_seen", *history)
+
+    @property
+    def prepare_to_score(self) -> Prepare | None:
+        return self._prepare_to_score
+
+    def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.network.propagate(rows, multiply)
+
+    def collate(self, rows: pa.Table, step: int | None) -> Batch:
+        batch: Batch = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in ("user", "item")}
+        batch |= {name: _float(rows[name]) for name in ("user_seen", "item_seen", "label", "weight")}
+        if self.network.history:
+            batch["history"] = Jagged.of(rows["history"])
+        training = step is not None
+        if training and self._sequences:
+            batch["item"] = Jagged.of(rows["targets"])
+        if training and self._draws:
+            batch |= {name: Jagged.of(rows[name]) for name in ("negative", "negative_log_q")}
+        if training and self._has_negatives:
+            batch["log_q"] = Jagged.of(rows["log_q"]) if self._sequences else _float(rows["log_q"])
+        return batch
+
+    def lookups(self, batch: Batch) -> Batch:
+        return {name: batch[name] for table in self.tables for name in table.features if name in batch}
+
+    def row_weights(self, batch: Batch) -> Tensor:
+        """float [b]: 1 for rows that have a loss; a ranking loss takes positives alone."""
+        return batch["weight"] if self._settings.loss == "bce" else batch["weight"] * batch["label"]
+
+    def targets(self, batch: Batch) -> Tensor:
+        return self._of_targets(batch, self.row_weights(batch)).sum()
+
+    def _of_targets(self, batch: Batch, of_rows: Tensor) -> Tensor:
+        """What each row has, for each of its targets: [b] -> [n]."""
+        item = batch["item"]
+        return torch.repeat_interleave(of_rows, item.lengths) if isinstance(item, Jagged) else of_rows
+
+    def represent(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Tensor]:
+        """User and item as the model sees them, float [b, D] each."""
+        return self.network.represent(batch, vectors)
+
+    def loss(self, model: Network | None, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
+        """The sum over targets; `model` stands for the network where that has dense weights."""
+        network, kind = model or self.network, self._settings.loss
+        weights = self._of_targets(batch, self.row_weights(batch))
+        norms = self.network.squared_norms(vectors)
+        positive = self.network.item(batch, vectors)[:, None]
+        if self._draws:
+            negative = vectors["negative"].values.unflatten(0, (-1, self._settings.negatives_per_row))
+            users, (score, others) = network(batch, vectors, positive, negative)
+        else:
+            users, (score,) = network(batch, vectors, positive)
+        score = score[:, 0]
+        if kind == "bce":
+            losses = F.binary_cross_entropy_with_logits(score, batch["label"], reduction="none")
+        elif kind == "full-softmax":
+            seen, rows = self._is_seen(batch[WHOLE + "item"]), vectors[WHOLE + "item"]
+            losses = full_softmax(users, score, lambda users: self.network.products(users, rows), seen, peers)
+        else:
+            log_q = values(batch["log_q"])
+            if self._draws:
+                negative_log_q = batch["negative_log_q"].values.unflatten(0, (-1, self._settings.negatives_per_row))
+                counts = negative_log_q.isfinite()
+            else:
+                # other users' positives on all workers; [n, B], without an [n, B, D] in between
+                others = self.network.products(users, peers.gather(positive[:, 0]))
+                item, user = batch["item"], batch["user"]
+                alike = (item[:, None] == peers.gather(item)) | (user[:, None] == peers.gather(user))
+                counts = ~alike & (peers.gather(weights) > 0)
+                negative_log_q = peers.gather(log_q).expand_as(others)
+            if kind == "bpr":
+                losses = bpr(score, others, counts)
+            else:
+                losses = sampled_softmax(score, others, counts, log_q, negative_log_q)
+        return ((losses + 0.5 * self._settings.l2 * norms) * weights).sum()
+
+    def score(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
+        _, (score,) = (model or self.network)(batch, vectors, self.network.item(batch, vectors)[:, None])
+        return score[:, 0]
+
+    def users(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
+        return (model or self.network)(batch, vectors)[0]
+
+    def catalog(self, ids: Tensor, rows: Tensor) -> Tensor:
+        return rows * self._is_seen(ids)[:, None]
+
+    def _is_seen(self, ids: Tensor) -> Tensor:
+        """bool [m], on the device of item ids [m]."""
+        self._seen = self._seen.to(ids.device)
+        return self._seen[ids]
+
+    def products(self, users: Tensor, items: Tensor) -> Tensor:
+        return self.network.products(users, items)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        save_file(weights, folder / WEIGHTS)
+
+    def facts(self) -> dict[str, Any]:
+        return {"constant": self.network.constant, "unseen": self.network.unseen}
+
+
+def save_parts(weights: Mapping[str, Tensor], files: Mapping[str, Path]) -> None:
+    """Write weights into files by the beginnings of their names, which are left out in the file; no file without weights."""
+    for beginning, file in files.items():
+        part = {name.removeprefix(beginning): value for name, value in weights.items() if name.startswith(beginning)}
+        if part:
+            save_file(part, file)
+
+
+def _float(column: pa.ChunkedArray) -> Tensor:
+    return torch.from_numpy(column.to_numpy().astype(np.float32))
+
+
+def build_collab(
+    log: Log, settings: Collab, start: Path | None, counts: Path | None = None, seed: int = 0
+) -> CollabTask:
+    """A model for a prepared log.
+
+    Args:
+        start: folder of an artifact whose tables and dense weights it starts from; None for fresh ones. Users and items that
+            its tables don't have yet get fresh rows.
+        counts: file of `sellarec.data.log.item_counts`: needed to train with negatives.
+        seed: of the drawn negatives.
+    """
+    facts = log.facts
+    sizes = Sizes(facts["users"], facts["items"], facts["positives"]["train"] / facts["rows"]["train"])
+    network = import_module(f"sellarec.collab.models.{settings.model}").Model(sizes, settings)
+    if start is not None:
+        network.tables = tuple(saved_rows(table, start / "tables") for table in network.tables)
+        if any(True for _ in network.parameters()):
+            if not (start / WEIGHTS).is_file():
+                raise UserError(
+                    f"{start} holds no {WEIGHTS}, but {settings.model} has dense weights: it is of another model"
+                )
+            network.load_state_dict(load_file(start / WEIGHTS))
+    negatives = None
+    if counts is not None:
+        negatives = Negatives(settings.negatives, np.load(counts), settings.negatives_per_row, seed)
+    graph = None
+    if network.uses_graph:
+        graph = Graph(tuple(str(path) for path in log.split_paths("train")), sizes.users, sizes.items)
+    return CollabTask(network, settings, log.items(["seen"])["seen"].to_numpy(), negatives, graph)

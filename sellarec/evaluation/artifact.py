@@ -1,0 +1,155 @@
+"""Evaluating a trained collaborative model by its artifact: scores of the rows of a split, and rankings for its users."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sellarec.artifacts import Place
+from sellarec.collab.task import build_collab
+from sellarec.config import Config, Evaluation, parse
+from sellarec.data.log import Log, read_log
+from sellarec.errors import UserError
+from sellarec.evaluation.queries import PROTOCOL, write_candidates, write_queries
+from sellarec.evaluation.ranking import UserMetrics, ranking_records, user_metrics
+from sellarec.evaluation.results import evaluate_scores
+from sellarec.training.launch import check_room, connect, run_workers
+from sellarec.training.loop import Scoring, score_worker
+from sellarec.training.progress import Console
+from sellarec.training.stream import Order, row_groups
+
+FULL, NONE = "full", "none"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained collaborative model: its artifact's folder, the config it was trained with, and its stage."""
+
+    folder: Path
+    config: Config
+    stage: str
+
+
+def read_trained(folder: Path) -> Trained:
+    """Open an artifact of stage collab or align.
+
+    Raises:
+        UserError: the folder holds none.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no finished artifact: its manifest.json can't be read ({error})") from error
+    if manifest.get("stage") not in ("collab", "align"):
+        raise UserError(
+            f"{folder} is of stage {manifest.get('stage')}, but a collaborative model is needed: of collab or align"
+        )
+    return Trained(folder, parse([str(folder / "config.yaml")], program="evaluate.py"), manifest["stage"])
+
+
+def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
+    """Score and rank, on a worker group of its own; gives the records of results.json.
+
+    Raises:
+        UserError: no artifact or log, a model of another log, a ranking that the model can't make.
+        StageFailed: the workers failed.
+    """
+    trained, log, console = read_trained(settings.artifact), read_log(settings.data), Console()
+    collab = dataclasses.replace(trained.config.collab, train_on="rows")
+    build = partial(build_collab, log, collab, settings.artifact.absolute())
+    task = build()
+    if settings.ranking == FULL and not task.network.is_product:
+        raise UserError(
+            f"{settings.artifact} is a {collab.model}, whose score is no product of a user's and an item's vector, so the whole "
+            "catalog can't be ranked with it: take --ranking candidates:100, or none"
+        )
+    check_room(settings.workers)
+    place = Place.of(str(settings.out.absolute().parent / f".{settings.out.name}.work"))
+    name = collab.model if trained.stage == "collab" else f"{collab.model}, aligned"
+    cluster = connect(settings.workers, console)
+    try:
+        with place.writing() as folder:
+            paths = [str(path) for path in log.split_paths(settings.split)]
+            queries, drawn, wanted = None, 0, None
+            if settings.ranking == FULL:
+                write_queries(log, settings.split, folder / "queries.parquet")
+                queries = Order(tuple(row_groups([str(folder / "queries.parquet")])), settings.batch, None)
+            elif settings.ranking != NONE:
+                drawn = int(settings.ranking.partition(":")[2])
+                wanted = write_candidates(log, settings.split, drawn, settings.seed, folder / "candidates.parquet")
+
+            def scored(rows: list[str], where: Place) -> np.ndarray:
+                order = Order(tuple(row_groups(rows)), settings.batch, None)
+                scoring = Scoring(
+                    "evaluate", {name: build}, settings, order, where, storage=trained.config.tables,
+                    queries=queries if where is place else None, cutoffs=settings.cutoffs,
+                )  # fmt: skip
+                run_workers(
+                    score_worker,
+                    {"scoring": scoring},
+                    "evaluate",
+                    where,
+                    settings.workers,
+                    cluster.gpus,
+                    console,
+                    _ignore,
+                )
+                return pq.read_table(where.local() / "scores.parquet")[name].to_numpy()
+
+            records = _of_rows(log, settings, name, scored(paths, place))
+            measured = partial(
+                ranking_records, split=settings.split, seed=settings.seed, replicates=settings.replicates
+            )
+            if settings.ranking == FULL:
+                ranked = pq.read_table(place.local() / f"{name}.parquet")
+                values = {c: ranked[c].to_numpy() for c in ranked.column_names if c != "user"}
+                metrics = UserMetrics(ranked["user"].to_numpy(), values)
+                records += measured({name: metrics}, protocol=PROTOCOL[settings.split])
+            elif wanted is not None:
+                file = folder / "candidates.parquet"
+                metrics = _of_candidates(file, wanted, scored([str(file)], place / "candidates"), settings.cutoffs)
+                protocol = f"ranking of the relevant items among {drawn} drawn uniformly"
+                records += measured({name: metrics}, protocol=protocol)
+        return records
+    finally:
+        import ray
+
+        ray.shutdown()
+        place.delete()
+
+
+def _ignore(record: dict[str, Any]) -> None:
+    pass
+
+
+def _of_rows(log: Log, settings: Evaluation, name: str, scores: np.ndarray) -> list[dict[str, Any]]:
+    """AUC and UAUC on the split's rows; nothing where they are of one label."""
+    facts = log.facts
+    if facts["positives"][settings.split] in (0, facts["rows"][settings.split]):
+        return []
+    return evaluate_scores(
+        log.split(settings.split), {name: scores}, pairs=[], split=settings.split, seed=settings.seed, protocol="pointwise",
+        replicates=settings.replicates,
+    )  # fmt: skip
+
+
+def _of_candidates(path: Path, wanted: pa.Table, scores: np.ndarray, cutoffs: tuple[int, ...]) -> UserMetrics:
+    """Metrics of each user's candidates by their scores; of equal ones the smaller item first."""
+    rows = pq.read_table(path, columns=["user", "item"])
+    user, item = rows["user"].to_numpy(), rows["item"].to_numpy()
+    order = np.lexsort((item, -scores, user))
+    user, item = user[order], item[order]
+    starts = np.flatnonzero(np.concatenate([[True], user[1:] != user[:-1]]))
+    rank = np.arange(len(user)) - np.repeat(starts, np.diff(starts, append=len(user)))
+    best = np.full((len(starts), max(cutoffs)), -1, np.int64)
+    kept = rank < max(cutoffs)
+    best[np.searchsorted(user[starts], user[kept]), rank[kept]] = item[kept]
+    relevant = wanted["relevant"].combine_chunks()
+    lengths = np.diff(relevant.offsets.to_numpy())
+    return user_metrics(user[starts], best, (relevant.flatten().to_numpy(), lengths), cutoffs)

@@ -1,0 +1,196 @@
+"""Which worker holds which rows of the embedding tables, and the memory that takes.
+
+Shapes: R rows of a table, D columns, W workers.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sellarec.config import Sparse, Tables
+from sellarec.errors import UserError
+from sellarec.training.table import Table
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+KERNELS = {"device": "fused", "uvm": "fused_uvm", "uvm-caching": "fused_uvm_caching"}
+"""TorchRec's name of the kernel behind a placement."""
+
+CACHED_SHARE = 0.2
+"""What of a table a cache on the GPU holds, with placement uvm-caching."""
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a table lies.
+
+    Attributes:
+        worker: the one that holds it whole; None where each of W workers holds a block of ceil(R / W) rows (row-wise).
+    """
+
+    table: Table
+    worker: int | None
+
+    @property
+    def sharding(self) -> str:
+        return "row-wise" if self.worker is None else "table-wise"
+
+    def rows(self, worker: int, workers: int) -> int:
+        """Rows that a worker holds."""
+        if self.worker is not None:
+            return self.table.rows * (worker == self.worker)
+        block = -(-self.table.rows // workers)
+        return max(0, min(block, self.table.rows - worker * block))
+
+
+def row_bytes(table: Table, storage: Tables, optimizer: Sparse | None) -> tuple[int, int]:
+    """Bytes of a row itself, and of what its optimizer keeps beside it (adam: with the gradient, which is dense)."""
+    state = {"sgd": 0, "rowwise-adagrad": 4 * len(table.pieces), "adagrad": 4 * table.dim, "adam": 12 * table.dim}
+    return table.dim * ITEM_BYTES[storage.dtype], state[optimizer.table_optimizer] if optimizer else 0
+
+
+def place(
+    tables: Sequence[Table], storage: Tables, optimizer: Sparse | None, workers: int, device: str
+) -> list[Placement]:
+    """Places by `storage.sharding`.
+
+    Raises:
+        UserError: the device's kernels can't do what is asked for.
+    """
+    check_kernels(storage, optimizer, device)
+    if storage.sharding == "row-wise":
+        return [Placement(table, None) for table in tables]
+    if storage.sharding == "auto":
+        return _planned(tables, storage, workers, device)
+    held = [0] * workers
+    placed = {}
+    for table in sorted(
+        tables, key=lambda table: (-sum(row_bytes(table, storage, optimizer)) * table.rows, table.name)
+    ):
+        worker = held.index(min(held))
+        held[worker] += sum(row_bytes(table, storage, optimizer)) * table.rows
+        placed[table.name] = worker
+    return [Placement(table, placed[table.name]) for table in tables]
+
+
+def check_kernels(storage: Tables, optimizer: Sparse | None, device: str) -> None:
+    """Raises UserError where the kernels of the device (cpu or cuda) can't do what is asked for, with the reason."""
+    name = optimizer.table_optimizer if optimizer else "rowwise-adagrad"
+    if device == "cpu" and storage.dtype == "bfloat16":
+        raise UserError("tables.dtype is bfloat16, which the kernels for CPUs have not: take float16 or float32")
+    if device == "cpu" and storage.placement != "device":
+        raise UserError(f"tables.placement is {storage.placement}, but there is no GPU: leave it out")
+    if name == "adam" and (storage.dtype != "float32" or storage.placement != "device"):
+        raise UserError(
+            f"table_optimizer is adam, tables.dtype {storage.dtype} and tables.placement {storage.placement}: adam steps all "
+            "rows with torch's own operations, which takes float32 on the device; take another optimizer or leave those out"
+        )
+    if optimizer and optimizer.table_weight_decay and name in ("sgd", "adagrad"):
+        raise UserError(
+            f"table_weight_decay is {optimizer.table_weight_decay} and table_optimizer {name}, whose kernels for CPUs would "
+            "ignore it: take rowwise-adagrad or adam, or the loss's own l2"
+        )
+
+
+def _planned(tables: Sequence[Table], storage: Tables, workers: int, device: str) -> list[Placement]:
+    """What TorchRec's planner finds best of row-wise and table-wise."""
+    import torch
+    from torchrec import EmbeddingCollection, EmbeddingConfig
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+    from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+
+    logging.getLogger("torchrec").setLevel(logging.ERROR)  # it warns of every topology that isn't asked of the hardware
+
+    class Sharder(EmbeddingCollectionSharder):
+        def sharding_types(self, compute_device_type: str) -> list[str]:
+            return ["row_wise", "table_wise"]  # the first is left out for CPUs, where it works
+
+    # a table's pieces lie together, so one of full width stands for them
+    configs = [
+        EmbeddingConfig(name=table.name, embedding_dim=table.dim, num_embeddings=table.rows, feature_names=[table.name])
+        for table in tables
+    ]
+    constraint = ParameterConstraints(
+        sharding_types=["row_wise", "table_wise"], compute_kernels=[KERNELS[storage.placement]]
+    )
+    memory: Any = {"hbm_cap": 2**50, "ddr_cap": 2**50}  # what fits is checked by our own arithmetic, optimizer included
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(world_size=workers, compute_device=device, local_world_size=workers, **memory),
+        storage_reservation=FixedPercentageStorageReservation(0.0),
+        constraints={table.name: constraint for table in tables},
+    )
+    try:
+        found = planner.plan(EmbeddingCollection(device=torch.device("meta"), tables=configs), [Sharder()]).plan[""]
+    except PlannerError as error:
+        raise UserError(f"TorchRec's planner finds no plan: {error}; take --tables.sharding row-wise") from error
+    return [
+        Placement(table, None if found[table.name].sharding_type == "row_wise" else found[table.name].ranks[0])
+        for table in tables
+    ]
+
+
+def describe(
+    placements: Sequence[Placement], storage: Tables, optimizer: Sparse | None, workers: int
+) -> list[dict[str, Any]]:
+    """One line a table: where it lies, and the bytes of the worker that holds most of it."""
+    lines = []
+    for placement in placements:
+        table, most = placement.table, max(placement.rows(worker, workers) for worker in range(workers))
+        weights, state = row_bytes(table, storage, optimizer)
+        lines.append(
+            {
+                "table": table.name,
+                "rows": table.rows,
+                "columns": table.dim,
+                "dtype": storage.dtype,
+                "sharding": placement.sharding,
+                "worker": placement.worker,
+                "placement": storage.placement,
+                "rows per worker": most,
+                "weight bytes": most * weights,
+                "optimizer bytes": most * state,
+            }
+        )
+    return lines
+
+
+def worker_bytes(placements: Sequence[Placement], storage: Tables, optimizer: Sparse | None, workers: int) -> list[int]:
+    """Bytes of tables and their optimizer on each worker."""
+    return [
+        sum(
+            placement.rows(w, workers) * sum(row_bytes(placement.table, storage, optimizer)) for placement in placements
+        )
+        for w in range(workers)
+    ]
+
+
+def check_fits(
+    placements: Sequence[Placement], storage: Tables, optimizer: Sparse | None, workers: int, room: int, whose: str
+) -> None:
+    """Refuse tables of which a worker would hold more than it has room for.
+
+    Args:
+        room: bytes for the tables of one worker.
+        whose: what has that room, for the message.
+
+    Raises:
+        UserError: with the arithmetic.
+    """
+    held = worker_bytes(placements, storage, optimizer, workers)
+    fullest = max(range(workers), key=held.__getitem__)
+    if held[fullest] > room:
+        sums = " + ".join(
+            f"{p.table.name} {p.rows(fullest, workers):,} rows x {sum(row_bytes(p.table, storage, optimizer)):,} bytes"
+            for p in placements
+            if p.rows(fullest, workers)
+        )
+        raise UserError(
+            f"worker {fullest} of {workers} would hold {held[fullest] / GIB:.2f} GiB of tables ({sums}), but {whose} has room "
+            f"for {room / GIB:.2f} GiB: take a smaller width, rows stored as float16 (tables.dtype), an optimizer with less "
+            "state (table_optimizer), or more machines"
+        )

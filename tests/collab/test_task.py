@@ -1,0 +1,471 @@
+"""A collaborative model as the loop takes it: losses by hand, the same however rows lie on workers, what is saved and read."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from small import (
+    ITEMS,
+    SEEN,
+    USERS,
+    Alone,
+    batch_of,
+    leaves,
+    make,
+    prepared,
+    save_table,
+    small_log,
+    some_rows,
+    together,
+    vectors_of,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+import sellarec
+from sellarec.collab.losses import bpr, sampled_softmax
+from sellarec.collab.task import WEIGHTS, CollabTask, build_collab
+from sellarec.config import Collab
+from sellarec.errors import UserError
+from sellarec.training.table import Jagged, initial_rows
+from sellarec.training.task import INITIAL, WHOLE
+
+torch.set_num_threads(1)
+
+L2 = 0.1
+MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din")
+DENSE = ("sasrec", "din")
+
+
+def dense(task: CollabTask) -> list[Tensor]:
+    return list(task.network.parameters())
+
+
+def norm(vectors: dict[str, Any], name: str) -> np.ndarray:
+    return leaves(vectors)[name].detach().square().sum(1).numpy().astype(np.float64)
+
+
+def of_lists(values: np.ndarray, found: Jagged) -> list[float]:
+    """The mean of each list; 0 for none."""
+    return [float(part.mean()) if len(part) else 0.0 for part in np.split(values, found.lengths.cumsum(0)[:-1])]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loss_is_the_sum_of_logistic_losses_and_norms(name, tmp_path):
+    task = make(tmp_path, model=name)
+    batch = batch_of(task, some_rows())
+    vectors = vectors_of(task, batch)
+    label = np.array([1, 0, 1])
+    score = task.score(None, batch, vectors).detach().numpy().astype(np.float64)
+    logistic = np.log1p(np.exp(np.where(label == 1, -score, score)))
+    norms = norm(vectors, "user") + norm(vectors, "item")
+    if name in ("svdpp", "sasrec", "din"):
+        norms = norms + of_lists(norm(vectors, "history"), vectors["history"])
+    loss = task.loss(None, batch, vectors, Alone())
+    assert task.targets(batch) == 3
+    assert loss.item() == pytest.approx((logistic + L2 / 2 * norms).sum(), rel=1e-5)
+
+
+def test_lightgcn_holds_the_rows_of_the_tables_small(tmp_path):
+    task = make(tmp_path, model="lightgcn", l2=0.3)
+    batch = batch_of(task, some_rows())
+    vectors = vectors_of(task, batch)
+    smoothed = {**vectors, "user": vectors["user"] * 2, "item": vectors["item"] * 2}
+    without = make(tmp_path, model="lightgcn", l2=0.0)
+    part = task.loss(None, batch, smoothed, Alone()) - without.loss(None, batch, smoothed, Alone())
+    norms = norm(vectors, INITIAL + "user") + norm(vectors, INITIAL + "item")
+    assert part.item() == pytest.approx(0.15 * norms.sum(), rel=1e-4)
+
+
+def test_the_norms_of_negatives_count_by_their_mean(tmp_path):
+    task = make(tmp_path, loss="bpr")
+    batch = batch_of(task, some_rows())
+    vectors = vectors_of(task, batch)
+    part = task.loss(None, batch, vectors, Alone()) - make(tmp_path, loss="bpr", l2=0.0).loss(
+        None, batch, vectors, Alone()
+    )
+    norms = norm(vectors, "user") + norm(vectors, "item") + norm(vectors, "negative").reshape(3, 3).mean(1)
+    assert part.item() == pytest.approx(L2 / 2 * (norms * [1, 0, 1]).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        (name, loss)
+        for name in MODELS
+        for loss in ("bce", "bpr", "softmax", "full-softmax")
+        if (name, loss) != ("din", "full-softmax")
+    ],
+)
+def test_rows_of_weight_zero_have_no_effect(name, loss, tmp_path):
+    task = make(tmp_path, model=name, loss=loss)
+    rows = some_rows(
+        label=pa.array([1, 1, 1], pa.int8()), item_seen=[True] * 3, weight=pa.array([1, 0, 1], pa.float32())
+    )
+    padded = batch_of(task, rows)
+    vectors = vectors_of(task, padded)
+    total = task.loss(None, padded, vectors, Alone())
+    total.backward()
+    assert task.targets(padded) == 2
+    found = leaves(vectors)
+    assert all((found[side].grad[1] == 0).all() and (found[side].grad[0] != 0).any() for side in ("user", "item"))
+    kept = batch_of(task, rows.take([0, 2]))
+    assert task.loss(None, kept, vectors_of(task, kept), Alone()).item() == pytest.approx(total.item(), rel=1e-5)
+
+
+def test_ids_are_looked_up_as_they_are(tmp_path):
+    task = make(tmp_path)
+    ids = task.lookups(batch_of(task, some_rows()))
+    assert {name: value.tolist() for name, value in ids.items()} == {"user": [0, 4, 2], "item": [6, 1, 1]}
+    assert task.prepare is None and task.prepare_to_score is None and "history" not in task.columns
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("loss", ["bce", "softmax"])
+def test_what_is_looked_up_lies_in_a_table(name, loss, tmp_path):
+    task = make(tmp_path, model=name, loss=loss, history=2)
+    features = {feature for table in task.tables for feature in table.features}
+    read = name in ("svdpp", "sasrec", "din")
+    assert set(task.lookups(batch_of(task, some_rows()))) == features
+    assert features == {"user", "item", *["history"] * read, *["negative"] * (loss == "softmax")}
+    to_score = batch_of(task, some_rows(), None)
+    assert set(task.lookups(to_score)) == features - {"negative"}
+    assert ("history" in task.columns) == (read or loss == "softmax")
+    if read:
+        # two at most, of those with train rows (item 4 has none)
+        batch = batch_of(task, some_rows(history=pa.array([[1, 2, 3, 4], [4], []])), None)
+        assert (batch["history"].values.tolist(), batch["history"].lengths.tolist()) == ([2, 3], [2, 0, 0])
+
+
+def test_facts_say_the_constant_and_what_unseen_ones_are(tmp_path):
+    facts = make(tmp_path).facts()
+    assert facts["constant"] == pytest.approx(math.log(0.7 / 0.3), rel=1e-6) and "zeros" in facts["unseen"]
+    assert make(tmp_path, global_mean=False).facts()["constant"] == 0
+
+
+RANKING = [
+    *((name, "bpr", kind, "rows") for name in MODELS for kind in ("uniform", "popularity", "in-batch")),
+    *((name, "softmax", kind, "rows") for name in MODELS for kind in ("uniform", "in-batch")),
+    *((name, "full-softmax", "uniform", "rows") for name in MODELS),
+    *(("sasrec", loss, "uniform", "sequences") for loss in ("bpr", "softmax", "full-softmax")),
+]
+RANKING = [case for case in RANKING if case[0] != "din" or (case[2] != "in-batch" and case[1] != "full-softmax")]
+
+
+@pytest.mark.parametrize(("name", "loss", "kind", "train_on"), RANKING)
+def test_a_ranking_loss_takes_positives_and_doesnt_depend_on_how_rows_lie_on_workers(
+    name, loss, kind, train_on, tmp_path
+):
+    """Loss and gradients, of rows and of dense weights, added up over workers."""
+    sequences = train_on == "sequences"
+    task = make(tmp_path, model=name, loss=loss, negatives=kind, train_on=train_on, user_rows=not sequences)
+    table = some_rows(item_seen=[True] * 3).select([*task.columns, "weight"])
+    table = pa.concat_tables([table, table, table.slice(0, 2)])
+    weight = np.ones(8, np.float32)
+    weight[5] = 0
+    changes = {"row": range(8), "user": [0, 4, 2, 1, 4, 3, 0, 2], "item": [6, 1, 1, 0, 2, 5, 3, 1], "weight": weight}
+    for column, values in changes.items():
+        table = table.set_column(table.column_names.index(column), column, pa.array(values))
+    table = prepared(task, table)
+
+    def gradients(ends: list[int]) -> tuple[float, dict[str, Tensor]]:
+        parts = [table.slice(a, b - a) for a, b in zip([0, *ends], [*ends, 8], strict=True)]
+        workers = len(parts)
+        given = []
+        for rank, part in enumerate(parts):
+            batch = task.collate(part, 0)
+            given.append((batch, vectors_of(task, batch, workers=workers, rank=rank)))
+
+        def work(peers: Any) -> Tensor:
+            return task.loss(None, *given[peers.rank], peers)
+
+        total = torch.stack(together(workers, work)).sum() if workers > 1 else task.loss(None, *given[0], Alone())
+        weights = dense(task)
+        for parameter in weights:
+            parameter.grad = None
+        total.backward()
+        counted = sum(task.targets(batch).item() for batch, _ in given)
+        assert counted == (10 if sequences else 4)
+        found = {}
+        for feature in given[0][1]:
+            each = [leaves(vectors)[feature] for _, vectors in given]
+            found[feature] = torch.cat([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in each])
+        for number, parameter in enumerate(weights):
+            assert parameter.grad is not None
+            found[f"weight {number}"] = parameter.grad.clone()
+        return total.item(), found
+
+    alone, expected = gradients([])
+    assert alone > 0.1
+    counted = (table["label"].to_numpy() == 1) & (weight > 0)
+    if not sequences and name != "lightgcn":
+        assert ((expected["user"].abs().sum(1) > 0).numpy() <= counted).all() and expected["user"][0].abs().sum() > 0
+    # full-softmax takes any slices, in-batch negatives equal ones, as the loop gives them
+    for ends in ([4], [2, 4, 6], *([[3, 6]] if kind != "in-batch" else [])):
+        total, found = gradients(ends)
+        assert total == pytest.approx(alone, rel=1e-5)
+        for feature, gradient in expected.items():
+            torch.testing.assert_close(
+                found[feature], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, f=feature: f"{f}: {m}"
+            )
+
+
+def test_in_batch_negatives_are_other_users_other_positives(tmp_path):
+    task = make(tmp_path, loss="softmax", negatives="in-batch", l2=0.0)
+    assert "history" not in task.columns and {f for t in task.tables for f in t.features} == {"user", "item"}
+    table = some_rows(
+        user=[0, 0, 2], item=[6, 1, 1], label=pa.array([1, 1, 1], pa.int8()), user_seen=[True] * 3, item_seen=[True] * 3
+    )
+    batch = batch_of(task, table)
+    vectors = vectors_of(task, batch)
+    user, item = vectors["user"].detach(), vectors["item"].detach()
+    scores = task.network.products(user, item)
+    counts = torch.tensor([[False, False, True], [False, False, False], [True, False, False]])
+    expected = sampled_softmax(scores.diagonal(), scores, counts, batch["log_q"], batch["log_q"].expand(3, 3)).sum()
+    assert task.loss(None, batch, vectors, Alone()).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bpr", "softmax"])
+def test_drawn_negatives_are_scored_for_their_own_user(loss, tmp_path):
+    task = make(tmp_path, loss=loss, l2=0.0)
+    batch = batch_of(task, some_rows(label=pa.array([1, 1, 1], pa.int8()), user_seen=[True] * 3, item_seen=[True] * 3))
+    vectors = vectors_of(task, batch)
+    user, item, others = vectors["user"], vectors["item"], vectors["negative"].values.view(3, 3, 4)
+    positive, negative = task.network.product(user, item), task.network.product(user[:, None], others)
+    log_q = batch["negative_log_q"].values.view(3, 3)
+    losses = bpr(positive, negative, log_q.isfinite())
+    if loss == "softmax":
+        losses = sampled_softmax(positive, negative, log_q.isfinite(), batch["log_q"], log_q)
+    assert task.loss(None, batch, vectors, Alone()).item() == pytest.approx(losses.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mf", "svdpp", "sasrec", "lightgcn"])
+def test_the_full_softmax_is_cross_entropy_over_the_seen_items(name, tmp_path):
+    task = make(tmp_path, model=name, loss="full-softmax", l2=0.0)
+    assert task.whole == ("item",) and any(WHOLE + "item" in table.features for table in task.tables)
+    table = some_rows(item=[6, 1, 2], label=pa.array([1, 1, 1], pa.int8()), user_seen=[True] * 3, item_seen=[True] * 3)
+    batch = batch_of(task, table)
+    vectors = vectors_of(task, batch)
+    users, _ = task.network(batch, vectors)
+    logits = task.network.products(users, vectors[WHOLE + "item"]).masked_fill(~torch.from_numpy(SEEN), -torch.inf)
+    loss = task.loss(None, batch, vectors, Alone())
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(logits, torch.tensor([6, 1, 2]), reduction="sum").item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("loss", ["bpr", "softmax", "full-softmax"])
+def test_a_sequence_has_the_losses_of_the_rows_that_it_stands_for(loss, tmp_path):
+    """Every item after the first as a row with the history before it."""
+    settings = {"model": "sasrec", "user_rows": False, "loss": loss, "negatives_per_row": 2, "l2": 0.0}
+    task = make(tmp_path, **settings, train_on="sequences")
+    sequences = [[6, 1, 2, 0], [3, 5], [0, 1, 2, 3, 5]]
+    ones = pa.array([1, 1, 1], pa.int8())
+    batch = batch_of(
+        task,
+        some_rows(
+            item=[s[-1] for s in sequences], history=[s[:-1] for s in sequences], label=ones, item_seen=[True] * 3
+        ),
+    )
+    assert task.targets(batch) == 8
+    found = task.loss(None, batch, vectors_of(task, batch), Alone())
+    rows = make(tmp_path, **settings)
+    rows.network.load_state_dict(task.network.state_dict())
+    parts = [(s[:at], s[at]) for s in sequences for at in range(1, len(s))]
+    lengths = torch.tensor([len(history) for history, _ in parts])
+    each: dict[str, Any] = {
+        "item": batch["item"].values, "user": torch.zeros(8, dtype=torch.int64),
+        "history": Jagged(torch.tensor([i for history, _ in parts for i in history]), lengths),
+        **{name: torch.ones(8) for name in ("user_seen", "item_seen", "label", "weight")},
+    }  # fmt: skip
+    assert each["item"].tolist() == [item for _, item in parts]
+    if loss != "full-softmax":
+        two = torch.full((8,), 2)
+        each |= {name: Jagged(batch[name].values, two) for name in ("negative", "negative_log_q")}
+        each["log_q"] = batch["log_q"].values
+    expected = rows.loss(None, each, vectors_of(rows, each), Alone())
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_sequences_without_a_target_have_no_loss(tmp_path):
+    """Where the train split has none of what a given history names, nothing is left to learn from."""
+    for loss in ("bpr", "softmax", "full-softmax"):
+        task = make(tmp_path, model="sasrec", user_rows=False, loss=loss, train_on="sequences")
+        batch = batch_of(task, some_rows(history=[[4], [4, 4], [4]], item_seen=[True] * 3))
+        assert task.targets(batch) == 0
+        assert task.loss(None, batch, vectors_of(task, batch), Alone()).item() == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_ranking_model_scores_rows_without_negatives(name, tmp_path):
+    task, plain = make(tmp_path, model=name, loss="bpr"), make(tmp_path, model=name)
+    batch = batch_of(task, some_rows(), None)
+    assert not {"negative", "log_q", "targets"} & set(batch)
+    other = batch_of(plain, some_rows(), None)
+    torch.testing.assert_close(
+        task.score(None, batch, vectors_of(task, batch)), plain.score(None, other, vectors_of(plain, other))
+    )
+
+
+def test_a_model_of_sequences_scores_rows(tmp_path):
+    task = make(tmp_path, model="sasrec", user_rows=False, loss="full-softmax", train_on="sequences")
+    plain = make(tmp_path, model="sasrec", user_rows=False)
+    found = []
+    for each in (task, plain):
+        batch = batch_of(each, some_rows(), None)
+        found.append(each.score(None, batch, vectors_of(each, batch)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["mf", "svdpp", "lightgcn", "sasrec"])
+def test_the_catalog_is_ranked_by_the_scores_of_rows(name, tmp_path):
+    """`users`, `catalog` and `products` against `score`, item by item; an item without a train row counts as zeros."""
+    task = make(tmp_path, model=name)
+    task.network.eval()
+    batch = batch_of(task, some_rows(), None)
+    users = task.users(None, batch, vectors_of(task, batch))
+    everything = {"item": np.arange(ITEMS), "item_seen": SEEN}
+    for user in range(3):
+        repeated = some_rows().take([user] * ITEMS)
+        for column, values in everything.items():
+            repeated = repeated.set_column(repeated.column_names.index(column), column, pa.array(values))
+        each = batch_of(task, repeated, None)
+        vectors = vectors_of(task, each)
+        rows = task.catalog(torch.arange(ITEMS), vectors["item"])
+        torch.testing.assert_close(
+            task.products(users, rows)[user], task.score(None, each, vectors), rtol=1e-4, atol=1e-5
+        )
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(MODELS), st.permutations(range(3)), st.integers(0, 100))
+def test_the_order_of_rows_changes_no_score(tmp_path_factory, name, order, seed):
+    task = make(tmp_path_factory.getbasetemp(), model=name)
+    task.network.eval()
+    found = []
+    for rows in (some_rows(), some_rows().take(order)):
+        batch = batch_of(task, rows, None)
+        found.append(task.score(None, batch, vectors_of(task, batch, seed)))
+    torch.testing.assert_close(found[0][list(order)], found[1], rtol=1e-4, atol=1e-6)
+
+
+def test_dense_weights_are_those_that_are_declared(tmp_path):
+    for name in MODELS:
+        task = make(tmp_path, model=name)
+        assert (task.model is task.network) if name in DENSE else (task.model is None)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_saved_scores_alike_when_it_is_built_again(name, tmp_path):
+    task = make(tmp_path, model=name)
+    for number, table in enumerate(task.tables):
+        rows = np.random.default_rng(number).standard_normal((table.rows, 4)).astype(np.float32)
+        save_table(tmp_path / "tables", table.name, rows, (3,))
+    if name in DENSE:
+        task.save(tmp_path, {n: w.detach() + 0.1 for n, w in task.network.named_parameters()})
+    assert (tmp_path / WEIGHTS).is_file() == (name in DENSE)
+    again, once_more = make(tmp_path, tmp_path, model=name), make(tmp_path, tmp_path, model=name)
+    scores = []
+    for each in (again, once_more):
+        each.network.eval()
+        batch = batch_of(each, some_rows(), None)
+        scores.append(each.score(None, batch, vectors_of(each, batch)))
+    assert torch.equal(*scores)
+    for n, weight in again.network.named_parameters():
+        assert torch.equal(weight, load_file(tmp_path / WEIGHTS)[n]) and not torch.equal(
+            weight, task.network.state_dict()[n]
+        )
+    fresh = batch_of(task, some_rows(), None)
+    assert not torch.allclose(task.score(None, fresh, vectors_of(task, fresh)), scores[0])
+
+
+def test_a_model_starts_from_rows_of_a_smaller_log(tmp_path):
+    rows = {"user": np.full((USERS, 4), 2, np.float32), "item": np.full((ITEMS, 4), 3, np.float32)}
+    for name, values in rows.items():
+        save_table(tmp_path / "tables", name, values)
+    log = small_log(tmp_path / "grown", USERS + 2, ITEMS + 3, np.ones(ITEMS + 3, bool))
+    user, item = build_collab(log, Collab(dim=4), tmp_path).tables
+    assert (user.rows, user.read_rows, item.rows, item.read_rows) == (7, 5, 10, 7)
+    shrunk = small_log(tmp_path / "shrunk", USERS, ITEMS - 1, SEEN[1:])
+    with pytest.raises(UserError, match=r"table item in .* has 7 rows, but the log has only 6"):
+        build_collab(shrunk, Collab(dim=4), tmp_path)
+    with pytest.raises(UserError, match="holds no table history"):
+        build_collab(log, Collab(dim=4, model="svdpp"), tmp_path)
+    fresh = build_collab(log, Collab(dim=4), None).tables
+    for table, anew, known in zip((user, item), fresh, rows.values(), strict=True):
+        found = initial_rows(table, 1, 0, table.rows)
+        assert (found[: len(known)] == known).all()
+        assert (found[len(known) :] == initial_rows(anew, 1, len(known), table.rows)).all()
+
+
+FIFTH = '''"""Popularity: an item's own number alone."""
+
+from sellarec.collab.model import CollabModel
+from sellarec.training.table import Table
+
+
+class Model(CollabModel):
+    """A score is the item's bias."""
+
+    reads = ("dropout",)
+
+    def __init__(self, sizes, settings):
+        super().__init__(sizes, settings)
+        self.tables = self.tables[1:]
+
+    def user(self, batch, vectors):
+        return vectors["item"].new_zeros(len(batch["user"]), vectors["item"].shape[1])
+'''
+
+USE = """
+import sys, pathlib, torch
+folder = pathlib.Path(sys.argv[1])
+import sellarec
+assert pathlib.Path(sellarec.__file__).is_relative_to(folder), sellarec.__file__
+from sellarec.config import parse
+from sellarec.errors import UserError
+from small import Alone, batch_of, make, some_rows, vectors_of
+config = parse(["--collab", "popularity", "--collab.dropout", "0.5"])
+assert config.collab.model == "popularity"
+try:
+    parse(["--collab", "popularity", "--collab.heads", "2"])
+except UserError as error:
+    assert "collab.heads is 2, but collab.model is popularity" in str(error), error
+else:
+    raise SystemExit("heads were taken")
+task = make(folder, model="popularity")
+batch = batch_of(task, some_rows())
+vectors = vectors_of(task, batch)
+task.loss(None, batch, vectors, Alone()).backward()
+score = task.score(None, batch, vectors)
+expected = task.network.constant + vectors["item"][:, -1] * batch["item_seen"]
+torch.testing.assert_close(score, expected)
+from sellarec.config import Adapt, Align
+from sellarec.alignment.align import build_align
+align = build_align(task, 8, lambda start, stop: torch.ones(stop - start, 8).numpy(), 4, Align())
+assert torch.isfinite(align.loss(align.model, batch, vectors_of(align, batch), Alone()))
+"""
+
+
+def test_a_file_in_the_folder_of_models_is_a_model(tmp_path):
+    """A copy of the package with one file more, and nothing else changed."""
+    source = Path(sellarec.__file__).parent
+    shutil.copytree(source, tmp_path / "sellarec", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "sellarec" / "collab" / "models" / "popularity.py").write_text(FIFTH)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(tmp_path)], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

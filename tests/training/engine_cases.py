@@ -1,0 +1,172 @@
+"""Training a collaborative model as each worker of a test does, without Ray."""
+
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+
+from sellarec.artifacts import Place
+from sellarec.collab.task import CollabTask, build_collab
+from sellarec.config import Collab, Tables
+from sellarec.data.log import read_log
+from sellarec.errors import UserError
+from sellarec.training import loop
+from sellarec.training import table as table_module
+from sellarec.training.loop import Engine, Workers
+from sellarec.training.stream import Order, Prepare, prepared, row_groups, slices
+
+SEED = 5
+BATCH, STEPS = 16, 6
+SEQUENCES = 4
+"""Sequences of a global batch."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model that is trained for some steps.
+
+    Attributes:
+        log: folder of a prepared log, with `counts.npy` and `sequences.parquet` in it.
+        rate: what the learning rates are multiplied by at a step.
+        max_columns: wider tables are cut into pieces.
+        checkpoint: where the state is saved before step `save_at`.
+        start_at, start_from: a step, and the checkpoint that is loaded before it.
+        output: what is exported goes there.
+        damage: (rank, column, value): the worker's last valid row of the first step gets that value.
+        broken: the item table's row `broken` is read as NaN.
+    """
+
+    settings: Collab
+    log: Path
+    storage: Tables = field(default_factory=Tables)
+    steps: int = STEPS
+    max_columns: int = 1024
+    checkpoint: Path | None = None
+    save_at: int = 0
+    start_at: int = 0
+    start_from: Path | None = None
+    output: Path | None = None
+    damage: tuple[int, str, int] | None = None
+    broken: int | None = None
+
+
+def rate_at(step: int) -> float:
+    return (1.0, 0.5, 2.0, 1.5)[step % 4]
+
+
+def task_of(run: Run) -> CollabTask:
+    """The same on all workers."""
+    torch.manual_seed(SEED)
+    with_negatives = run.settings.loss in ("bpr", "softmax")
+    counts = run.log / "counts.npy" if with_negatives else None
+    task = build_collab(read_log(run.log), run.settings, None, counts, seed=SEED)
+    if run.broken is not None:
+        task.tables = tuple(
+            replace(table, read=Broken(run.broken, table.dim)) if table.name == "item" else table
+            for table in task.tables
+        )
+    return task
+
+
+@dataclass(frozen=True)
+class Broken:
+    row: int
+    columns: int
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        rows = np.ones((stop - start, self.columns), np.float32)
+        if start <= self.row < stop:
+            rows[self.row - start, 1] = np.nan
+        return rows
+
+
+def order_of(run: Run) -> Order:
+    if run.settings.train_on == "sequences":
+        return Order(tuple(row_groups([str(run.log / "sequences.parquet")])), SEQUENCES, SEED)
+    paths = [str(path) for path in read_log(run.log).split_paths("train")]
+    return Order(tuple(row_groups(paths)), BATCH, SEED)
+
+
+def valid_order_of(run: Run) -> Order:
+    paths = [str(path) for path in read_log(run.log).split_paths("valid")]
+    return Order(tuple(row_groups(paths)), 7, None)
+
+
+def rows_of(order: Order, task: CollabTask, how: Prepare | None, first: int, last: int) -> Any:
+    """All rows of some steps as the reading tasks prepare them, in tables of any size."""
+    return chain.from_iterable(prepared(order, piece, task.columns, how) for piece in order.pieces(first, last))
+
+
+def workers_of() -> Workers:
+    return Workers(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=torch.device("cpu"),
+        tables=dist.new_group(),
+        control=dist.new_group(),
+    )
+
+
+def engine_of(run: Run, task: CollabTask, workers: Workers) -> Engine:
+    return Engine(task, workers, SEED, run.settings, run.storage, "float32")
+
+
+def dense_of(task: CollabTask) -> dict[str, np.ndarray]:
+    return {name: weight.detach().numpy().copy() for name, weight in task.network.state_dict().items()}
+
+
+def train(run: Run) -> dict[str, Any]:
+    """What a worker finds: the losses, the initial dense weights, and on worker 0 scores of the valid split."""
+    table_module.MAX_COLUMNS = run.max_columns
+    workers, task = workers_of(), task_of(run)
+    dense = dense_of(task)
+    engine = engine_of(run, task, workers)
+    losses = []
+    if run.start_from is not None:
+        engine.load_checkpoint(str(run.start_from))
+    order, rank = order_of(run), workers.rank
+    rows = rows_of(order, task, task.prepare, run.start_at, run.steps)
+    for step, part in enumerate(slices(rows, order, rank, workers.world_size, run.start_at, run.steps), run.start_at):
+        if run.checkpoint is not None and step == run.save_at:
+            engine.save_checkpoint(str(run.checkpoint))
+        losses.append(engine.step(part, step, rate_at(step)))
+    valid = valid_order_of(run)
+    blocks = rows_of(valid, task, task.prepare_to_score, 0, valid.steps_per_epoch)
+    scored = engine.score(slices(blocks, valid, rank, workers.world_size, 0, valid.steps_per_epoch), lambda _: None)
+    if run.output is not None:
+        engine.export(Place.of(str(run.output)))
+    return {"losses": losses, "dense": dense, "scores": scored}
+
+
+def refusal(run: Run) -> dict[str, Any]:
+    """What a worker is refused, in making the engine or in its first step; and whether it did change a row."""
+    workers, task = workers_of(), task_of(run)
+    try:
+        engine: Engine = loop._together(lambda: engine_of(run, task, workers), workers)
+    except UserError as error:
+        return {"made": str(error)}
+    order = order_of(run)
+    (part,) = slices(rows_of(order, task, task.prepare, 0, 1), order, workers.rank, workers.world_size, 0, 1)
+    if run.damage is not None and run.damage[0] == workers.rank:
+        part = damaged(part, *run.damage[1:])
+    found: dict[str, Any] = {}
+    for what, call in (
+        ("step", lambda: engine.step(part, 0, 1.0)),
+        ("score", lambda: engine.score([part], lambda _: None)),
+    ):
+        try:
+            call()
+        except (UserError, FloatingPointError) as error:
+            found[what] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def damaged(rows: pa.Table, column: str, value: float) -> pa.Table:
+    values = rows[column].to_numpy().copy()
+    values[-1] = value
+    return rows.set_column(rows.column_names.index(column), column, pa.array(values))

@@ -1,0 +1,312 @@
+"""Training of every collaborative model, step for step: one to three workers against plain tables and layers in float64.
+
+The engine is the loop's own, with its tables, its graph and FSDP2, in processes over gloo and without Ray.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import engine_cases
+import numpy as np
+import pyarrow as pa
+import pytest
+from engine_cases import Run
+from plain_collab import PlainCollab, Target, World
+from prepared import prepare_into, rules, source_of
+from safetensors.numpy import load_file
+
+from sellarec.config import Collab, Tables
+from sellarec.data.log import item_counts, read_log, write_sequences
+from sellarec.training.table import SavedTable, initial_rows
+
+LOSS = {"rtol": 2e-5, "atol": 1e-6}
+ROWS = {"rtol": 1e-4, "atol": 5e-5}
+"""Tables, dense weights and scores in float32 against float64, after STEPS steps."""
+
+USERS, ITEMS = 9, 13
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    """Some 70 train rows; users and items that only other splits have; repeated pairs."""
+    folder = tmp_path_factory.mktemp("log")
+    generator = np.random.default_rng(4)
+    count = 90
+    user = np.minimum(generator.integers(0, USERS, count), generator.integers(0, USERS, count))
+    item = np.minimum(generator.integers(0, ITEMS, count), generator.integers(0, ITEMS, count))
+    user[-4:], item[-6:-3] = USERS, ITEMS  # new ones
+    label = generator.random(count) < 0.65
+    rows = {"user": user, "item": item, "label": pa.array(label, pa.int8()), "timestamp": np.arange(count)}
+    log = prepare_into(folder, source_of(pa.table(rows)), rules(history_cap=6))
+    np.save(folder / "counts.npy", item_counts(log))
+    write_sequences(log, folder / "sequences.parquet", SASREC["history"] + 1)
+    return folder
+
+
+def settings_of(**changes: Any) -> Collab:
+    usual: dict[str, Any] = {
+        "dim": 8, "init_std": 0.4, "l2": 0.05, "learning_rate": 0.01, "table_learning_rate": 0.1, "negatives_per_row": 3,
+    }  # fmt: skip
+    return Collab(**usual | changes)
+
+
+SASREC: dict[str, Any] = {"model": "sasrec", "layers": 2, "heads": 2, "history": 4}
+SEQUENCES: dict[str, Any] = SASREC | {"train_on": "sequences", "user_rows": False}
+DIN: dict[str, Any] = {"model": "din", "hidden": (6, 5), "history": 4}
+RANKING: dict[str, dict[str, Any]] = {
+    "bpr": {"loss": "bpr"},
+    "softmax": {"loss": "softmax", "negatives": "popularity"},
+    "bpr in-batch": {"loss": "bpr", "negatives": "in-batch"},
+    "softmax in-batch": {"loss": "softmax", "negatives": "in-batch"},
+    "full-softmax": {"loss": "full-softmax"},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "mf": {"model": "mf"},
+    "svdpp": {"model": "svdpp", "history": 4},
+    "lightgcn": {"model": "lightgcn", "layers": 2},
+    "sasrec": SASREC,
+    "din": DIN,
+}
+# Against a ranking loss a column of the users' biases is without effect: its gradient is rounding, which Adam makes steps of.
+RANKED = {"sasrec": SASREC | {"biases": False}}
+CASES: dict[str, dict[str, Any]] = {f"{model}, bce": settings for model, settings in MODELS.items()}
+CASES |= {
+    f"{model}, {loss}": RANKED.get(model, settings) | chosen
+    for model, settings in MODELS.items()
+    for loss, chosen in RANKING.items()
+    if model != "din" or loss in ("bpr", "softmax")
+}
+CASES |= {f"sequences, {loss}": SEQUENCES | {"biases": False} | RANKING[loss] for loss in ("bpr", "softmax", "full-softmax")}
+CASES |= {
+    "mf without biases": {"biases": False, "global_mean": False, "table_optimizer": "adagrad"},
+    "mf, sgd": {"table_optimizer": "sgd", "loss": "softmax"},
+    "lightgcn, adam": {"model": "lightgcn", "table_optimizer": "adam", "loss": "bpr"},
+    "sasrec, adam": SASREC | {"table_optimizer": "adam", "table_weight_decay": 0.02, "optimizer": "adam"},
+    "din without biases": DIN | {"biases": False, "table_optimizer": "adam", "weight_decay": 0.1, "clip": 0.05},
+}
+
+QUICK = {
+    ("mf, bce", "row-wise", 2),
+    ("mf, bce", "table-wise", 3),
+    ("mf, softmax in-batch", "row-wise", 3),
+    ("mf, full-softmax", "row-wise", 3),
+    ("mf, full-softmax", "table-wise", 2),
+    ("mf, sgd", "row-wise", 3),
+    ("mf without biases", "table-wise", 2),
+    ("svdpp, softmax", "table-wise", 2),
+    ("svdpp, bce", "row-wise", 3),
+    ("lightgcn, bce", "row-wise", 3),
+    ("lightgcn, full-softmax", "row-wise", 2),
+    ("lightgcn, adam", "table-wise", 3),
+    ("sasrec, bce", "row-wise", 2),
+    ("sasrec, bpr in-batch", "row-wise", 3),
+    ("sasrec, adam", "table-wise", 2),
+    ("sequences, softmax", "table-wise", 3),
+    ("sequences, full-softmax", "row-wise", 2),
+    ("din, bce", "row-wise", 3),
+    ("din, softmax", "table-wise", 2),
+    ("din without biases", "row-wise", 2),
+}
+
+
+def grid() -> list:
+    return [
+        pytest.param(
+            case,
+            sharding,
+            workers,
+            marks=() if workers == 1 or (case, sharding, workers) in QUICK else pytest.mark.slow,
+        )
+        for workers in (1, 2, 3)
+        for case in CASES
+        for sharding in ("row-wise", "table-wise")
+        if workers > 1 or sharding == "row-wise"
+    ]
+
+
+def world_of(log: Path, settings: Collab) -> World:
+    train = read_log(log).split("train", ["user", "item", "label"]).to_pylist()
+    positives = [row for row in train if row["label"] == 1]
+    facts = read_log(log).facts
+    counted = np.zeros(facts["items"])
+    if settings.negatives == "uniform":
+        counted[[row["item"] for row in train]] = 1
+    else:
+        np.add.at(counted, [row["item"] for row in positives], 1)
+    return World(
+        facts["users"],
+        facts["items"],
+        len(positives) / len(train),
+        tuple({(row["user"], row["item"]) for row in positives}),
+        np.isin(np.arange(facts["items"]), [row["item"] for row in train]),
+        counted / counted.sum(),
+    )
+
+
+def raw_rows(log: Path) -> dict[int, dict]:
+    return {
+        row["row"]: row | {"split": split}
+        for split in ("train", "valid")
+        for row in read_log(log).split(split).to_pylist()
+    }
+
+
+def targets_of(log: Path, settings: Collab, world: World, rows: pa.Table) -> list[Target]:
+    """Of prepared rows; all but the drawn negatives is made once more from the log."""
+    raw, out = raw_rows(log), []
+    for prepared in rows.to_pylist():
+        row = raw[prepared["row"]]
+        history = [item for item in row["history"] if world.seen[item]]
+        steps = [(history[-settings.history :], row["item"])]
+        if settings.train_on == "sequences":
+            sequence = [
+                r["item"] for r in raw.values() if (r["user"], r["label"]) == (row["user"], 1) and r["split"] == "train"
+            ][-settings.history - 1 :]
+            assert sequence[-1] == row["item"]
+            steps = [(sequence[:at], sequence[at]) for at in range(1, len(sequence))]
+        number = settings.negatives_per_row if "negative" in prepared else 0
+        assert len(prepared.get("negative", ())) == number * len(steps)
+        for place, (before, item) in enumerate(steps):
+            drawn = slice(place * number, (place + 1) * number)
+            out.append(
+                Target(
+                    row["user"],
+                    item,
+                    row["label"],
+                    tuple(before) if settings.model in ("svdpp", "sasrec", "din") else (),
+                    row["user_seen"],
+                    row["item_seen"],
+                    tuple(prepared.get("negative", ())[drawn]),
+                    tuple(prepared.get("negative_log_q", ())[drawn]),
+                )
+            )
+    return out
+
+
+class Twin:
+    """What the engine has to find: losses, scores of the valid split, tables and dense weights."""
+
+    def __init__(self, run: Run, dense: dict[str, np.ndarray]) -> None:
+        task, order, settings = engine_cases.task_of(run), engine_cases.order_of(run), run.settings
+        world = world_of(run.log, settings)
+        tables = {t.name: initial_rows(t, engine_cases.SEED, 0, t.rows) for t in task.tables}
+        plain = PlainCollab(settings, world, tables, dense)
+        self.losses = []
+        for step in range(run.steps):
+            rows = pa.concat_tables(engine_cases.rows_of(order, task, task.prepare, step, step + 1))
+            assert len(rows) == order.batch_rows(step)
+            self.losses.append(plain.step(targets_of(run.log, settings, world, rows), engine_cases.rate_at(step)))
+        valid = read_log(run.log).split("valid", ["row"])
+        scored = replace(settings, train_on="rows")
+        self.scores = plain.score(targets_of(run.log, scored, world, valid))
+        self.tables = {name: rows.detach().numpy() for name, rows in plain.tables.items()}
+        self.dense = {name: weight.detach().numpy() for name, weight in plain.dense.items()}
+
+
+@pytest.fixture(scope="module")
+def twins():
+    """Each case's twin, made once."""
+    return {}
+
+
+def twin_of(twins: dict, run: Run, found: list[dict]) -> Twin:
+    # neither the sharding nor the workers have a part in it
+    key = repr(replace(run, storage=Tables(), output=None, max_columns=1024))
+    if key not in twins:
+        twins[key] = Twin(run, found[0]["dense"])
+    return twins[key]
+
+
+def idle_weights(settings: Collab) -> set[str]:
+    """Without effect on the loss: what din adds to every score, where scores are only compared."""
+    is_idle = settings.model == "din" and settings.loss != "bce"
+    return {f"network.{3 * len(settings.hidden)}.bias"} if is_idle else set()
+
+
+def close(found: list[dict], run: Run, twin: Twin, first: int = 0) -> None:
+    assert run.output is not None
+    for worker in found:
+        np.testing.assert_allclose(worker["losses"], twin.losses[first:], err_msg="losses", **LOSS)
+    idle, shift = idle_weights(run.settings), 0.0
+    scores = found[0]["scores"]["score"]
+    if idle & set(twin.dense):
+        shift = (scores - twin.scores).mean()
+    np.testing.assert_allclose(scores - shift, twin.scores, err_msg="scores", **ROWS)
+    for name, rows in twin.tables.items():
+        saved = SavedTable(run.output / "tables", name)
+        np.testing.assert_allclose(saved.read(0, len(rows)), rows, err_msg=name, **ROWS)
+    file = run.output / "collab.safetensors"
+    weights = load_file(file) if file.exists() else {}
+    assert set(weights) == set(twin.dense)
+    for name, weight in twin.dense.items():
+        if not name.endswith(
+            "key.bias"
+        ):  # no loss depends on it: its gradient is rounding, which Adam makes whole steps of
+            np.testing.assert_allclose(weights[name], weight, err_msg=name, **ROWS)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("case", "sharding", "workers"), grid())
+def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, twins, log, tmp_path, case, sharding, workers):
+    """Losses of each step; then tables, dense weights, and scores of the valid split. Two epochs begin, of which the first
+    ends with a short batch: of three workers two have padding alone there."""
+    run = Run(settings_of(**CASES[case]), log, Tables(sharding=sharding), output=tmp_path)
+    found = gloo.call(workers, engine_cases.train, run)
+    close(found, run, twin_of(twins, run, found))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("case", "workers", "then"),
+    [
+        pytest.param("lightgcn, adam", (1, "row-wise"), (3, "table-wise")),
+        pytest.param("sasrec, adam", (3, "row-wise"), (2, "table-wise")),
+        pytest.param("din, softmax", (2, "table-wise"), (3, "row-wise")),
+        pytest.param("mf without biases", (3, "table-wise"), (1, "row-wise")),
+    ],
+)
+def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(
+    gloo, twins, log, tmp_path, case, workers, then
+):
+    """Tables, dense weights and both optimizers; of wide tables in pieces."""
+    folder = tmp_path / "checkpoint"
+    run = Run(settings_of(**CASES[case]), log, Tables(sharding=workers[1]), max_columns=4)
+    if run.settings.table_optimizer == "rowwise-adagrad":
+        run = replace(run, max_columns=1024)  # pieces have accumulators of their own
+    found = gloo.call(workers[0], engine_cases.train, replace(run, checkpoint=folder, save_at=3))
+    twin = twin_of(twins, run, found)
+    resumed = replace(run, storage=Tables(sharding=then[1]), start_at=3, start_from=folder, output=tmp_path / "output")
+    close(gloo.call(then[0], engine_cases.train, resumed), resumed, twin, first=3)
+
+
+# What is refused
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["mf, bce", "lightgcn, bpr", "sasrec, bce"])
+@pytest.mark.parametrize(("column", "value"), [("item", ITEMS + 1), ("user", -1)])
+def test_an_id_that_a_table_does_not_have_ends_all_workers_alike(gloo, log, case, column, value):
+    """Before any of them waits for another in a collective; when training and when scoring."""
+    facts = read_log(log).facts
+    run = Run(settings_of(**CASES[case]), log, damage=(1, column, value), steps=1)
+    found = gloo.call(2, engine_cases.refusal, run)
+    assert found[0] == found[1]
+    for what in ("step", "score"):
+        told = found[0][what]
+        assert told.startswith(f"UserError: {column} is {value} in row 7 of a worker's slice"), told
+        assert f"table {column} has the ids 0 to {facts[f'{column}s'] - 1}" in told
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["mf, bce", "lightgcn, bce", "sasrec, bce"])
+@pytest.mark.parametrize("sharding", ["row-wise", "table-wise"])
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_row_that_is_not_finite_is_refused_by_all_workers(gloo, log, case, sharding, row):
+    """Though only one of them reads it."""
+    row %= read_log(log).facts["items"]
+    run = Run(settings_of(**CASES[case]), log, Tables(sharding=sharding), broken=row)
+    found = gloo.call(2, engine_cases.refusal, run)
+    gloo.regroup()  # one of them may have made groups that the other has not
+    assert found[0] == found[1]
+    assert f"table item: row {row} of those that it starts from holds a value that is not finite" in found[0]["made"]
