@@ -280,7 +280,8 @@ class Collab(Steps, Selection, Dense, Sparse):
     model: Annotated[CollabName, alias("--collab")] = "mf"
     """mf: matrix factorisation; svdpp: in which the items of a user's history add to the user's row (SVD++); lightgcn: rows
     smoothed over the graph of train positives; sasrec: a transformer over the history; din: the history weighed by how it
-    matches the candidate. Each is a file in sellarec/collab/models."""
+    matches the candidate; fism: history and item by vectors that are learnt from who consumes what. Each is a file in
+    sellarec/collab/models."""
     loss: Literal["bce", "bpr", "softmax", "full-softmax"] = "bce"
     """bce: logistic loss of the labels; the others rank positives above other items: bpr and softmax above drawn negatives
     (softmax corrects for how likely each was drawn), full-softmax above the whole catalog. Those tell nothing of how users
@@ -303,6 +304,8 @@ class Collab(Steps, Selection, Dense, Sparse):
     """Whether users and items have biases: the last columns of their rows."""
     global_mean: bool = True
     """Whether the log-odds of the training positives are added to every score."""
+    temperature: float | None = None
+    """What cosines of a user's and an item's vector are divided by to make the score; None: their plain product."""
     user_rows: bool = True
     """Whether sasrec adds a row of the user's own to what it makes of the history."""
     layers: int = 2
@@ -312,9 +315,9 @@ class Collab(Steps, Selection, Dense, Sparse):
     hidden: tuple[int, ...] = (200, 80)
     """Widths of din's hidden layers."""
     dropout: float = 0.0
-    """Dropout in sasrec and din."""
+    """Dropout in sasrec and din; in fism, of items of the history."""
     history: int = 50
-    """Most recent positives that svdpp, sasrec and din read (items)."""
+    """Most recent positives that svdpp, sasrec, din and fism read (items)."""
     l2: float = 0.1
     """Weight of half the squared norm of a target's vectors in its loss (of several negatives, or items of a history,
     their mean)."""
@@ -785,8 +788,7 @@ def _check_collab(config: Config) -> None:
     if not 0 <= collab.dropout < 1:
         raise UserError(f"collab.dropout is {collab.dropout}: a share from 0 to below 1 is needed")
     changed = [name for name in MODEL_SETTINGS if getattr(collab, name) != getattr(defaults, name)]
-    plain = collab.loss == "bce" or (collab.loss == "bpr" and collab.negatives != "in-batch")
-    if not changed and collab.train_on == "rows" and plain and collab.select_on in ("auc", "uauc"):
+    if collab.model == "mf" and not changed and collab.train_on == "rows":
         return
     from importlib import import_module  # a model's file loads torch
 
@@ -801,6 +803,10 @@ def _check_collab(config: Config) -> None:
         raise UserError(
             f"collab.history is {collab.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
             "data.history_cap or lower collab.history"
+        )
+    if collab.loss not in model.losses:
+        raise UserError(
+            f"collab.loss is {collab.loss}, but collab.model is {collab.model}, which is trained with {' or '.join(model.losses)}"
         )
     if "heads" in model.reads and collab.dim % collab.heads:
         raise UserError(
@@ -817,6 +823,10 @@ def _check_collab(config: Config) -> None:
         raise UserError(
             f"collab.model is {collab.model}, whose score is no product of a user's and an item's vector, but collab.select_on "
             f"{collab.select_on} ranks the whole catalog: take auc or uauc"
+        )
+    if collab.temperature is not None and not model.is_product:
+        raise UserError(
+            f"collab.temperature is {collab.temperature}, but the score of {collab.model} is no product: leave it out"
         )
     if collab.train_on == "sequences":
         if not model.has_positions:

@@ -375,7 +375,7 @@ def test_collaborative_settings_that_contradict_each_other_are_refused_naming_bo
 @pytest.mark.parametrize(
     "settings",
     [
-        *({"model": name} for name in ("mf", "svdpp", "lightgcn", "sasrec", "din")),
+        *({"model": name} for name in COLLAB_MODELS),
         {"loss": "bpr", "negatives": "in-batch"},
         {"model": "din", "loss": "softmax", "negatives": "popularity", "negatives_per_row": 3},
         {"model": "lightgcn", "layers": 3, "loss": "full-softmax"},
@@ -394,7 +394,7 @@ def test_collaborative_settings_are_flags():
     flags = "--collab din --collab.loss bpr --collab.negatives popularity --collab.hidden 8 4 --collab.biases False"
     collab = parse(f"{flags} --collab.select-on uauc --align.select-on uauc".split()).collab
     assert (collab.model, collab.loss, collab.negatives, collab.hidden) == ("din", "bpr", "popularity", (8, 4))
-    assert not collab.biases and set(COLLAB_MODELS) == {"mf", "svdpp", "lightgcn", "sasrec", "din"}
+    assert not collab.biases and set(COLLAB_MODELS) == {"mf", "svdpp", "lightgcn", "sasrec", "din", "fism"}
 
 
 def test_every_setting_of_some_models_is_read_by_one():

@@ -44,10 +44,10 @@ def sampled_softmax(
     Returns:
         float [n].
     """
-    others = torch.log1p(-positive_log_q.exp().clamp(max=1 - 1e-6))[:, None]
-    expected = negative_log_q - others + counts.sum(1, keepdim=True).clamp(min=1).log()
-    corrected = (negative - expected).masked_fill(~counts, -torch.inf)
-    return torch.logsumexp(torch.cat([positive[:, None], corrected], dim=1), dim=1) - positive
+    others = torch.log1p(-positive_log_q.exp().clamp(max=1 - 1e-6)) - counts.sum(1).clamp(min=1).log()
+    # in place, as in-batch negatives of a large batch are the largest tensor by far
+    corrected = (negative - negative_log_q).add_(others[:, None]).masked_fill_(~counts, -torch.inf)
+    return torch.logaddexp(positive, torch.logsumexp(corrected, dim=1)) - positive
 
 
 def full_softmax(

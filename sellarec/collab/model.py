@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sellarec.config import Collab
 from sellarec.training.table import Jagged, Table
-from sellarec.training.task import INITIAL, WHOLE, Batch, Vectors
+from sellarec.training.task import INITIAL, WHOLE, Batch, Peers, Vectors
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class CollabModel(nn.Module):
             negatives and the full softmax take.
         has_positions: whether it scores the next item at every position of a sequence (`collab.train_on sequences`).
         history: items of a row's history that it reads at most, the most recent ones; 0 reads none.
+        losses: kinds of `collab.loss` that it can be trained with.
+        reads_catalog: whether its `auxiliary_loss` takes the rows of the whole catalog.
         uses_graph: whether rows are smoothed over the graph of train positives (`propagate`).
         unseen: what a user, item or item of a history without a train row counts as, in words.
     """
@@ -48,6 +51,8 @@ class CollabModel(nn.Module):
     reads: ClassVar[tuple[str, ...]] = ()
     is_product: ClassVar[bool] = True
     has_positions: ClassVar[bool] = False
+    losses: ClassVar[tuple[str, ...]] = ("bce", "bpr", "softmax", "full-softmax")
+    reads_catalog: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = False
     unseen: ClassVar[str] = "masked: a row of zeros"
     history: int = 0
@@ -55,6 +60,7 @@ class CollabModel(nn.Module):
     def __init__(self, sizes: Sizes, settings: Collab) -> None:
         super().__init__()
         self.has_biases = settings.biases
+        self._scale = None if settings.temperature is None else settings.temperature**-0.5
         rate = sizes.positive_rate
         # without a row of either label the log-odds say nothing, and a constant has no part in any ranking
         self.constant = math.log(rate / (1 - rate)) if settings.global_mean and 0 < rate < 1 else 0.0
@@ -78,18 +84,21 @@ class CollabModel(nn.Module):
         return user, [self.product(user[:, None], items) for items in candidates]
 
     def product(self, user: Tensor, item: Tensor) -> Tensor:
-        """constant + <u, i> + b_u + b_i: float [...] from rows [..., D]."""
-        if not self.has_biases:
-            return self.constant + (user * item).sum(-1)
-        return self.constant + (user[..., :-1] * item[..., :-1]).sum(-1) + user[..., -1] + item[..., -1]
+        """constant + <u, i> + b_u + b_i: float [...] from rows [..., D]; with a temperature, <u, i> is their cosine
+        divided by it."""
+        (u, user_bias), (i, item_bias) = self._parts(user), self._parts(item)
+        return self.constant + (u * i).sum(-1) + user_bias + item_bias
 
     def products(self, users: Tensor, items: Tensor) -> Tensor:
         """The same of all pairs, without an array of three dimensions: [n, D] and [m, D] -> [n, m]."""
-        if not self.has_biases:
-            return (users @ items.T).add_(self.constant)
+        (u, user_bias), (i, item_bias) = self._parts(users), self._parts(items)
         # in place: at a whole catalog's width, each copy would cost as much as the product
-        found = torch.addmm(items[:, -1], users[:, :-1], items[:, :-1].T)
-        return found.add_(users[:, -1:] + self.constant)
+        return torch.addmm(item_bias, u, i.T).add_(user_bias[:, None] + self.constant)
+
+    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What of rows [..., D] is multiplied, with a temperature brought to one length, and the biases [...]."""
+        vectors, bias = (rows[..., :-1], rows[..., -1]) if self.has_biases else (rows, rows.new_zeros(rows.shape[:-1]))
+        return vectors if self._scale is None else F.normalize(vectors, dim=-1) * self._scale, bias
 
     def represent(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Tensor]:
         """A row's user and item as vectors, [b, D] each: what alignment and fusion take."""
@@ -99,6 +108,14 @@ class CollabModel(nn.Module):
     def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows of users and items [R, D] -> smoothed rows [R, D]; `multiply` is the product with the graph's matrix."""
         raise NotImplementedError(f"{type(self).__module__} uses no graph")
+
+    def auxiliary_loss(self, batch: Batch, vectors: Vectors, seen: Tensor, peers: Peers) -> Tensor | None:
+        """float [b]: a loss of the model's own, which is added for every row, whatever its label; None for none.
+
+        Args:
+            seen: bool [m], which items of the worker's share of the catalog the train split has.
+        """
+        return None
 
     def squared_norms(self, vectors: Vectors) -> Tensor:
         """[n]: what `l2` holds small, the squared norms of a target's rows; of a history's, or negatives', rows their mean."""

@@ -59,7 +59,7 @@ class CollabTask(Task):
         self._has_negatives = negatives is not None
         self._draws = negatives is not None and settings.negatives != "in-batch"
         self._seen = torch.from_numpy(seen)
-        self.whole = ("item",) if settings.loss == "full-softmax" else ()
+        self.whole = ("item",) if settings.loss == "full-softmax" or network.reads_catalog else ()
         more = [*["negative"] * self._draws, *(WHOLE + name for name in self.whole)]
         self.tables = tuple(
             replace(table, features=(*table.features, *more)) if table.name == "item" else table
@@ -146,7 +146,10 @@ class CollabTask(Task):
                 losses = bpr(score, others, counts)
             else:
                 losses = sampled_softmax(score, others, counts, log_q, negative_log_q)
-        return ((losses + 0.5 * self._settings.l2 * norms) * weights).sum()
+        total = ((losses + 0.5 * self._settings.l2 * norms) * weights).sum()
+        seen = self._is_seen(batch[WHOLE + "item"]) if self.network.reads_catalog else weights
+        auxiliary = self.network.auxiliary_loss(batch, vectors, seen, peers)
+        return total if auxiliary is None else total + (auxiliary * batch["weight"]).sum()
 
     def score(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
         _, (score,) = (model or self.network)(batch, vectors, self.network.item(batch, vectors)[:, None])

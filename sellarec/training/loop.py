@@ -124,7 +124,7 @@ class Workers:
         context = ray.train.get_context()
         device = ray.train.torch.get_device()
         if device.type == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
         return cls(
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
@@ -195,7 +195,8 @@ class Engine:
         if task.tables:
             optimizer = settings if isinstance(settings, Sparse) else None
             placements = place(task.tables, storage, optimizer, workers.world_size, workers.device.type)
-            self.tables = ShardedTables(placements, storage, optimizer, workers.tables, workers.device, seed)
+            make = partial(ShardedTables, placements, storage, optimizer, workers.tables, workers.device, seed)
+            self.tables = _together(make, workers)  # rows that are read may be refused on one worker alone
         self._graph = None
         if task.graph is not None:
             paths, sizes = task.graph.paths, (task.graph.users, task.graph.items)

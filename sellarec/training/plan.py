@@ -62,7 +62,7 @@ def place(
     """
     check_kernels(storage, optimizer, device)
     if storage.sharding == "row-wise":
-        return [Placement(table, None) for table in tables]
+        return [_row_wise(table, workers) for table in tables]
     if storage.sharding == "auto":
         return _planned(tables, storage, workers, device)
     held = [0] * workers
@@ -74,6 +74,12 @@ def place(
         held[worker] += sum(row_bytes(table, storage, optimizer)) * table.rows
         placed[table.name] = worker
     return [Placement(table, placed[table.name]) for table in tables]
+
+
+def _row_wise(table: Table, workers: int) -> Placement:
+    """A table of which a worker would get no row lies whole on the first: kernels fail that hold no row of any table."""
+    placement = Placement(table, None)
+    return placement if placement.rows(workers - 1, workers) else Placement(table, 0)
 
 
 def check_kernels(storage: Tables, optimizer: Sparse | None, device: str) -> None:
@@ -110,11 +116,15 @@ def _planned(tables: Sequence[Table], storage: Tables, workers: int, device: str
         def sharding_types(self, compute_device_type: str) -> list[str]:
             return ["row_wise", "table_wise"]  # the first is left out for CPUs, where it works
 
-    # a table's pieces lie together, so one of full width stands for them
-    configs = [
-        EmbeddingConfig(name=table.name, embedding_dim=table.dim, num_embeddings=table.rows, feature_names=[table.name])
-        for table in tables
-    ]
+    # A table's pieces lie together, so one of full width stands for them. TorchRec wants one width a collection.
+    holder = torch.nn.Module()
+    for width in sorted({table.dim for table in tables}):
+        configs = [
+            EmbeddingConfig(name=table.name, embedding_dim=width, num_embeddings=table.rows, feature_names=[table.name])
+            for table in tables
+            if table.dim == width
+        ]
+        setattr(holder, f"width_{width}", EmbeddingCollection(device=torch.device("meta"), tables=configs))
     constraint = ParameterConstraints(
         sharding_types=["row_wise", "table_wise"], compute_kernels=[KERNELS[storage.placement]]
     )
@@ -125,11 +135,14 @@ def _planned(tables: Sequence[Table], storage: Tables, workers: int, device: str
         constraints={table.name: constraint for table in tables},
     )
     try:
-        found = planner.plan(EmbeddingCollection(device=torch.device("meta"), tables=configs), [Sharder()]).plan[""]
+        plans = planner.plan(holder, [Sharder()]).plan
     except PlannerError as error:
         raise UserError(f"TorchRec's planner finds no plan: {error}; take --tables.sharding row-wise") from error
+    found = {table.name: plans[f"width_{table.dim}"][table.name] for table in tables}
     return [
-        Placement(table, None if found[table.name].sharding_type == "row_wise" else found[table.name].ranks[0])
+        _row_wise(table, workers)
+        if found[table.name].sharding_type == "row_wise"
+        else Placement(table, found[table.name].ranks[0])
         for table in tables
     ]
 

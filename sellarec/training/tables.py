@@ -245,7 +245,12 @@ class ShardedTables:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs, sharded, in tensors that loading writes into; any other number of workers loads it."""
-        state: dict[str, Any] = {"rows": self._sharded()}
+        # What a worker has no part of is left out: a sharded tensor without local shards, or an empty dict, makes Torch
+        # Distributed Checkpoint take the checkpoint for one of torch 2.3, in which the dense optimizer's settings lie elsewhere.
+        state: dict[str, Any] = {}
+        rows = {name: sharded for name, sharded in self._sharded().items() if sharded.local_shards()}
+        if rows:
+            state["rows"] = rows
         if self._dense:
             optimizer = self._moments()
             state["steps"] = torch.tensor(self._steps)
@@ -255,7 +260,7 @@ class ShardedTables:
                 for found in self.module.fused_optimizer.state_dict()["state"].values()
                 for name, value in found.items()
             }
-        if optimizer:  # a worker may hold no rows; Torch Distributed Checkpoint takes an empty dict for a missing one
+        if optimizer:
             state["optimizer"] = optimizer
         return state
 

@@ -24,7 +24,7 @@ from sellarec.training.loop import Training
 from sellarec.training.progress import Console
 from sellarec.training.stream import Order, row_groups
 from sellarec.training.table import Table
-from sellarec.training.task import Batch, Gather
+from sellarec.training.task import Batch, Peers, Task
 
 BATCH, EPOCHS, SEED = 66, 2, 3
 SECONDS_A_STEP = 0.03  # so that a kill finds it in the middle
@@ -35,13 +35,12 @@ class Recording(Steps, Sparse):
     """The loop's settings of a stage with tables and without selection."""
 
 
-class Recorder:
+class Recorder(Task):
     """Learns one number a row, and writes down which rows it gets."""
 
     columns = ("row",)
     prepare = None
     model = None
-    blocks = ()
     tables = (Table("row", 97, 4, ("row",)),)
 
     def __init__(self, folder: Path) -> None:
@@ -69,7 +68,7 @@ class Recorder:
     def targets(self, batch: Batch) -> Tensor:
         return batch["weight"].sum()
 
-    def loss(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor], gather: Gather) -> Tensor:
+    def loss(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor], peers: Peers) -> Tensor:
         return ((vectors["row"].sum(1) - 1).square() * batch["weight"]).sum()
 
     def score(self, model: nn.Module | None, batch: Batch, vectors: dict[str, Tensor]) -> Tensor:

@@ -110,7 +110,10 @@ def take_steps(tables: ShardedTables, steps: tuple[Step, ...], first: int = 0) -
 def local(tables: ShardedTables) -> dict[str, list[tuple[list[int], list[int], np.ndarray]]]:
     """(offsets, size of the whole, values) of all that a checkpoint holds and this worker has of it, by name."""
     state = tables.state()
-    found = {**state["rows"], **{f"optimizer {name}": value for name, value in state.get("optimizer", {}).items()}}
+    found = {
+        **state.get("rows", {}),
+        **{f"optimizer {name}": value for name, value in state.get("optimizer", {}).items()},
+    }
     return {
         name: [
             (list(shard.metadata.shard_offsets), list(sharded.size()), shard.tensor.detach().numpy().copy())

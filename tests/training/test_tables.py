@@ -76,7 +76,7 @@ def test_a_lookup_gives_the_rows_in_whatever_shape_the_ids_have(group):
 JAGGED = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10)
 @given(JAGGED, st.sampled_from(["sgd", "adam"]), st.data())
 def test_lists_of_ids_are_looked_up_as_lists_of_rows(group, lists, optimizer, data):
     """Beside a feature of plain ids in the same table; a slice is that of the rows; updates reach each id."""
@@ -272,6 +272,14 @@ def test_any_sharding_takes_the_steps_of_whole_tables(gloo, optimizer, sharding,
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("optimizer", ["rowwise", "adam"])
+def test_so_does_what_torchrecs_planner_finds(gloo, optimizer, workers):
+    setup, steps = setup_of(optimizer, "auto"), steps_of(workers)
+    close_to_plain(setup, steps, gloo.call(workers, table_cases.run, setup, steps))
+
+
+@pytest.mark.distributed
 def test_rows_that_are_read_start_all_workers_and_pieces(gloo, tmp_path):
     """A table that was saved by two workers, then read by three."""
     setup, steps = setup_of("sgd"), steps_of(2)
@@ -352,6 +360,35 @@ def test_any_number_of_workers_loads_what_any_other_has_saved(
             np.testing.assert_array_equal(after[name], value, err_msg=name)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise", "adam"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_workers_that_hold_no_rows_take_part(gloo, tmp_path, optimizer, sharding):
+    """All that there is, is a table of two rows; it is saved by three workers, and loaded by three and by one."""
+    setup = replace(setup_of(optimizer, sharding), tables=(TABLES[2],))
+    steps = tuple(
+        Step(rate, tuple({"tiny": found} for found in ids))
+        for rate, ids in zip(RATES, [([0, 1], [1, 1], [0]), ([1], [1], [1]), ([0], [1], [0])], strict=False)
+    )
+    found = gloo.call(3, table_cases.run, setup, steps[:2], tmp_path)
+    close_to_plain(setup, steps[:2], found)
+    held = [sum(len(values) for _, _, values in worker["after"].get("tiny_0", ())) for worker in found]
+    assert held == [2, 0, 0]
+    state = table_cases.whole([worker["after"] for worker in found])
+    fresh = replace(setup, seed=99)
+    ids = tuple({"tiny": [i for worker in step.ids for i in worker["tiny"]]} for step in steps)
+    for workers in (3, 1):
+        further = steps[2] if workers == 3 else replace(steps[2], ids=(ids[2],))
+        loaded = gloo.call(workers, table_cases.resume, fresh, tmp_path, (further,), 2)
+        for name, value in table_cases.whole([worker["loaded"] for worker in loaded]).items():
+            np.testing.assert_array_equal(value, state[name], err_msg=name)
+        if workers == 3:
+            straight = gloo.call(3, table_cases.run, setup, steps)
+            after = [table_cases.whole([worker["after"] for worker in run]) for run in (loaded, straight)]
+            for name in state:
+                np.testing.assert_array_equal(after[0][name], after[1][name], err_msg=name)
+
+
 # What is refused
 
 
@@ -371,10 +408,3 @@ def test_an_id_that_a_table_does_not_have_is_found_by_whoever_has_it(gloo, featu
     first, second = gloo.call(2, table_cases.out_of_range, setup_of("sgd"), (good, bad))
     assert first is None
     assert second is not None and re.search(message, second)
-
-
-def broken(start: int, stop: int) -> np.ndarray:
-    rows = np.zeros((stop - start, 8), np.float32)
-    if start <= 2 < stop:
-        rows[2 - start, 3] = np.nan
-    return rows

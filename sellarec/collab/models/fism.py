@@ -1,0 +1,81 @@
+"""FISM (Kabbur et al., 2013) with item vectors that are learnt from who consumes what, not from who likes it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sellarec.collab.losses import full_softmax
+from sellarec.collab.model import CollabModel, Sizes, values
+from sellarec.config import Collab
+from sellarec.training.table import Jagged, Table
+from sellarec.training.task import WHOLE, Batch, Peers, Vectors
+
+AFFINITY = 0.75
+"""What the cosine of history and item counts in the score. Learnt, it comes out too small: train rows made the vectors."""
+
+
+class Model(CollabModel):
+    """score = constant + b_u + b_i + <AFFINITY z_u + g, v_i>.
+
+    v_i are unit item vectors, z_u the unit mean of those in the history, g is learnt and tells what liking an item has to do
+    with where it lies. No gradient of the labels reaches v. A loss of its own makes them: the softmax over the catalog of which
+    item the row holds, whatever its label, given the mean of the history's vectors (not of unit length), of which `dropout`
+    of the items are left out. Labels are few and hold much chance; who rates what is known of every row.
+
+    An item's row: its vector, its bias in that softmax, its bias in the score. A user's row has the bias alone, in its last
+    column.
+    """
+
+    reads = ("history", "dropout")
+    losses = ("bce",)
+    reads_catalog = True
+    unseen = "masked: a row of zeros; a user still has a history"
+
+    def __init__(self, sizes: Sizes, settings: Collab) -> None:
+        super().__init__(sizes, settings)
+        self.history, self._dropout = settings.history, settings.dropout
+        user, item = self.tables
+        item = Table("item", item.rows, item.dim, ("item", "history"), init_std=item.init_std)
+        self.tables = (Table("user", user.rows, USER_COLUMNS, ("user",)), item)
+        self.liking = nn.Parameter(torch.zeros(settings.dim - 2))
+
+    def user(self, batch: Batch, vectors: Vectors) -> Tensor:
+        history = vectors["history"]
+        units = F.normalize(history.values[:, :-2].detach(), dim=1)
+        mean = F.normalize(Jagged(units, history.lengths).sum(), dim=1)
+        bias = super().user(batch, vectors)[:, -1:]
+        return torch.cat([AFFINITY * mean + self.liking, torch.zeros_like(bias), bias], dim=1)
+
+    def product(self, user: Tensor, item: Tensor) -> Tensor:
+        return super().product(user, _of_score(item))
+
+    def products(self, users: Tensor, items: Tensor) -> Tensor:
+        return super().products(users, _of_score(items))
+
+    def represent(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Tensor]:
+        user, item = super().represent(batch, vectors)
+        return user, _of_score(item)
+
+    def auxiliary_loss(self, batch: Batch, vectors: Vectors, seen: Tensor, peers: Peers) -> Tensor:
+        """float [b]: the cross-entropy of the row's item among all, given the history."""
+        history, catalog, item = vectors["history"], vectors[WHOLE + "item"], values(vectors["item"])
+        kept = history.values.new_ones(len(history.values))
+        if self.training:
+            kept = (torch.rand_like(kept) >= self._dropout).float()
+        sums = Jagged(torch.cat([history.values[:, :-2] * kept[:, None], kept[:, None]], dim=1), history.lengths).sum()
+        users = sums[:, :-1] / sums[:, -1:].clamp(min=1)
+        positive = (users * item[:, :-2]).sum(1) + item[:, -2]
+        return full_softmax(
+            users, positive, lambda users: torch.addmm(catalog[:, -2], users, catalog[:, :-2].T), seen, peers
+        )
+
+
+USER_COLUMNS = 4
+"""The narrowest table that the kernels take."""
+
+
+def _of_score(items: Tensor) -> Tensor:
+    """Items' rows [..., D] as the score takes them."""
+    return torch.cat(
+        [F.normalize(items[..., :-2].detach(), dim=-1), torch.zeros_like(items[..., :1]), items[..., -1:]], dim=-1
+    )

@@ -1,0 +1,174 @@
+"""Which worker holds which rows, what the kernels can't do, and what the tables take."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sellarec.config import Sparse, Tables
+from sellarec.errors import UserError
+from sellarec.training.plan import Placement, check_fits, check_kernels, describe, place, row_bytes, worker_bytes
+from sellarec.training.table import MAX_COLUMNS, Table
+
+FLOAT32 = Tables()
+
+
+def table(name: str, rows: int, dim: int = 8) -> Table:
+    return Table(name, rows, dim, (name,))
+
+
+def optimizer(name: str, **changes) -> Sparse:
+    return Sparse(table_optimizer=name, **changes)
+
+
+ROWS = st.lists(st.integers(1, 50), min_size=1, max_size=6)
+
+
+@given(ROWS, st.integers(1, 5), st.sampled_from(["row-wise", "table-wise"]))
+def test_each_row_lies_on_one_worker(rows, workers, sharding):
+    tables = [table(f"t{number}", count) for number, count in enumerate(rows)]
+    placements = place(tables, Tables(sharding=sharding), optimizer("sgd"), workers, "cpu")
+    assert [placement.table for placement in placements] == tables
+    for placement in placements:
+        held = [placement.rows(worker, workers) for worker in range(workers)]
+        assert sum(held) == placement.table.rows
+        if sharding == "row-wise" and placement.worker is None:
+            assert max(held) == -(-placement.table.rows // workers) and held == sorted(held, reverse=True)
+            assert min(held) > 0
+        else:
+            assert sorted(held)[:-1] == [0] * (workers - 1)
+
+
+@given(ROWS, st.integers(1, 5), st.sampled_from(["sgd", "rowwise-adagrad", "adagrad", "adam"]))
+def test_whole_tables_are_spread_by_their_bytes(rows, workers, name):
+    """As by hand: the largest first, each on the worker that holds least; so none holds more than a table above another."""
+    tables = [table(f"t{number}", count, 4 * (number + 1)) for number, count in enumerate(rows)]
+    settings = optimizer(name)
+    placements = place(tables, Tables(sharding="table-wise"), settings, workers, "cpu")
+    state = {"sgd": 0, "rowwise-adagrad": 1, "adagrad": None, "adam": None}[name]
+    size = {
+        t.name: 4 * t.rows * (t.dim + (state if state is not None else t.dim * {"adagrad": 1, "adam": 3}[name]))
+        for t in tables
+    }
+    held = worker_bytes(placements, FLOAT32, settings, workers)
+    assert sum(held) == sum(size.values())
+    for worker, others in itertools.permutations(range(workers), 2):
+        own = [size[p.table.name] for p in placements if p.worker == worker]
+        assert not own or held[worker] - min(own) <= held[others]
+
+
+def test_a_table_too_small_for_all_workers_is_not_cut():
+    """The kernels fail on a worker that holds no row at all. 4 rows of 3 workers would be 2, 2 and 0."""
+    found = place([table("a", 4), table("b", 5), table("c", 2)], FLOAT32, None, 3, "cpu")
+    assert [p.worker for p in found] == [0, None, 0]
+    assert [p.sharding for p in found] == ["table-wise", "row-wise", "table-wise"]
+
+
+def test_the_same_placement_is_found_whatever_the_order_of_tables():
+    tables = [table(name, rows) for name, rows in (("user", 30), ("item", 30), ("history", 10))]
+    found = [
+        {p.table.name: p.worker for p in place(order, Tables(sharding="table-wise"), None, 2, "cpu")}
+        for order in itertools.permutations(tables)
+    ]
+    assert all(one == found[0] for one in found) and len(set(found[0].values())) == 2
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("name", ["rowwise-adagrad", "adam"])
+def test_torchrecs_planner_places_every_table(workers, name):
+    """Of several widths, one wider than the kernels take, one with fewer rows than workers."""
+    tables = [table("user", 1000, 32), table("item", 5000, 32), table("tiny", 2, 4), table("wide", 50, 2 * MAX_COLUMNS)]
+    found = place(tables, Tables(sharding="auto"), optimizer(name), workers, "cpu")
+    assert [placement.table for placement in found] == tables
+    assert all(p.worker is None or 0 <= p.worker < workers for p in found)
+    assert found == place(tables, Tables(sharding="auto"), optimizer(name), workers, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("storage", "settings", "device", "message"),
+    [
+        ({"dtype": "bfloat16"}, optimizer("sgd"), "cpu", "tables.dtype is bfloat16"),
+        ({"dtype": "bfloat16"}, None, "cpu", "tables.dtype is bfloat16"),
+        ({"placement": "uvm"}, optimizer("sgd"), "cpu", "tables.placement is uvm, but there is no GPU"),
+        ({"placement": "uvm-caching"}, optimizer("sgd"), "cpu", "but there is no GPU"),
+        ({"dtype": "float16"}, optimizer("adam"), "cpu", "table_optimizer is adam, tables.dtype float16"),
+        ({"dtype": "bfloat16"}, optimizer("adam"), "cuda", "table_optimizer is adam, tables.dtype bfloat16"),
+        ({"placement": "uvm"}, optimizer("adam"), "cuda", "table_optimizer is adam, .* tables.placement uvm"),
+        ({}, optimizer("sgd", table_weight_decay=0.1), "cpu", "table_weight_decay is 0.1 and table_optimizer sgd"),
+        ({}, optimizer("adagrad", table_weight_decay=0.1), "cuda", "table_weight_decay is 0.1 .* adagrad"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_refused(storage, settings, device, message):
+    for check in (check_kernels, lambda *arguments: place([table("user", 3)], *arguments[:2], 1, arguments[2])):
+        with pytest.raises(UserError, match=message):
+            check(Tables(**storage), settings, device)
+
+
+@pytest.mark.parametrize(
+    ("storage", "settings", "device"),
+    [
+        ({}, None, "cpu"),
+        ({"dtype": "float16"}, None, "cpu"),
+        ({"dtype": "float16"}, optimizer("adagrad"), "cpu"),
+        ({"dtype": "bfloat16"}, optimizer("sgd"), "cuda"),
+        ({"placement": "uvm-caching"}, optimizer("rowwise-adagrad"), "cuda"),
+        ({}, optimizer("adam", table_weight_decay=0.1), "cpu"),
+        ({}, optimizer("rowwise-adagrad", table_weight_decay=0.1), "cpu"),
+    ],
+)
+def test_what_the_kernels_can_do_is_not(storage, settings, device):
+    check_kernels(Tables(**storage), settings, device)
+
+
+def test_bytes_of_a_row():
+    """Optimizer states are float32, whatever the rows are; adam has two moments and a gradient."""
+    wide = table("wide", 1, 2 * MAX_COLUMNS + 4)
+    assert row_bytes(table("x", 1, 32), Tables(dtype="float16"), optimizer("adagrad")) == (64, 128)
+    assert row_bytes(table("x", 1, 32), Tables(dtype="bfloat16"), optimizer("rowwise-adagrad")) == (64, 4)
+    assert row_bytes(wide, FLOAT32, optimizer("rowwise-adagrad")) == (4 * wide.dim, 12)
+    assert row_bytes(table("x", 1, 32), FLOAT32, optimizer("adam")) == (128, 3 * 128)
+    assert row_bytes(table("x", 1, 32), FLOAT32, optimizer("sgd")) == (128, 0)
+    assert row_bytes(table("x", 1, 32), FLOAT32, None) == (128, 0)
+
+
+def test_a_plan_tells_what_the_fullest_worker_holds():
+    user, item = table("user", 10, 32), table("item", 7, 16)
+    storage, settings = Tables(dtype="float16"), optimizer("rowwise-adagrad")
+    first, second = describe([Placement(user, None), Placement(item, 2)], storage, settings, 3)
+    assert first == {
+        "table": "user", "rows": 10, "columns": 32, "dtype": "float16", "sharding": "row-wise", "worker": None,
+        "placement": "device", "rows per worker": 4, "weight bytes": 4 * 64, "optimizer bytes": 4 * 4,
+    }  # fmt: skip
+    assert (second["sharding"], second["worker"], second["rows per worker"]) == ("table-wise", 2, 7)
+    assert (second["weight bytes"], second["optimizer bytes"]) == (7 * 32, 7 * 4)
+    assert worker_bytes([Placement(user, None), Placement(item, 2)], storage, settings, 3) == [
+        4 * 68,
+        4 * 68,
+        2 * 68 + 7 * 36,
+    ]
+
+
+def test_tables_that_do_not_fit_are_refused_with_the_arithmetic():
+    """48.2 M users and 54.5 M items as Amazon-2023 has them, 128 wide."""
+    tables = [table("user", 48_200_000, 128), table("item", 54_500_000, 128)]
+    placements = [Placement(t, None) for t in tables]
+    held = (48_200_000 + 54_500_000) // 8 * (512 + 4)  # both are multiples of 8
+    arguments = (placements, FLOAT32, optimizer("rowwise-adagrad"), 8)
+    check_fits(*arguments, held, "each")
+    message = (
+        r"worker 0 of 8 would hold 6\.17 GiB of tables \(user 6,025,000 rows x 516 bytes \+ item 6,812,500 rows x 516 bytes\), "
+        r"but each has room for 4\.00 GiB"
+    )
+    with pytest.raises(UserError, match=message):
+        check_fits(*arguments, 4 << 30, "each")
+    with pytest.raises(UserError):
+        check_fits(*arguments, held - 1, "each")
+
+
+def test_the_fullest_worker_decides():
+    placements = [Placement(table("user", 10, 8), 1), Placement(table("item", 4, 8), None)]
+    arguments = (placements, FLOAT32, optimizer("sgd"), 2)
+    check_fits(*arguments, 12 * 32, "each")
+    with pytest.raises(UserError, match=r"worker 1 of 2 .* \(user 10 rows x 32 bytes \+ item 2 rows x 32 bytes\)"):
+        check_fits(*arguments, 12 * 32 - 1, "each")
