@@ -575,7 +575,7 @@ def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) 
     if trains != "collab":  # other stages go through the rows
         settings = dataclasses.replace(settings, train_on="rows")
     counts = None
-    if trains is not None and settings.loss in ("bpr", "softmax"):
+    if trains is not None:
         place = this.artifact(trains) / WORK
         with place.writing() as folder:
             np.save(folder / "counts.npy", item_counts(log))

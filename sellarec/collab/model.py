@@ -43,7 +43,7 @@ class CollabModel(nn.Module):
         has_positions: whether it scores the next item at every position of a sequence (`collab.train_on sequences`).
         history: items of a row's history that it reads at most, the most recent ones; 0 reads none.
         losses: kinds of `collab.loss` that it can be trained with.
-        reads_catalog: whether its `auxiliary_loss` takes the rows of the whole catalog.
+        reads_catalog: whether its `auxiliary_loss` takes the rows of the whole catalog, and how many train rows each item has.
         uses_graph: whether rows are smoothed over the graph of train positives (`propagate`).
         unseen: what a user, item or item of a history without a train row counts as, in words.
     """
@@ -109,11 +109,11 @@ class CollabModel(nn.Module):
         """Rows of users and items [R, D] -> smoothed rows [R, D]; `multiply` is the product with the graph's matrix."""
         raise NotImplementedError(f"{type(self).__module__} uses no graph")
 
-    def auxiliary_loss(self, batch: Batch, vectors: Vectors, seen: Tensor, peers: Peers) -> Tensor | None:
+    def auxiliary_loss(self, batch: Batch, vectors: Vectors, log_counts: Tensor, peers: Peers) -> Tensor | None:
         """float [b]: a loss of the model's own, which is added for every row, whatever its label; None for none.
 
         Args:
-            seen: bool [m], which items of the worker's share of the catalog the train split has.
+            log_counts: float [items], the logarithm of how many train rows an item has; -inf for unseen ones.
         """
         return None
 

@@ -43,6 +43,7 @@ class CollabTask(Task):
         seen: bool [items], which items the train split has: others are left out of histories and of the full softmax.
         negatives: what draws them; None for a loss that takes none, and where the model is only scored with.
         graph: where the graph is read from, for a model that smooths its rows over it.
+        counts: int64 [items], each item's train rows, to train a model that `reads_catalog`.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class CollabTask(Task):
         seen: np.ndarray,
         negatives: Negatives | None = None,
         graph: Graph | None = None,
+        counts: np.ndarray | None = None,
     ) -> None:
         self.network, self._settings = network, settings
         self.model: nn.Module | None = network if any(True for _ in network.parameters()) else None
@@ -59,6 +61,7 @@ class CollabTask(Task):
         self._has_negatives = negatives is not None
         self._draws = negatives is not None and settings.negatives != "in-batch"
         self._seen = torch.from_numpy(seen)
+        self._log_counts = torch.zeros(0) if counts is None else torch.from_numpy(counts).float().log()
         self.whole = ("item",) if settings.loss == "full-softmax" or network.reads_catalog else ()
         more = [*["negative"] * self._draws, *(WHOLE + name for name in self.whole)]
         self.tables = tuple(
@@ -147,9 +150,12 @@ class CollabTask(Task):
             else:
                 losses = sampled_softmax(score, others, counts, log_q, negative_log_q)
         total = ((losses + 0.5 * self._settings.l2 * norms) * weights).sum()
-        seen = self._is_seen(batch[WHOLE + "item"]) if self.network.reads_catalog else weights
-        auxiliary = self.network.auxiliary_loss(batch, vectors, seen, peers)
-        return total if auxiliary is None else total + (auxiliary * batch["weight"]).sum()
+        if not self.network.reads_catalog:
+            return total
+        log_counts = self._log_counts = self._log_counts.to(score.device)
+        auxiliary = self.network.auxiliary_loss(batch, vectors, log_counts, peers)
+        assert auxiliary is not None
+        return total + (auxiliary * batch["weight"]).sum()
 
     def score(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
         _, (score,) = (model or self.network)(batch, vectors, self.network.item(batch, vectors)[:, None])
@@ -196,7 +202,7 @@ def build_collab(
     Args:
         start: folder of an artifact whose tables and dense weights it starts from; None for fresh ones. Users and items that
             its tables don't have yet get fresh rows.
-        counts: file of `sellarec.data.log.item_counts`: needed to train with negatives.
+        counts: file of `sellarec.data.log.item_counts`: needed to train with negatives, or a model that `reads_catalog`.
         seed: of the drawn negatives.
     """
     facts = log.facts
@@ -210,10 +216,12 @@ def build_collab(
                     f"{start} holds no {WEIGHTS}, but {settings.model} has dense weights: it is of another model"
                 )
             network.load_state_dict(load_file(start / WEIGHTS))
-    negatives = None
+    negatives, rows = None, None
     if counts is not None:
-        negatives = Negatives(settings.negatives, np.load(counts), settings.negatives_per_row, seed)
+        rows, positives = np.load(counts)
+        if settings.loss in ("bpr", "softmax"):
+            negatives = Negatives(settings.negatives, np.stack([rows, positives]), settings.negatives_per_row, seed)
     graph = None
     if network.uses_graph:
         graph = Graph(tuple(str(path) for path in log.split_paths("train")), sizes.users, sizes.items)
-    return CollabTask(network, settings, log.items(["seen"])["seen"].to_numpy(), negatives, graph)
+    return CollabTask(network, settings, log.items(["seen"])["seen"].to_numpy(), negatives, graph, rows)

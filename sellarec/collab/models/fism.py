@@ -20,7 +20,8 @@ class Model(CollabModel):
     v_i are unit item vectors, z_u the unit mean of those in the history, g is learnt and tells what liking an item has to do
     with where it lies. No gradient of the labels reaches v. A loss of its own makes them: the softmax over the catalog of which
     item the row holds, whatever its label, given the mean of the history's vectors (not of unit length), of which `dropout`
-    of the items are left out. Labels are few and hold much chance; who rates what is known of every row.
+    of the items are left out, with the items' counts as prior, so that vectors need not tell them. Labels are few and hold
+    much chance; who rates what is known of every row.
 
     An item's row: its vector, its bias in that softmax, its bias in the score. A user's row has the bias alone, in its last
     column.
@@ -56,7 +57,7 @@ class Model(CollabModel):
         user, item = super().represent(batch, vectors)
         return user, _of_score(item)
 
-    def auxiliary_loss(self, batch: Batch, vectors: Vectors, seen: Tensor, peers: Peers) -> Tensor:
+    def auxiliary_loss(self, batch: Batch, vectors: Vectors, log_counts: Tensor, peers: Peers) -> Tensor:
         """float [b]: the cross-entropy of the row's item among all, given the history."""
         history, catalog, item = vectors["history"], vectors[WHOLE + "item"], values(vectors["item"])
         kept = history.values.new_ones(len(history.values))
@@ -64,9 +65,11 @@ class Model(CollabModel):
             kept = (torch.rand_like(kept) >= self._dropout).float()
         sums = Jagged(torch.cat([history.values[:, :-2] * kept[:, None], kept[:, None]], dim=1), history.lengths).sum()
         users = sums[:, :-1] / sums[:, -1:].clamp(min=1)
-        positive = (users * item[:, :-2]).sum(1) + item[:, -2]
+        prior = log_counts[batch[WHOLE + "item"]]
+        bias = catalog[:, -2] + prior.clamp(min=0)
+        positive = (users * item[:, :-2]).sum(1) + item[:, -2] + log_counts[batch["item"]].clamp(min=0)
         return full_softmax(
-            users, positive, lambda users: torch.addmm(catalog[:, -2], users, catalog[:, :-2].T), seen, peers
+            users, positive, lambda users: torch.addmm(bias, users, catalog[:, :-2].T), prior.isfinite(), peers
         )
 
 
