@@ -58,7 +58,11 @@ class ShardedTables:
         self._storage, self._settings, self._group = storage, optimizer, group
         self.world_size, self._rank = dist.get_world_size(group), dist.get_rank(group)
         self._dense = optimizer is not None and optimizer.table_optimizer == "adam"
-        sharder = _dense_sharder() if self._dense else _fused_sharder(optimizer, storage)
+        # Bags of one id are the faster kernels, and the only right ones for dense gradients. Among W workers they take W times
+        # the bytes, as each sends what it has of every bag; and their fused weight decay isn't that of whole rows.
+        decays = optimizer is not None and optimizer.table_weight_decay > 0
+        self._bags = self._dense or (self.world_size == 1 and not decays)
+        sharder = _sharder(self._bags, {} if self._dense else _fused(optimizer, storage))
         kernel = "dense" if self._dense else KERNELS[storage.placement]
         # TorchRec wants one width a collection, so tables are grouped by the widths of their pieces.
         by_width: dict[int, list[tuple[str, Placement]]] = {}
@@ -67,7 +71,7 @@ class ShardedTables:
                 by_width.setdefault(stop - start, []).append((name, placement))
         holder, plans = nn.Module(), {}
         for width, pieces in by_width.items():
-            collection = _collection(self._dense, width, pieces, storage)
+            collection = _collection(self._bags, width, pieces, storage)
             setattr(holder, f"width_{width}", collection)
             plans[f"width_{width}"] = construct_module_sharding_plan(
                 collection,
@@ -130,7 +134,7 @@ class ShardedTables:
     def _sharded(self) -> dict[str, Any]:
         """TorchRec's ShardedTensor of each piece's weights, by the piece's name."""
         weights = self.module.state_dict()
-        parts = "embedding_bags" if self._dense else "embeddings"
+        parts = "embedding_bags" if self._bags else "embeddings"
         return {name: weights[f"{width}.{parts}.{name}.weight"] for name, width in self._widths.items()}
 
     def _local_pieces(self, table: Table) -> list[tuple[tuple[str, int, int], tuple[int, Tensor]]]:
@@ -168,7 +172,7 @@ class ShardedTables:
         Features that aren't asked for are left out; all workers ask for the same ones.
         """
         jagged = {name: _as_jagged(feature) for name, feature in ids.items()}
-        found = self._look_up_bags(jagged) if self._dense else self._look_up_rows(jagged)
+        found = self._look_up_bags(jagged) if self._bags else self._look_up_rows(jagged)
         out: dict[str, Tensor | Jagged] = {}
         for table in self.tables:
             for feature in table.features:
@@ -201,13 +205,16 @@ class ShardedTables:
         return found
 
     def _look_up_bags(self, ids: Mapping[str, Jagged]) -> dict[str, Tensor]:
-        """By bags of one id: the kernels with dense gradients are right for bags alone, and equally many on all workers."""
+        """By bags of one id, equally many of every feature and on all workers."""
         from torchrec import KeyedJaggedTensor
 
         # at least one: the kernels don't take none
-        most = torch.tensor(max(1, *(len(feature.values) for feature in ids.values())), device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
-        bags = int(most)
+        bags = max(1, *(len(feature.values) for feature in ids.values()))
+        if self.world_size > 1:
+            most = torch.tensor(bags, device=self.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
+            bags = int(most)
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
         found: dict[str, Tensor] = {}
         for width, keys in self._keys.items():
             values = [ids[name].values if (name := key.partition(":")[0]) in ids else None for key in keys]
@@ -215,7 +222,7 @@ class ShardedTables:
             lengths = torch.arange(bags, device=self.device) < torch.tensor(counts, device=self.device)[:, None]
             keyed = KeyedJaggedTensor(
                 keys,
-                torch.cat([value for value in values if value is not None] or [most.new_zeros(0)]),
+                torch.cat([value for value in values if value is not None] or [none]),
                 lengths=lengths.flatten().int(),
             )
             pooled = self._collections[width](keyed).wait().to_dict()
@@ -318,15 +325,10 @@ class ShardedTables:
         return describe(self.placements, self._storage, self._settings, self.world_size)
 
 
-def _fused_sharder(settings: Sparse | None, storage: Tables) -> Any:
-    """Kernels that update rows in the backward pass; without settings they are only looked up."""
+def _fused(settings: Sparse | None, storage: Tables) -> dict[str, Any]:
+    """How kernels update rows in the backward pass; without settings rows are only looked up."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
-    from torchrec.distributed.embedding import EmbeddingCollectionSharder
-
-    class Sharder(EmbeddingCollectionSharder):
-        def sharding_types(self, compute_device_type: str) -> list[str]:
-            return ["row_wise", "table_wise"]
 
     fused: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.0}
     if settings is not None:
@@ -342,21 +344,26 @@ def _fused_sharder(settings: Sparse | None, storage: Tables) -> Any:
             fused |= {"weight_decay": settings.table_weight_decay, "weight_decay_mode": WeightDecayMode.L2}
     if storage.placement == "uvm-caching":
         fused["cache_load_factor"] = CACHED_SHARE
-    return Sharder(fused_params=fused)
+    return fused
 
 
-def _dense_sharder() -> Any:
-    """Kernels that give dense gradients of a worker's rows."""
+def _sharder(bags: bool, fused: dict[str, Any]) -> Any:
+    """A sharder of bags, or of rows; on CPUs TorchRec's own leave out that they shard by rows."""
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
-    class Sharder(EmbeddingBagCollectionSharder):
+    class Bags(EmbeddingBagCollectionSharder):
         def sharding_types(self, compute_device_type: str) -> list[str]:
             return ["row_wise", "table_wise"]
 
-    return Sharder()
+    class Rows(EmbeddingCollectionSharder):
+        def sharding_types(self, compute_device_type: str) -> list[str]:
+            return ["row_wise", "table_wise"]
+
+    return (Bags if bags else Rows)(fused_params=fused)
 
 
-def _collection(dense: bool, width: int, pieces: Sequence[tuple[str, Placement]], storage: Tables) -> nn.Module:
+def _collection(bags: bool, width: int, pieces: Sequence[tuple[str, Placement]], storage: Tables) -> nn.Module:
     """The pieces of one width, not yet sharded."""
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, PoolingType
     from torchrec.modules.embedding_configs import DataType
@@ -373,9 +380,9 @@ def _collection(dense: bool, width: int, pieces: Sequence[tuple[str, Placement]]
         }
         for name, placement in pieces
     ]
-    if dense:
-        bags = [EmbeddingBagConfig(pooling=PoolingType.SUM, **found) for found in settings]
-        return EmbeddingBagCollection(device=torch.device("meta"), tables=bags)
+    if bags:
+        of_bags = [EmbeddingBagConfig(pooling=PoolingType.SUM, **found) for found in settings]
+        return EmbeddingBagCollection(device=torch.device("meta"), tables=of_bags)
     return EmbeddingCollection(device=torch.device("meta"), tables=[EmbeddingConfig(**found) for found in settings])
 
 
