@@ -3,8 +3,10 @@
 What stands is not run again, so an interrupted table goes on where it was.
 """
 
+import statistics
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from sellarec.environment import check_environment
 from sellarec.errors import UserError, exit_status
@@ -12,14 +14,16 @@ from sellarec.errors import UserError, exit_status
 
 @dataclass(frozen=True)
 class Table:
-    """Recipes that are run with several seeds."""
+    """Recipes that are run with several seeds: the whole main job, or a collaborative model alone."""
 
     recipes: tuple[str, ...]
     seeds: tuple[int, ...]
+    collab_alone: bool = False
 
 
 TABLES = {
     "world": Table(recipes=("demo", "longer"), seeds=(1, 2, 3)),
+    "collm-fism": Table(recipes=("collm-ml-1m", "fism"), seeds=(1, 2, 3, 4, 5), collab_alone=True),
 }
 
 
@@ -45,17 +49,44 @@ def main(arguments: list[str]) -> None:
     sections, records = [], []
     for seed in table.seeds:
         run_flags = [*flags, "--seed", str(seed), "--name", f"{name}-seed-{seed}"]
+        if table.collab_alone:
+            run_flags += ["--stages", "prepare,collab"]
         this = Run.of(parse([*table.recipes, *run_flags], program="reproduce.py"))
         run(this)
+        if table.collab_alone:
+            this.place.write_json("results.json", evaluated(this))
         found = this.place.read_json("results.json")
         records += found
         sections.append(f"Seed {seed}\n\n{format_table(found)}")
-    summary = summarise(records)
+    summary = over_seeds(records) if table.collab_alone else summarise(records)
     print(f"\n{summary}\n")
     place = Place.of(this.config.workspace) / "tables"
     place.write_text(f"{name}.txt", "\n\n".join([*sections, summary]) + "\n")
     place.write_json(f"{name}.json", records)
     print(f"table        {place}/{name}.txt")
+
+
+def evaluated(this: Any) -> list[dict]:
+    """The records of a run's collaborative model."""
+    from sellarec.config import Evaluation
+    from sellarec.evaluation.artifact import evaluate_artifact
+
+    artifact, data = (this.artifact(stage).local() for stage in ("collab", "prepare"))
+    out, config = this.place.local() / "results.json", this.config
+    return evaluate_artifact(
+        Evaluation(artifact=artifact, data=data, out=out, workers=config.workers, batch=4096, seed=config.seed)
+    )
+
+
+def over_seeds(records: list[dict]) -> str:
+    """Mean and standard deviation over seeds of each model's metrics on all rows."""
+    lines = ["model              metric      mean      sd   seeds"]
+    chosen = [r for r in records if r["rows"] == "all" and r["value"] is not None]
+    for model, metric in dict.fromkeys((r["model"], r["metric"]) for r in chosen):
+        values = [r["value"] for r in chosen if (r["model"], r["metric"]) == (model, metric)]
+        spread = f"{statistics.stdev(values):7.4f}" if len(values) > 1 else "    n/a"
+        lines.append(f"{model:<18} {metric:<8} {statistics.mean(values):7.4f} {spread} {len(values):>7}")
+    return "\n".join(lines)
 
 
 def summarise(records: list[dict]) -> str:

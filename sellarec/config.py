@@ -322,7 +322,7 @@ class Collab(Steps, Selection, Dense, Sparse):
     """Weight of half the squared norm of a target's vectors in its loss (of several negatives, or items of a history,
     their mean)."""
     learning_rate: float = 1e-3
-    """Peak learning rate of the dense weights, which sasrec and din have."""
+    """Peak learning rate of the dense weights, which sasrec, din and fism have."""
     schedule: Literal["cosine", "constant"] = "constant"
     """How the learning rates go on after the warm-up: down to 0 in a half cosine, or as they are."""
     warmup: float = 0.0
@@ -732,7 +732,7 @@ def check(config: Config) -> None:
             raise UserError(f"there is no stage '{name}': {hint}the stages are {', '.join(STAGES)}")
     check_data(config.data)
     data = config.data
-    if config.data.history_cap < config.prompt.history:
+    if data.source != "log" and data.history_cap < config.prompt.history:
         raise UserError(
             f"prompt.history is {config.prompt.history}, but data.history_cap keeps only {data.history_cap} items a row: "
             "raise data.history_cap or lower prompt.history"
@@ -793,13 +793,14 @@ def _check_collab(config: Config) -> None:
     from importlib import import_module  # a model's file loads torch
 
     model = import_module(f"sellarec.collab.models.{collab.model}").Model
-    for name in changed:
+    ignored = [name for name in model.ignores if getattr(collab, name) != getattr(defaults, name)]
+    for name in (*changed, *ignored):
         if name not in model.reads:
             raise UserError(
                 f"collab.{name} is {getattr(collab, name)}, but collab.model is {collab.model}, which doesn't read it: leave out "
                 "one of the two"
             )
-    if "history" in model.reads and collab.history > config.data.history_cap:
+    if config.data.source != "log" and "history" in model.reads and collab.history > config.data.history_cap:
         raise UserError(
             f"collab.history is {collab.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
             "data.history_cap or lower collab.history"
@@ -823,10 +824,6 @@ def _check_collab(config: Config) -> None:
         raise UserError(
             f"collab.model is {collab.model}, whose score is no product of a user's and an item's vector, but collab.select_on "
             f"{collab.select_on} ranks the whole catalog: take auc or uauc"
-        )
-    if collab.temperature is not None and not model.is_product:
-        raise UserError(
-            f"collab.temperature is {collab.temperature}, but the score of {collab.model} is no product: leave it out"
         )
     if collab.train_on == "sequences":
         if not model.has_positions:

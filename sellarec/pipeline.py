@@ -377,6 +377,12 @@ def _prepare(this: Run) -> dict[str, Any]:
             copy_log(this.given_log, folder)
         facts = this.given_log.facts
         check_expected(facts, data.expected)
+        for name in ("prompt", "collab"):
+            read = getattr(this.config, name).history
+            if read > facts["history_cap"]:
+                this.console.line(
+                    f"prepare   note: {name}.history is {read}, but the log keeps only {facts['history_cap']} items a row"
+                )
         return {**facts, "noun": data.noun or facts["noun"]}
     with this.artifact("prepare").writing() as folder:
         facts = prepare(

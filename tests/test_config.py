@@ -99,6 +99,11 @@ def test_recipes_of_data_leave_the_method_alone():
         assert {setting.split(".")[0] for setting in settings} <= {"data", "prompt"}
 
 
+def test_of_a_prepared_log_its_noun_and_what_it_is_known_to_hold_may_be_given():
+    data = parse(["log", "--data", "x", "--data.noun", "book", "--data.expected", "8", "1", "1", "3", "4"]).data
+    assert (data.source, data.path, data.noun, data.expected) == ("log", "x", "book", (8, 1, 1, 3, 4))
+
+
 def test_a_typo_in_a_flag_is_refused_with_the_nearest_names(capsys):
     assert "--collab.dim" in usage_error(capsys, "--collab.dmi", "8")
     assert "--seed" in usage_error(capsys, "--sed", "3")
@@ -272,6 +277,10 @@ def test_the_job_prints_a_mistake_in_one_line_and_ends_with_2():
         (["collm-ml-1m", "--data", "x", "--data.positive-rating", "3"], "data.positive_rating is 3"),
         (["ml-latest-small", "--data", "x", "--data.world.users", "5"], "data.world.users is 5"),
         (["--data.positive-rating", "3"], "data.positive_rating is 3"),
+        (["log", "--data", "x", "--data.k-core", "5"], "data.k_core is 5, but data.source is log"),
+        (["log", "--data", "x", "--data.history-cap", "60"], "data.history_cap is 60, but data.source is log"),
+        (["log", "--data", "x", "--data.split", "0.6", "0.2", "0.2"], "data.split is (0.6, 0.2, 0.2)"),
+        (["log", "--data", "x", "--data.bad-rows", "drop"], "data.bad_rows is drop"),
     ],
 )
 def test_data_settings_that_mean_nothing_for_the_source_are_refused(arguments, name):
@@ -363,6 +372,13 @@ SEQUENCES = {"model": "sasrec", "train_on": "sequences"}
         ({"loss": "bpr", "negatives_per_row": 0}, ["collab.negatives_per_row is 0"]),
         ({"model": "din", "hidden": (0,)}, ["collab.hidden"]),
         ({"model": "din", "hidden": (8, -1)}, ["collab.hidden"]),
+        ({"model": "fism", "loss": "bpr"}, ["collab.loss is bpr", "collab.model is fism", "trained with bce"]),
+        ({"model": "fism", "loss": "full-softmax"}, ["collab.loss is full-softmax", "collab.model is fism"]),
+        ({"model": "fism", "temperature": 0.2}, ["collab.temperature is 0.2", "collab.model is fism", "doesn't read"]),
+        ({"model": "fism", "biases": False}, ["collab.biases is False", "collab.model is fism", "doesn't read"]),
+        ({"model": "fism", "user_rows": False}, ["collab.user_rows is False", "fism"]),
+        ({"model": "din", "temperature": 0.2}, ["collab.temperature is 0.2", "collab.model is din", "doesn't read"]),
+        ({"model": "mf", "temperature": 0.0}, ["collab.temperature is 0.0"]),
         ({"model": "din", "history": 51}, ["collab.history is 51", "data.history_cap keeps only 50"]),
     ],
 )
@@ -380,6 +396,8 @@ def test_collaborative_settings_that_contradict_each_other_are_refused_naming_bo
         {"model": "din", "loss": "softmax", "negatives": "popularity", "negatives_per_row": 3},
         {"model": "lightgcn", "layers": 3, "loss": "full-softmax"},
         {"model": "svdpp", "history": 5, "loss": "bpr", "select_on": "ndcg@10"},
+        {"model": "svdpp", "temperature": 0.1, "loss": "softmax"},
+        {"model": "fism", "history": 9, "dropout": 0.3, "select_on": "ndcg@10"},
         {"model": "sasrec", "heads": 2, "layers": 1, "dropout": 0.2, "history": 9},
         SEQUENCES | {"loss": "softmax", "user_rows": False},
         SEQUENCES | {"loss": "full-softmax", "user_rows": False},

@@ -38,6 +38,7 @@ class CollabModel(nn.Module):
 
     Attributes:
         reads: settings of `collab` that it reads beside those that every model reads.
+        ignores: those that the other models read and it doesn't, so that another value than the default is refused.
         is_product: whether a score is the product of a user's and an item's vector, which full ranking, in-batch
             negatives and the full softmax take.
         has_positions: whether it scores the next item at every position of a sequence (`collab.train_on sequences`).
@@ -49,6 +50,7 @@ class CollabModel(nn.Module):
     """
 
     reads: ClassVar[tuple[str, ...]] = ()
+    ignores: ClassVar[tuple[str, ...]] = ()
     is_product: ClassVar[bool] = True
     has_positions: ClassVar[bool] = False
     losses: ClassVar[tuple[str, ...]] = ("bce", "bpr", "softmax", "full-softmax")

@@ -64,13 +64,20 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
     collab = dataclasses.replace(trained.config.collab, train_on="rows")
     build = partial(build_collab, log, collab, settings.artifact.absolute())
     task = build()
+    for table in task.tables:
+        if table.read_rows is not None and table.read_rows < table.rows:
+            raise UserError(
+                f"table {table.name} of {settings.artifact} has {table.read_rows} rows, but the log in {settings.data} has "
+                f"{table.rows}: it was trained on another log; evaluate it on that, or train on from it (collab.init_from)"
+            )
     if settings.ranking == FULL and not task.network.is_product:
         raise UserError(
             f"{settings.artifact} is a {collab.model}, whose score is no product of a user's and an item's vector, so the whole "
             "catalog can't be ranked with it: take --ranking candidates:100, or none"
         )
     check_room(settings.workers)
-    place = Place.of(str(settings.out.absolute().parent / f".{settings.out.name}.work"))
+    beside, work = Place.of(str(settings.out.absolute().parent)), f".{settings.out.name}.work"
+    place = beside / work
     name = collab.model if trained.stage == "collab" else f"{collab.model}, aligned"
     cluster = connect(settings.workers, console)
     try:
@@ -121,7 +128,7 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
         import ray
 
         ray.shutdown()
-        place.delete()
+        beside.delete(work)
 
 
 def _ignore(record: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sellarec.data.keys import uniform
@@ -23,6 +24,9 @@ PROTOCOL = {
 }
 
 QUERY_COLUMNS = ("row", "user", "item", "label", "history", "user_seen", "item_seen")
+
+CHUNK_USERS = 1024
+"""Users whose candidates are drawn at once."""
 
 _SALT = 0x63616E64
 """Keeps these draws apart from others of the same seed and user."""
@@ -93,7 +97,7 @@ def write_queries(log: Log, split: str, path: Path, most: int | None = None) -> 
 def write_candidates(log: Log, split: str, number: int, seed: int, path: Path) -> pa.Table:
     """Write a row for each user of a split and each candidate: the relevant items, and items drawn from the catalog.
 
-    Drawn uniformly by (seed, user), without repeats, of all items but those that the user has in the split or before it. A
+    Drawn uniformly by (seed, user), without repeats, of all items but the user's relevant and excluded ones. A
     sampled ranking doesn't tell which model is better in full ranking (Krichene and Rendle, 2020): it is for comparing with
     what was published so.
 
@@ -104,7 +108,8 @@ def write_candidates(log: Log, split: str, number: int, seed: int, path: Path) -
         As `write_queries`.
 
     Raises:
-        UserError: the catalog has fewer than twice as many items as are drawn.
+        UserError: the catalog has fewer than twice as many items as are drawn, or a user has had so many of them that fewer
+            are left.
     """
     items = log.facts["items"]
     if items < 2 * number:
@@ -112,9 +117,16 @@ def write_candidates(log: Log, split: str, number: int, seed: int, path: Path) -
             f"candidates are {number} of {items} items: rank the whole catalog (full), or draw half of them at most"
         )
     found, seen = queries(log, split), log.items(["seen"])["seen"].to_numpy()
+    had = sum(pc.list_value_length(found[name]).to_numpy() for name in ("relevant", "excluded"))
+    most = int(had.argmax())
+    if items - had[most] < number:
+        raise UserError(
+            f"candidates are {number}, but user {found['user'][most]} has had {had[most]} of the {items} items, so only "
+            f"{items - had[most]} are left: draw fewer, or rank the whole catalog (full)"
+        )
     writer, row = None, 0
-    for start in range(0, len(found), 1024):
-        part = found.slice(start, 1024)
+    for start in range(0, len(found), CHUNK_USERS):
+        part = found.slice(start, CHUNK_USERS)
         users = part["user"].to_numpy()
         taken = [part[name].combine_chunks() for name in ("relevant", "excluded")]
         whose = [np.repeat(np.arange(len(part)), np.diff(lists.offsets.to_numpy())) for lists in taken]

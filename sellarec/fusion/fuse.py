@@ -139,7 +139,8 @@ def build_fuse(
     adapted = llms.with_adapter(model, adapter)
     for weight in adapted.parameters():
         weight.requires_grad_(False)
-    collaborative = Projection(collab.tables[0].dim, hidden, width)
+    columns = next(table.dim for table in collab.tables if table.name == "item")
+    collaborative = Projection(columns, hidden, width)
     if projection is not None:
         collaborative.load_state_dict(load_file(projection))
     hybrid = HybridProjection(collaborative, width, norm)

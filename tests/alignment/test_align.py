@@ -18,12 +18,12 @@ torch.set_num_threads(1)
 
 WIDTH = 8
 VECTORS = np.random.default_rng(0).standard_normal((ITEMS, WIDTH)).astype(np.float32)
-MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din")
+MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din", "fism")
 LOSSES = [
     (name, loss)
     for name in MODELS
     for loss in ("bce", "bpr", "full-softmax")
-    if (name, loss) != ("din", "full-softmax")
+    if (name, loss) != ("din", "full-softmax") and (name != "fism" or loss == "bce")
 ]
 SETTINGS = Align(weight=0.4, temperature=0.3, hidden=6)
 
@@ -120,7 +120,7 @@ def test_projection_and_model_are_saved_apart(name, tmp_path):
     (tmp_path / "out").mkdir()
     task.save(tmp_path / "out", weights)
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {PROJECTION, *[WEIGHTS] * (name in ("sasrec", "din"))}
+    assert files == {PROJECTION, *[WEIGHTS] * (name in ("sasrec", "din", "fism"))}
     task.model.projection.load_state_dict(load_file(tmp_path / "out" / PROJECTION))
     if WEIGHTS in files:
         task.model.network.load_state_dict(load_file(tmp_path / "out" / WEIGHTS))

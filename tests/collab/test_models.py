@@ -9,20 +9,34 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import HISTORIES, ITEMS, RATE, batch_of, leaves, make, small_log, some_rows, vectors_of
+from small import (
+    COUNTS,
+    HISTORIES,
+    ITEMS,
+    RATE,
+    Alone,
+    batch_of,
+    leaves,
+    make,
+    small_log,
+    some_rows,
+    table_rows,
+    vectors_of,
+)
 from torch import Tensor
 
 from sellarec.collab.model import CollabModel, Sizes, padded, places
-from sellarec.collab.models import din, lightgcn, mf, sasrec, svdpp
+from sellarec.collab.models import din, fism, lightgcn, mf, sasrec, svdpp
 from sellarec.collab.task import build_collab
 from sellarec.config import COLLAB_MODELS, Collab
 from sellarec.training.table import Jagged
+from sellarec.training.task import WHOLE
 
 torch.set_num_threads(1)
 
 SIZES = Sizes(5, ITEMS, RATE)
 LOG_ODDS = math.log(RATE / (1 - RATE))
-MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din")
+MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din", "fism")
 WITHOUT_HISTORY = {"mf", "lightgcn"}
 SWITCHES = pytest.mark.parametrize(
     ("biases", "global_mean"), [(True, True), (True, False), (False, True), (False, False)]
@@ -67,7 +81,10 @@ def test_the_tables_have_the_sizes_of_the_log(name, tmp_path):
     settings = Collab(dim=8, init_std=0.5, model=name)
     tables = {table.name: table for table in build_collab(small_log(tmp_path), settings, None).tables}
     features = ("item", "history") if name in ("sasrec", "din") else ("item",)
-    assert (tables["user"].rows, tables["user"].dim, tables["user"].init_std) == (5, 8, 0.5)
+    width, std = (8, 0.5)
+    if name == "fism":  # a user's row has the bias alone; the loss of its own takes the catalog
+        features, width, std = ("item", "history", WHOLE + "item"), 4, 0.0
+    assert (tables["user"].rows, tables["user"].dim, tables["user"].init_std) == (5, width, std)
     assert (tables["item"].rows, tables["item"].features, tables["item"].init_std) == (7, features, 0.5)
     assert set(tables) == {"user", "item", "history"} if name == "svdpp" else {"user", "item"}
     if name == "svdpp":
@@ -257,6 +274,117 @@ def test_din_weighs_the_history_by_the_candidate(biases, global_mean):
         )
 
 
+def unit(row: np.ndarray) -> np.ndarray:
+    length = np.sqrt((row * row).sum())
+    return row / length if length > 0 else row
+
+
+def plain_fism(model: Any, user_bias: float, history: np.ndarray, item: np.ndarray, constant: float) -> float:
+    """One row: 0.75 times the cosine of the history's mean direction and the item, what liking adds, and the biases."""
+    mean = np.zeros(item.size - 2)
+    for row in history:
+        mean = mean + unit(row[:-2])
+    user = 0.75 * unit(mean) + model.liking.detach().numpy().astype(np.float64)
+    return constant + user_bias + item[-1] + float((user * unit(item[:-2])).sum())
+
+
+@pytest.mark.parametrize("global_mean", [True, False])
+def test_fism_scores_where_an_item_lies_beside_the_history(global_mean, tmp_path):
+    """HISTORIES has an empty one; user 2 and the second row's item are unseen: no bias, and the item lies nowhere."""
+    task = make(tmp_path, model="fism", dim=8, global_mean=global_mean)
+    torch.nn.init.normal_(task.network.liking, generator=torch.Generator().manual_seed(1))
+    batch = batch_of(task, some_rows(), None)
+    vectors = vectors_of(task, batch)
+    score = task.score(None, batch, vectors)
+    found = {name: leaf.detach().numpy().astype(np.float64) for name, leaf in leaves(vectors).items()}
+    constant = LOG_ODDS if global_mean else 0.0
+    rows = np.split(found["history"], np.cumsum([len(history) for history in HISTORIES])[:-1])
+    for at in range(3):
+        bias, item = found["user"][at, -1] * [1, 1, 0][at], found["item"][at] * [1, 0, 1][at]
+        assert score[at].item() == pytest.approx(
+            plain_fism(task.network, bias, rows[at], item, constant), rel=1e-5, abs=1e-6
+        )
+    assert score[1].item() == pytest.approx(constant + found["user"][1, -1], rel=1e-5), "an unseen item"
+
+
+def test_the_labels_of_fism_move_biases_and_liking_but_no_vector(tmp_path):
+    task = make(tmp_path, model="fism", dim=8)
+    batch = batch_of(task, some_rows(), None)
+    vectors = vectors_of(task, batch)
+    score = task.score(None, batch, vectors)
+    torch.nn.functional.binary_cross_entropy_with_logits(score, batch["label"]).backward()
+    found = {name: leaf.grad for name, leaf in leaves(vectors).items()}
+    assert found["history"] is None
+    assert (found["item"][:, :-1] == 0).all() and found["item"][0, -1] != 0
+    assert (found["user"][:, :-1] == 0).all() and (found["user"][:2, -1] != 0).all()
+    assert task.network.liking.grad is not None and (task.network.liking.grad != 0).any()
+
+
+def test_fism_of_an_empty_history_knows_liking_and_biases_alone(tmp_path):
+    task = make(tmp_path, model="fism", dim=8)
+    with torch.no_grad():
+        task.network.liking.copy_(drawn(6, seed=5))
+    empty = some_rows(history=pa.array([[], [], []], pa.list_(pa.int64())))
+    batch = batch_of(task, empty, None)
+    vectors = vectors_of(task, batch)
+    user, _ = task.represent(batch, vectors)
+    assert torch.equal(user[:, :-2], task.network.liking.expand(3, 6)) and torch.equal(user[:, -2], torch.zeros(3))
+    assert torch.equal(user[:, -1], vectors["user"][:, -1] * torch.tensor([1.0, 1.0, 0.0]))
+
+
+def auxiliary(task: Any, rows: pa.Table) -> Tensor:
+    """The model's own loss of some rows, on one process."""
+    batch = batch_of(task, rows)
+    vectors = vectors_of(task, batch)
+    return task.network.auxiliary_loss(batch, vectors, torch.from_numpy(COUNTS[0]).float().log(), Alone())
+
+
+def test_fism_leaves_out_items_of_the_history_in_training_alone(tmp_path):
+    rows = some_rows().take([0] * 400)
+    with_all, task = make(tmp_path, model="fism"), make(tmp_path, model="fism", dropout=0.5)
+    expected = auxiliary(with_all, rows)
+    assert (expected == expected[0]).all()
+    task.network.eval()
+    torch.testing.assert_close(auxiliary(task, rows), expected)
+    task.network.train()
+    torch.manual_seed(0)
+    found = auxiliary(task, rows)
+    # of three items, each is in or out: the eight means (of none: zeros) and no other; each an eighth of the time
+    values, counts = np.unique(found.detach().numpy().round(5), return_counts=True)
+    assert len(values) == 8 and counts.min() > 20 and counts.max() < 100
+    items, each = table_rows(with_all.tables[1]), []
+    for kept in range(8):
+        of_them = [items[item] for at, item in enumerate(HISTORIES[0]) if kept >> at & 1]
+        user = torch.stack(of_them).mean(0)[:-2] if of_them else torch.zeros(2)
+        logits = items[:, :-2] @ user + items[:, -2] + torch.from_numpy(COUNTS[0]).log()  # -inf for the unseen item
+        each.append(float(logits.logsumexp(0) - logits[6]))
+    np.testing.assert_allclose(values, np.sort(each), rtol=1e-4)
+
+
+TEMPERATURE = 0.2
+
+
+@pytest.mark.parametrize("name", ["mf", "svdpp", "lightgcn", "sasrec"])
+@pytest.mark.parametrize("biases", [True, False])
+def test_with_a_temperature_the_score_is_a_cosine_over_it(name, biases, tmp_path):
+    task = make(tmp_path, model=name, temperature=TEMPERATURE, biases=biases)
+    task.network.eval()
+    batch = batch_of(task, some_rows(), None)
+    vectors = vectors_of(task, batch)
+    users, items = (part.detach().numpy().astype(np.float64) for part in task.represent(batch, vectors))
+    score = task.score(None, batch, vectors)
+    every = task.network.products(*(torch.from_numpy(part).float() for part in (users, items)))
+    for u in range(3):
+        for i in range(3):
+            user, item = users[u], items[i]
+            columns = slice(0, 3 if biases else 4)
+            expected = LOG_ODDS + float((unit(user[columns]) * unit(item[columns])).sum()) / TEMPERATURE
+            expected += float(user[3] + item[3]) if biases else 0.0
+            assert every[u, i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+            if u == i:
+                assert score[u].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_lightgcn_is_the_mean_of_powers_of_the_normalised_adjacency(layers, biases):
@@ -357,6 +485,6 @@ def test_lists_are_padded_with_zeros_after_their_ends(lengths):
 
 def test_only_known_settings_are_read():
     """What a model says that it reads is a setting, and the others build without it."""
-    for kind in (mf, svdpp, lightgcn, sasrec, din):
+    for kind in (mf, svdpp, lightgcn, sasrec, din, fism):
         assert set(kind.Model.reads) <= {"user_rows", "layers", "heads", "hidden", "dropout", "history"}
         assert (kind.Model(SIZES, Collab(dim=4)).history > 0) == ("history" in kind.Model.reads)

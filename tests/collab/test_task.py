@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small import (
+    COUNTS,
     ITEMS,
     SEEN,
     USERS,
@@ -44,8 +45,10 @@ from sellarec.training.task import INITIAL, WHOLE
 torch.set_num_threads(1)
 
 L2 = 0.1
-MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din")
-DENSE = ("sasrec", "din")
+MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din", "fism")
+RANKED = ("mf", "svdpp", "lightgcn", "sasrec", "din")
+"""Models that take a ranking loss."""
+DENSE = ("sasrec", "din", "fism")
 
 
 def dense(task: CollabTask) -> list[Tensor]:
@@ -70,11 +73,92 @@ def test_the_loss_is_the_sum_of_logistic_losses_and_norms(name, tmp_path):
     score = task.score(None, batch, vectors).detach().numpy().astype(np.float64)
     logistic = np.log1p(np.exp(np.where(label == 1, -score, score)))
     norms = norm(vectors, "user") + norm(vectors, "item")
-    if name in ("svdpp", "sasrec", "din"):
+    if name in ("svdpp", "sasrec", "din", "fism"):
         norms = norms + of_lists(norm(vectors, "history"), vectors["history"])
+    expected = (logistic + L2 / 2 * norms).sum()
+    if name == "fism":
+        expected += of_consumption(vectors, batch).sum().item()
     loss = task.loss(None, batch, vectors, Alone())
     assert task.targets(batch) == 3
-    assert loss.item() == pytest.approx((logistic + L2 / 2 * norms).sum(), rel=1e-5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def of_consumption(vectors: dict[str, Any], batch: dict[str, Any], catalog: Tensor | None = None) -> Tensor:
+    """FISM's own loss [b]: which of the seen items a row holds, whatever its label, given the mean of its history's rows.
+
+    Beside what an item's bias learns stands the logarithm of its train rows; of an unseen one that is -inf.
+    """
+    catalog = vectors[WHOLE + "item"] if catalog is None else catalog
+    lists = vectors["history"].values.split(vectors["history"].lengths.tolist())
+    users = torch.stack([rows.mean(0)[:-2] if len(rows) else torch.zeros(catalog.shape[1] - 2) for rows in lists])
+    logits = users @ catalog[:, :-2].T + catalog[:, -2] + torch.from_numpy(np.where(SEEN, COUNTS[0], 0)).log()
+    return F.cross_entropy(logits, batch["item"], reduction="none")
+
+
+@pytest.mark.parametrize("ends", [[], [3], [2, 5], [0, 4], [2, 4]])
+def test_fisms_own_loss_is_cross_entropy_over_the_seen_items_however_rows_lie_on_workers(ends, tmp_path):
+    """Of workers with different numbers of rows, of one with none; labels of both kinds count, rows of weight 0 don't."""
+    task = make(tmp_path, model="fism", dim=8, l2=0.0)
+    torch.nn.init.normal_(task.network.liking, generator=torch.Generator().manual_seed(1))
+    rows = some_rows(item_seen=[True] * 3).take([0, 1, 2, 0, 1, 2, 0])
+    weight = np.ones(7, np.float32)
+    weight[4] = 0
+    changes = {"row": range(7), "item": [6, 1, 1, 0, 2, 5, 3], "weight": weight}
+    for column, values in changes.items():
+        rows = rows.set_column(rows.column_names.index(column), column, pa.array(values))
+    rows = prepared(task, rows)
+    parts = [rows.slice(a, b - a) for a, b in zip([0, *ends], [*ends, 7], strict=True)]
+    given = []
+    for rank, part in enumerate(parts):
+        batch = task.collate(part, 0)
+        given.append((batch, vectors_of(task, batch, workers=len(parts), rank=rank)))
+
+    def work(peers: Any) -> Tensor:
+        return task.loss(None, *given[peers.rank], peers)
+
+    total = torch.stack(together(len(parts), work)).sum() if ends else task.loss(None, *given[0], Alone())
+    total.backward()
+
+    # once more, plainly, of all rows: the target's logit is that of its row among the looked-up ones
+    batch = task.collate(rows, 0)
+    vectors = vectors_of(task, batch)
+    score = task.score(None, batch, vectors)
+    logistic = F.binary_cross_entropy_with_logits(score, batch["label"], reduction="none")
+    expected = ((logistic + of_consumption(vectors, batch)) * batch["weight"]).sum()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    plain = leaves(vectors)
+    names = [name for name in plain if name != "item"]
+    wanted = dict(zip(names, torch.autograd.grad(expected, [plain[name] for name in names]), strict=True))
+    found = {
+        name: torch.cat([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in each])
+        for name in plain
+        for each in [[leaves(vectors)[name] for _, vectors in given]]
+    }
+    # what of the plain loss reaches a target's row in the catalog lies on the looked-up one
+    of_targets = torch.zeros_like(found[WHOLE + "item"]).index_add(0, batch["item"], found["item"])
+    bias = found["item"][:, -1]
+    of_targets[:, -1] = 0
+    found[WHOLE + "item"] = found[WHOLE + "item"] + of_targets
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert (bias != 0).tolist() == (weight > 0).tolist()
+    assert (found["item"][4] == 0).all() and (found["user"][4] == 0).all(), "a row of weight 0"
+    assert (wanted[WHOLE + "item"][~torch.from_numpy(SEEN)] == 0).all(), "an unseen item has no part"
+
+
+def test_only_fisms_own_loss_moves_its_vectors(tmp_path):
+    task = make(tmp_path, model="fism", dim=8, l2=0.0)
+    gradients = []
+    for label in ([1, 1, 1], [0, 0, 0]):
+        batch = batch_of(task, some_rows(item_seen=[True] * 3, label=pa.array(label, pa.int8())))
+        vectors = vectors_of(task, batch)
+        task.loss(None, batch, vectors, Alone()).backward()
+        gradients.append({name: leaf.grad for name, leaf in leaves(vectors).items()})
+    one, other = gradients
+    for name in ("item", "history", WHOLE + "item"):
+        assert torch.equal(one[name][:, :-1], other[name][:, :-1]) and (one[name][:, :-1] != 0).any()
+    assert (one["item"][:, -1] < 0).all() and (other["item"][:, -1] > 0).all()
+    assert (one["user"][:, :-1] == 0).all()
 
 
 def test_lightgcn_holds_the_rows_of_the_tables_small(tmp_path):
@@ -105,7 +189,7 @@ def test_the_norms_of_negatives_count_by_their_mean(tmp_path):
         (name, loss)
         for name in MODELS
         for loss in ("bce", "bpr", "softmax", "full-softmax")
-        if (name, loss) != ("din", "full-softmax")
+        if (name, loss) != ("din", "full-softmax") and (name in RANKED or loss == "bce")
     ],
 )
 def test_rows_of_weight_zero_have_no_effect(name, loss, tmp_path):
@@ -131,12 +215,16 @@ def test_ids_are_looked_up_as_they_are(tmp_path):
     assert task.prepare is None and task.prepare_to_score is None and "history" not in task.columns
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("loss", ["bce", "softmax"])
+@pytest.mark.parametrize(
+    ("name", "loss"), [(name, loss) for loss in ("bce", "softmax") for name in (MODELS if loss == "bce" else RANKED)]
+)
 def test_what_is_looked_up_lies_in_a_table(name, loss, tmp_path):
     task = make(tmp_path, model=name, loss=loss, history=2)
     features = {feature for table in task.tables for feature in table.features}
-    read = name in ("svdpp", "sasrec", "din")
+    assert task.whole == (("item",) if name == "fism" else ())
+    assert (WHOLE + "item" in features) == (name == "fism")
+    features -= {WHOLE + "item"}  # the loop looks it up, in training
+    read = name in ("svdpp", "sasrec", "din", "fism")
     assert set(task.lookups(batch_of(task, some_rows()))) == features
     assert features == {"user", "item", *["history"] * read, *["negative"] * (loss == "softmax")}
     to_score = batch_of(task, some_rows(), None)
@@ -155,9 +243,9 @@ def test_facts_say_the_constant_and_what_unseen_ones_are(tmp_path):
 
 
 RANKING = [
-    *((name, "bpr", kind, "rows") for name in MODELS for kind in ("uniform", "popularity", "in-batch")),
-    *((name, "softmax", kind, "rows") for name in MODELS for kind in ("uniform", "in-batch")),
-    *((name, "full-softmax", "uniform", "rows") for name in MODELS),
+    *((name, "bpr", kind, "rows") for name in RANKED for kind in ("uniform", "popularity", "in-batch")),
+    *((name, "softmax", kind, "rows") for name in RANKED for kind in ("uniform", "in-batch")),
+    *((name, "full-softmax", "uniform", "rows") for name in RANKED),
     *(("sasrec", loss, "uniform", "sequences") for loss in ("bpr", "softmax", "full-softmax")),
 ]
 RANKING = [case for case in RANKING if case[0] != "din" or (case[2] != "in-batch" and case[1] != "full-softmax")]
@@ -307,7 +395,7 @@ def test_sequences_without_a_target_have_no_loss(tmp_path):
         assert task.loss(None, batch, vectors_of(task, batch), Alone()).item() == 0
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RANKED)
 def test_a_ranking_model_scores_rows_without_negatives(name, tmp_path):
     task, plain = make(tmp_path, model=name, loss="bpr"), make(tmp_path, model=name)
     batch = batch_of(task, some_rows(), None)
@@ -328,7 +416,7 @@ def test_a_model_of_sequences_scores_rows(tmp_path):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("name", ["mf", "svdpp", "lightgcn", "sasrec"])
+@pytest.mark.parametrize("name", ["mf", "svdpp", "lightgcn", "sasrec", "fism"])
 def test_the_catalog_is_ranked_by_the_scores_of_rows(name, tmp_path):
     """`users`, `catalog` and `products` against `score`, item by item; an item without a train row counts as zeros."""
     task = make(tmp_path, model=name)

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from prepared import files_of, prepare_into, rules, source_of
 from small import write_train
 
-from sellarec.data.log import INTERACTIONS, ITEMS, SEQUENCES, USERS, Log, item_counts, read_log, write_sequences
+from sellarec.data.log import (
+    INTERACTIONS,
+    ITEMS,
+    SEQUENCES,
+    USERS,
+    Log,
+    copy_log,
+    item_counts,
+    read_log,
+    write_manifest,
+    write_sequences,
+)
 from sellarec.data.raw import SPLITS, Source
 from sellarec.errors import UserError
 
@@ -164,3 +175,27 @@ def test_sequences_are_made_of_train_positives_alone(tmp_path, split):
 def test_items_are_counted_by_their_train_rows(tmp_path):
     log = write_train(tmp_path, [(0, 1, 1, []), (0, 1, 0, [1])], [(1, 3, 1, []), (1, 1, 1, [3])], group=1)
     assert item_counts(log).tolist() == [[0, 3, 0, 1], [0, 2, 0, 1]]
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_log_is_copied_as_it_is(log, tmp_path, monkeypatch, linked):
+    """With hard links or without; over what an interrupted copy left, which may be half of a file."""
+    if not linked:
+
+        def refuse(*_):
+            raise OSError("another file system")
+
+        monkeypatch.setattr("sellarec.data.log.os.link", refuse)
+    before = {name: found for name, found in files_of(log.directory).items() if not name.startswith(".")}
+    (part,) = log.paths("items")
+    half = tmp_path / "copy" / "items" / part.name
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    for _ in range(2):
+        copy_log(log, tmp_path / "copy")
+    with pytest.raises(UserError, match="holds no prepared log"):
+        read_log(tmp_path / "copy")
+    write_manifest(tmp_path / "copy", log.facts)
+    assert files_of(tmp_path / "copy") == before
+    assert read_log(tmp_path / "copy").facts == log.facts
+    assert (half.stat().st_ino == part.stat().st_ino) == linked

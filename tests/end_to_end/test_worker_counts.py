@@ -65,11 +65,12 @@ def test_same_losses(runs: Runs, stage: str, workers: int, tmp_path: Path) -> No
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow  # tests/training/test_loop.py has every model and loss step for step, without Ray
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(("svd++", "bpr", "popularity"), id="histories and drawn negatives"),
-        pytest.param(("mf", "softmax", "in-batch"), id="negatives of all workers", marks=pytest.mark.slow),
+        pytest.param(("svdpp", "bpr", "popularity"), id="histories and drawn negatives"),
+        pytest.param(("mf", "softmax", "in-batch"), id="negatives of all workers"),
     ],
 )
 def test_same_losses_of_ranking_models(settings: tuple[str, str, str], tmp_path: Path) -> None:

@@ -54,14 +54,15 @@ def make(decoder, titles, tmp_path_factory):
     for name, rows in TABLES.items():
         save_table(start / "tables", name, rows, (2,))
 
-    def build(projection=None, trained=None, unseen_dropout=0.3, seed=1, model="mf", dense=None) -> FuseTask:
+    def build(projection=None, trained=None, unseen_dropout=0.3, seed=1, model="mf", dense=None, dim=DIM) -> FuseTask:
         torch.manual_seed(7)
         log = small_log(start, USERS, ITEMS, np.ones(ITEMS, bool))
-        settings = Collab(dim=DIM, model=model, history=READ)
-        if model in ("sasrec", "din"):
+        settings = Collab(dim=dim, model=model, history=READ)
+        if model in ("sasrec", "din", "fism"):
             fresh = build_collab(log, settings, None)
             fresh.save(start, {name: weight.detach() for name, weight in fresh.network.named_parameters()})
-        collab = build_collab(log, settings, start if dense is None else dense)
+        origin = None if dim != DIM else start if dense is None else dense
+        collab = build_collab(log, settings, origin)
         semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=lambda low, high: TABLES["semantic"][low:high])
         return build_fuse(
             source, titles, PROMPT, "movie", folder / "adapter", collab, semantic, HIDDEN, projection, trained,
@@ -279,7 +280,7 @@ def test_the_users_token_is_that_of_a_collaborative_model_with_history(make):
     torch.testing.assert_close(plain.score(plain.model, batch, {**vectors, "user": user}), score)
 
 
-@pytest.mark.parametrize("model", ["lightgcn", "sasrec", "din"])
+@pytest.mark.parametrize("model", ["lightgcn", "sasrec", "din", "fism"])
 def test_any_collaborative_model_is_fused(make, tmp_path, model):
     """Its users and items are what is projected; its dense weights are trained, saved and read back."""
     task = make(model=model)
@@ -303,7 +304,7 @@ def test_any_collaborative_model_is_fused(make, tmp_path, model):
         assert not any(n.startswith("network.") for n in trained)
         return
     reached = [n for n, w in trained.items() if w.grad is not None and w.grad.abs().sum() > 0]
-    assert sum(n.startswith("network.") for n in reached) >= 4
+    assert sum(n.startswith("network.") for n in reached) >= (1 if model == "fism" else 4)
     for name, table in TABLES.items():
         if name in ("user", "item"):
             save_table(tmp_path / "tables", name, table)
@@ -312,6 +313,16 @@ def test_any_collaborative_model_is_fused(make, tmp_path, model):
     again = make(model=model, trained=tmp_path / "projection.safetensors", dense=tmp_path)
     again.model.eval()
     torch.testing.assert_close(again.score(again.model, batch, vectors), score)
+
+
+def test_the_projection_takes_what_represents_an_item_however_wide_a_users_row_is(make):
+    task = make(model="fism", dim=8)
+    assert {table.name: table.dim for table in task.tables} == {"user": 4, "item": 8, "semantic": WIDTH}
+    batch = batch_of(task, rows(3), None)
+    vectors = look_up(task, batch)
+    lengths = vectors["history"].lengths
+    wide = {"item": torch.ones(3, 8), "history": Jagged(torch.ones(int(lengths.sum()), 8), lengths)}
+    assert task.score(task.model, batch, vectors | wide).isfinite().all()
 
 
 @pytest.mark.parametrize("model", ["mf", "svdpp", "sasrec"])

@@ -62,9 +62,7 @@ def rate_at(step: int) -> float:
 def task_of(run: Run) -> CollabTask:
     """The same on all workers."""
     torch.manual_seed(SEED)
-    with_negatives = run.settings.loss in ("bpr", "softmax")
-    counts = run.log / "counts.npy" if with_negatives else None
-    task = build_collab(read_log(run.log), run.settings, None, counts, seed=SEED)
+    task = build_collab(read_log(run.log), run.settings, None, run.log / "counts.npy", seed=SEED)
     if run.broken is not None:
         task.tables = tuple(
             replace(table, read=Broken(run.broken, table.dim)) if table.name == "item" else table

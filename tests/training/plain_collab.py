@@ -40,6 +40,7 @@ class World:
         edges: distinct (user, item) of train positives.
         seen: bool [items].
         q: float64 [items], how likely an item is drawn.
+        train_rows: float64 [items], how many of them an item has.
     """
 
     users: int
@@ -48,6 +49,7 @@ class World:
     edges: tuple[tuple[int, int], ...]
     seen: np.ndarray
     q: np.ndarray
+    train_rows: np.ndarray
 
     def smoothing(self) -> Tensor:
         """The normalized adjacency of users, then items."""
@@ -127,6 +129,13 @@ class PlainCollab:
         return self._products(self.user(rows, target), found)
 
     def _products(self, user: Tensor, items: Tensor) -> Tensor:
+        if self.settings.model == "fism":
+            return self.constant + unit(items[:, :-2].detach()) @ user[:-1] + user[-1] + items[:, -1]
+        if self.settings.temperature is not None:
+            columns = self.settings.dim - self.settings.biases
+            cosines = unit(items[:, :columns]) @ unit(user[:columns])
+            biases = items[:, columns:].sum(1) + user[columns:].sum()
+            return self.constant + cosines / self.settings.temperature + biases
         if not self.settings.biases:
             return self.constant + items @ user
         return self.constant + items[:, :-1] @ user[:-1] + user[-1] + items[:, -1]
@@ -135,6 +144,9 @@ class PlainCollab:
         own = rows["user"][target.user] * target.is_user_seen if "user" in rows else torch.zeros(())
         history = list(target.history)
         match self.settings.model:
+            case "fism":  # labels don't move the vectors of items
+                mean = unit(unit(rows["item"][history, :-2].detach()).sum(0))
+                return torch.cat([0.75 * mean + self.dense["liking"], own[-1:]])
             case "svdpp":
                 return own + rows["history"][history].sum(0) / math.sqrt(max(1, len(history)))
             case "sasrec":
@@ -205,7 +217,16 @@ class PlainCollab:
             of_others = torch.stack(rest) if rest else score.new_zeros(0)
             total = total + self._of_scores(target.label, score, of_others, self._expected(target, others))
             total = total + 0.5 * self.settings.l2 * self._norms(target)
+            if self.settings.model == "fism":
+                total = total + self._consumed(rows["item"], target)
         return total
+
+    def _consumed(self, items: Tensor, target: Target) -> Tensor:
+        """Cross-entropy of a target's item among the seen ones, given the mean of the history and items' train rows."""
+        history = list(target.history)
+        logits = items[:, :-2] @ (items[history, :-2].sum(0) / max(1, len(history))) + items[:, -2]
+        logits = logits + torch.from_numpy(self.world.train_rows).log()
+        return logits.logsumexp(0) - logits[target.item]
 
     def _others(self, target: Target, targets: list[Target]) -> list[int]:
         """Items that the target's is ranked above."""
@@ -243,11 +264,16 @@ class PlainCollab:
         if target.negatives:
             total = total + item[list(target.negatives)].square().sum(1).mean()
         history = list(target.history)
-        if history and settings.model in ("svdpp", "sasrec", "din"):
+        if history and settings.model in ("svdpp", "sasrec", "din", "fism"):
             squares = self.tables.get("history", item)[history].square().sum(1)
             # of a sequence, each position has its own item alone
             total = total + (squares[-1] if settings.train_on == "sequences" else squares.mean())
         return total
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows of length 1, or 0."""
+    return rows / rows.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def normal(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

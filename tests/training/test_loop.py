@@ -67,6 +67,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "lightgcn": {"model": "lightgcn", "layers": 2},
     "sasrec": SASREC,
     "din": DIN,
+    "fism": {"model": "fism", "history": 4},
 }
 # In a ranking loss a column of the users' biases is without effect: its gradient is rounding, which Adam makes whole steps of.
 # So is what din adds to all scores of a batch (`idle_weights`); small steps keep its effect on other batches small.
@@ -76,13 +77,15 @@ CASES |= {
     f"{model}, {loss}": RANKED.get(model, settings) | chosen
     for model, settings in MODELS.items()
     for loss, chosen in RANKING.items()
-    if model != "din" or loss in ("bpr", "softmax")
+    if model != "fism" and (model != "din" or loss in ("bpr", "softmax"))
 }
 CASES |= {
     f"sequences, {loss}": SEQUENCES | {"biases": False} | RANKING[loss] for loss in ("bpr", "softmax", "full-softmax")
 }
 CASES |= {
     "mf without biases": {"biases": False, "global_mean": False, "table_optimizer": "adagrad"},
+    "mf, temperature": {"temperature": 0.5, "loss": "softmax"},
+    "fism, adam": {"model": "fism", "history": 2, "table_optimizer": "adam", "clip": 0.05, "l2": 0.0},
     "mf, sgd": {"table_optimizer": "sgd", "loss": "softmax"},
     "lightgcn, adam": {"model": "lightgcn", "table_optimizer": "adam", "loss": "bpr"},
     "sasrec, adam": SASREC | {"table_optimizer": "adam", "table_weight_decay": 0.02, "optimizer": "adam"},
@@ -95,6 +98,7 @@ QUICK = {
     ("mf, softmax in-batch", "row-wise", 3),
     ("mf, full-softmax", "row-wise", 3),
     ("mf, full-softmax", "table-wise", 2),
+    ("mf, temperature", "row-wise", 2),
     ("mf, sgd", "row-wise", 3),
     ("mf without biases", "table-wise", 2),
     ("svdpp, softmax", "table-wise", 2),
@@ -110,6 +114,8 @@ QUICK = {
     ("din, bce", "row-wise", 3),
     ("din, softmax", "table-wise", 2),
     ("din without biases", "row-wise", 2),
+    ("fism, bce", "row-wise", 3),
+    ("fism, adam", "table-wise", 2),
 }
 
 
@@ -144,6 +150,7 @@ def world_of(log: Path, settings: Collab) -> World:
         tuple({(row["user"], row["item"]) for row in positives}),
         np.isin(np.arange(facts["items"]), [row["item"] for row in train]),
         counted / counted.sum(),
+        np.bincount([row["item"] for row in train], minlength=facts["items"]).astype(np.float64),
     )
 
 
@@ -177,7 +184,7 @@ def targets_of(log: Path, settings: Collab, world: World, rows: pa.Table) -> lis
                     row["user"],
                     item,
                     row["label"],
-                    tuple(before) if settings.model in ("svdpp", "sasrec", "din") else (),
+                    tuple(before) if settings.model in ("svdpp", "sasrec", "din", "fism") else (),
                     row["user_seen"],
                     row["item_seen"],
                     tuple(prepared.get("negative", ())[drawn]),

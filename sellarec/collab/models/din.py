@@ -21,6 +21,7 @@ class Model(CollabModel):
     """
 
     reads = ("history", "hidden", "dropout")
+    ignores = ("temperature",)
     is_product = False
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:

@@ -28,6 +28,7 @@ class Model(CollabModel):
     """
 
     reads = ("history", "dropout")
+    ignores = ("biases", "temperature")
     losses = ("bce",)
     reads_catalog = True
     unseen = "masked: a row of zeros; a user still has a history"

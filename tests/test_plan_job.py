@@ -1,0 +1,53 @@
+"""jobs/plan.py as a user runs it: a plan that fits, one that doesn't, GPUs that this machine doesn't have."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def plan(*flags: str, status: int = 0) -> tuple[str, str]:
+    """What is printed to stdout, and to stderr."""
+    command = [sys.executable, str(ROOT / "jobs" / "plan.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def test_a_plan_that_fits():
+    """Of 1,001 and 10 rows by 3 workers: blocks of 334 and 4, each row 32 floats and one of its optimizer."""
+    flags = ["--workers", "3", "--users", "1001", "--items", "10", "--dim", "32", "--memory-per-worker", "0.5"]
+    printed, _ = plan(*flags)
+    lines = printed.splitlines()
+    assert lines[1].split()[:6] == ["user", "1,001", "32", "float32", "row-wise", "334"]
+    assert lines[2].split()[:6] == ["item", "10", "32", "float32", "row-wise", "4"]
+    assert f"worker 0 holds most: 0.000 GiB ({338 * 33 * 4:,} bytes)" in printed
+    assert lines[-1] == "fits: each worker has room for 0.5 GiB"
+
+
+def test_a_plan_that_does_not_fit_ends_with_2_and_the_arithmetic():
+    flags = ["--workers", "2", "--users", "100000000", "--items", "500", "--dim", "64", "--memory-per-worker", "1"]
+    printed, error = plan(*flags, status=2)
+    assert "24.215 GiB in all" in printed and "fits" not in printed
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+    sums = "user 50,000,000 rows x 260 bytes + item 250 rows x 260 bytes"
+    assert f"worker 0 of 2 would hold 12.11 GiB of tables ({sums}), but each worker has room for 1.00 GiB" in error
+    # halved by half the type and an optimizer without a state, on more workers
+    smaller = ["--tables.dtype", "float16", "--table-optimizer", "sgd", "--workers", "16"]
+    assert "fits" in plan(*flags, *smaller)[0]
+
+
+def test_torchrecs_planner_plans_for_16_gpus_that_are_not_there():
+    flags = ["--workers", "16", "--device", "cuda", "--users", "1000000", "--items", "50", "--dim", "64"]
+    flags += ["--tables.sharding", "auto", "--tables.placement", "uvm-caching"]
+    printed, _ = plan(*flags, "--memory-per-worker", "40")
+    assert "16 workers (cuda, uvm-caching, rowwise-adagrad): 0.242 GiB in all" in printed and "fits" in printed
+    printed, error = plan(*flags, status=2)
+    assert "holds most" in printed and "--memory-per-worker" in error
+
+
+def test_mistakes_are_refused_before_any_plan():
+    for flags, said in ((["--dim", "30"], "dim is 30"), (["--tables.dtype", "bfloat16"], "kernels for CPUs have not")):
+        printed, error = plan("--workers", "2", "--users", "10", "--items", "10", *flags, status=2)
+        assert not printed and said in error
