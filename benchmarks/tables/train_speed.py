@@ -15,8 +15,8 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -78,10 +78,9 @@ class Plain:
 SIDES = {"ours": Ours, "plain": Plain}
 
 
-def worker(rank: int, workers: int, port: int, settings: argparse.Namespace, rows: int, answers: mp.Queue) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(workers))
+def worker(rank: int, workers: int, meeting: str, settings: argparse.Namespace, rows: int, answers: mp.Queue) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
     process, share = psutil.Process(), settings.batch // workers
     generator = np.random.default_rng(rank)
 
@@ -131,17 +130,15 @@ def worker(rank: int, workers: int, port: int, settings: argparse.Namespace, row
 
 
 def measure(settings: argparse.Namespace, rows: int, workers: int) -> dict:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     context = mp.get_context("spawn")
     answers = context.Queue()
-    arguments = (workers, port, settings, rows, answers)
-    processes = [context.Process(target=worker, args=(rank, *arguments)) for rank in range(workers)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (workers, f"{folder}/meeting", settings, rows, answers)
+        processes = [context.Process(target=worker, args=(rank, *arguments)) for rank in range(workers)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
     if any(process.exitcode for process in processes):
         raise SystemExit(f"{rows} rows on {workers} workers failed")
     return answers.get()
