@@ -71,10 +71,10 @@ def bootstrap(
         raise ValueError(f"pairs name {sorted(unknown)}; the models with scores are {sorted(scores)}")
     samples, values, counted_users = _replicate(users, labels, scores, metric, replicates, seed)
     intervals: dict[str | tuple[str, str], Interval] = {
-        name: _interval(values[name], samples[name], counted_users) for name in scores
+        name: percentile_interval(values[name], samples[name], counted_users) for name in scores
     }
     for a, b in pairs:
-        intervals[a, b] = _interval(values[a] - values[b], samples[a] - samples[b], counted_users)
+        intervals[a, b] = percentile_interval(values[a] - values[b], samples[a] - samples[b], counted_users)
     return intervals
 
 
@@ -142,7 +142,7 @@ def _replicate(
     chunk = max(1, CHUNK_WEIGHTS // width)
     for start in range(0, replicates, chunk):
         stop = min(start + chunk, replicates)
-        weights = _draw(user_ids.size, start, stop, seed)
+        weights = user_weights(user_ids.size, start, stop, seed)
         if metric == "auc":
             for name, rows in sorted_rows.items():
                 samples[name][start:stop] = weighted_aucs(rows, weights)
@@ -154,7 +154,7 @@ def _replicate(
     return samples, values, counted_users
 
 
-def _draw(users: int, start: int, stop: int, seed: int) -> np.ndarray:
+def user_weights(users: int, start: int, stop: int, seed: int) -> np.ndarray:
     """How often replicates start .. stop - 1 draw each user: float64 [users, stop - start]."""
     counts = np.empty((users, stop - start))
     for replicate in range(start, stop):
@@ -163,7 +163,7 @@ def _draw(users: int, start: int, stop: int, seed: int) -> np.ndarray:
     return counts
 
 
-def _interval(value: float, samples: np.ndarray, counted_users: int) -> Interval:
+def percentile_interval(value: float, samples: np.ndarray, counted_users: int) -> Interval:
     """The 2.5% and 97.5% percentiles of the replicates in which the metric is defined."""
     defined = samples[~np.isnan(samples)]
     if counted_users < 2 or not defined.size:

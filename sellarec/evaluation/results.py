@@ -95,7 +95,7 @@ def evaluate_scores(
                         "model": name,
                         "rows": cut,
                         "metric": metric,
-                        **_numbers(intervals[key]),
+                        **interval_numbers(intervals[key]),
                         "count": count,
                         "unit": "rows" if metric == "auc" else "users",
                         "seed": seed,
@@ -178,7 +178,7 @@ def _check_scores(name: str, scores: np.ndarray, rows: int) -> np.ndarray:
     return scores
 
 
-def _numbers(interval: Interval) -> dict[str, float | None]:
+def interval_numbers(interval: Interval) -> dict[str, float | None]:
     numbers = {"value": interval.value, "low": interval.low, "high": interval.high}
     return {name: None if isnan(number) else number for name, number in numbers.items()}
 
