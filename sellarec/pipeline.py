@@ -669,7 +669,7 @@ def _evaluate(this: Run) -> dict[str, Any]:
     from sellarec.evaluation.report import BEST_ATTAINABLE
     from sellarec.evaluation.results import evaluate_scores
     from sellarec.language.adapt import build_adapted
-    from sellarec.training.loop import Scoring, score_worker
+    from sellarec.training.scoring import Scoring, score_worker
 
     log, config = this.log(), this.config
     build: dict[str, Callable[[], Any]] = {

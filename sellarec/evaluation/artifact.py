@@ -20,8 +20,8 @@ from sellarec.evaluation.queries import PROTOCOL, write_candidates, write_querie
 from sellarec.evaluation.ranking import UserMetrics, ranking_records, user_metrics
 from sellarec.evaluation.results import evaluate_scores
 from sellarec.training.launch import check_room, connect, run_workers
-from sellarec.training.loop import Scoring, score_worker
 from sellarec.training.progress import Console
+from sellarec.training.scoring import Scoring, score_worker
 from sellarec.training.stream import Order, row_groups
 
 FULL, NONE = "full", "none"

@@ -1,58 +1,37 @@
 """The training loop that every stage with gradients runs, on each worker, under Ray Train.
 
-One rule for gradients: the loss is a sum over valid targets divided by their global count, and every engine sums over
-workers. The global batch is fixed and workers slice it, so any number of workers takes the same step. Rows of tables are
-looked up once per step; micro-batches collect gradients in that lookup's output, and one backward takes them into the
-tables, after all was found to be finite.
+The global batch is fixed and workers slice it, so any number of workers takes the same step (`sellarec.training.engine`).
 """
 
 import contextlib
 import json
 import math
-import os
 import random
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.train
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from sellarec.artifacts import Place
-from sellarec.config import Dense, Language, Selection, Sparse, Steps, Tables
+from sellarec.config import Dense, Selection, Sparse, Steps, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.metrics import auc, uauc
-from sellarec.evaluation.ranking import TopList, UserMetrics, merge, top_k, user_metrics
-from sellarec.training import dense
-from sellarec.training.graph import Kind, ShardedGraph
-from sellarec.training.plan import place
+from sellarec.training.engine import Engine, Workers, rank_queries, together
 from sellarec.training.progress import PROGRESS_SECONDS
-from sellarec.training.stream import Order, Prepare, stream, whole_batches
-from sellarec.training.table import Jagged, index
-from sellarec.training.tables import ShardedTables
-from sellarec.training.task import INITIAL, WHOLE, Batch, RankingTask, Task, Vectors
+from sellarec.training.scoring import distinct, report_scored, split_slices
+from sellarec.training.stream import Order, whole_batches
+from sellarec.training.task import Task
 
 FIRST_LOSSES = 20
-
-KINDS: tuple[Kind, ...] = ("user", "item")
-"""Tables whose rows a graph smooths, in the order of its rows."""
-
-Made = TypeVar("Made")
-
-DENSE_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
 
 @dataclass(frozen=True)
@@ -106,386 +85,6 @@ class Position:
     """(step, metrics on the valid split by name)."""
 
 
-@dataclass
-class Workers:
-    """This worker's place among all, and the groups it talks over."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    tables: dist.ProcessGroup
-    control: dist.ProcessGroup
-
-    @classmethod
-    def join(cls) -> "Workers":
-        """Make the process groups: tables, FSDP (its mesh makes its own) and control messages don't share one."""
-        import ray.train.torch
-
-        context = ray.train.get_context()
-        device = ray.train.torch.get_device()
-        if device.type == "cpu":
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-        return cls(
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            device=device,
-            tables=dist.new_group(),
-            control=dist.new_group(backend="gloo"),
-        )
-
-    def sum(self, *values: float) -> list[float]:
-        """Sums over all workers, in float64."""
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
-        return total.tolist()
-
-    def collect(self, value: Any) -> list[Any] | None:
-        """Each worker's value, by rank, on worker 0; None on the others."""
-        gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, gathered, dst=0, group=self.control)
-        return gathered
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """[b, ...] of each worker -> [W b, ...]; the gradient of a row is summed over all that used it."""
-        if self.world_size == 1:
-            return rows
-        from torch.distributed.nn.functional import all_gather
-
-        return torch.cat(list(all_gather(rows.contiguous())))
-
-    def own(self, rows: Tensor) -> Tensor:
-        """[W b, ...] of all -> [b, ...], those of this worker."""
-        share = len(rows) // self.world_size
-        return rows[self.rank * share : (self.rank + 1) * share]
-
-    def add(self, values: Tensor) -> Tensor:
-        """The sum over workers; the gradient of a worker's summand is the sum of all workers' gradients."""
-        if self.world_size == 1:
-            return values
-        from torch.distributed.nn.functional import all_reduce
-
-        return all_reduce(values.contiguous())
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The maximum over workers, element by element. Without a gradient."""
-        found = values.detach().clone()
-        if self.world_size > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found
-
-
-def _refuse(message: str | None) -> None:
-    if message is not None:
-        raise UserError(f"{message}: the prepared log is damaged, prepare the data again")
-
-
-def _part(found: dict[str, Any], rows: slice, parts: Sequence[slice]) -> dict[str, Any]:
-    """Some rows of a batch or of its vectors; where there is but one part, all that it has."""
-    return found if len(parts) == 1 else {name: value[rows] for name, value in found.items()}
-
-
-class Engine:
-    """A task's model and tables on all workers, with their optimizers."""
-
-    def __init__(self, task: Task, workers: Workers, seed: int, settings: Any, storage: Tables, dtype: str) -> None:
-        self.task, self.workers = task, workers
-        self.settings = settings
-        self.micro_batch = settings.micro_batch if isinstance(settings, Language) else None
-        self.tables = None
-        if task.tables:
-            optimizer = settings if isinstance(settings, Sparse) else None
-            placements = place(task.tables, storage, optimizer, workers.world_size, workers.device.type)
-            make = partial(ShardedTables, placements, storage, optimizer, workers.tables, workers.device, seed)
-            self.tables = _together(make, workers)  # rows that are read may be refused on one worker alone
-        self._graph = None
-        if task.graph is not None:
-            paths, sizes = task.graph.paths, (task.graph.users, task.graph.items)
-            self._graph = ShardedGraph.read(
-                paths, *sizes, workers.tables if workers.world_size > 1 else None, workers.device
-            )
-        self._smoothed: Tensor | None = None
-        self.optimizer = None
-        if task.model is not None:
-            task.model.to(workers.device)
-            dense.shard(task.model, task.blocks, workers.device, getattr(torch, dtype))
-            task.model.train(isinstance(settings, Dense))
-            if isinstance(settings, Dense):
-                self.optimizer = DENSE_OPTIMIZERS[settings.optimizer](
-                    dense.trainable(task.model),
-                    lr=settings.learning_rate,
-                    weight_decay=settings.weight_decay,
-                    fused=True,  # one kernel for all parameters: a fifth of a small model's step otherwise
-                )
-
-    def rate(self, step: int, steps: int) -> float:
-        """What the learning rates are multiplied by at a step."""
-        return learning_rate_factor(self.settings, step, steps) if isinstance(self.settings, Dense) else 1.0
-
-    def _look_up(self, batch: Batch) -> Vectors:
-        """The vectors of a batch's ids; of `whole` features the worker's share too, whose ids are added to the batch."""
-        task, tables = self.task, self.tables
-        if tables is None:
-            return {}
-        ids = task.lookups(batch)
-        whole = task.whole if torch.is_grad_enabled() else ()
-        shares = {WHOLE + name: Jagged.one(tables.share(name), len(batch["weight"])) for name in whole}
-        batch |= {name: share.values for name, share in shares.items()}
-        if self._graph is None:
-            found = tables.look_up({**ids, **shares})
-            return found | {name: found[name].values for name in shares}
-        vectors: Vectors = {}
-        rows = self._smoothed if self._smoothed is not None else self._smooth()
-        columns = rows.shape[1] // 2
-        for kind in KINDS:
-            (table,) = (table for table in task.tables if table.name == kind)
-            for feature in table.features:
-                if feature in shares:
-                    start = 0 if kind == "user" else self._graph.rows - len(batch[feature])
-                    vectors[feature] = rows[start : start + len(batch[feature]), :columns]
-                elif feature in ids:
-                    asked = ids.pop(feature)
-                    found = self._graph.fetch(rows, kind, asked.values if isinstance(asked, Jagged) else asked)
-                    for name, part in ((feature, found[..., :columns]), (INITIAL + feature, found[..., columns:])):
-                        vectors[name] = Jagged(part, asked.lengths) if isinstance(asked, Jagged) else part
-        return vectors | (tables.look_up(ids) if ids else {})
-
-    def _agree(self, batch: Batch, count: float = 0.0) -> float:
-        """The sum of all workers' counts. On all workers a UserError where one has an id that its table doesn't have."""
-        wrong = self.tables.out_of_range(self.task.lookups(batch)) if self.tables is not None else None
-        total, refused = self.workers.sum(count, float(wrong is not None))
-        if refused:
-            _together(partial(_refuse, wrong), self.workers)
-        return total
-
-    def _smooth(self) -> Tensor:
-        """The worker's share of users and items, smoothed over the graph, and beside that as they lie in the tables."""
-        assert self.tables is not None and self._graph is not None
-        shares: dict[str, Jagged] = {kind: Jagged.one(self.tables.share(kind), 1) for kind in KINDS}
-        found = self.tables.look_up(shares)
-        rows = torch.cat([found[name].values for name in shares])
-        return torch.cat([self.task.propagate(rows, self._graph.multiply), rows], dim=1)
-
-    @contextlib.contextmanager
-    def _scoring(self) -> Iterator[None]:
-        """Without dropout; rows that a graph smooths are smoothed once for all slices."""
-        model = self.task.model
-        training = model is not None and model.training
-        if model is not None:
-            model.eval()
-        if self._graph is not None:
-            self._smoothed = self._smooth()
-        yield
-        self._smoothed = None
-        if model is not None:
-            model.train(training)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.workers.device, non_blocking=True) for name, value in batch.items()}
-
-    def _parts(self, rows: int) -> list[slice]:
-        size = self.micro_batch or rows
-        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-    def _by_length(self, rows: pa.Table) -> pa.Table:
-        """Prompts by their length, so that those of a micro-batch are alike long and little is padded."""
-        if self.micro_batch is None or "tokens" not in rows.column_names:
-            return rows
-        return rows.take(np.argsort(pc.list_value_length(rows["tokens"]).to_numpy(), kind="stable"))
-
-    def step(self, rows: pa.Table, step: int, rate: float) -> float:
-        """One optimizer step on this worker's slice; `rate` multiplies the learning rates.
-
-        Returns:
-            The global mean loss.
-
-        Raises:
-            FloatingPointError: the loss or a gradient is not finite; no weight has been changed. On all workers alike.
-        """
-        task, workers = self.task, self.workers
-        batch = self._to_device(task.collate(self._by_length(rows), step))
-        count = self._agree(batch, task.targets(batch).item())
-        if self.tables is not None:
-            self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
-        vectors = self._look_up(batch)
-        found = {name: value.values if isinstance(value, Jagged) else value for name, value in vectors.items()}
-        leaves = {name: value.detach().requires_grad_() for name, value in found.items()}
-        given = {
-            name: Jagged(leaves[name], value.lengths) if isinstance(value, Jagged) else leaves[name]
-            for name, value in vectors.items()
-        }
-        parts = self._parts(len(batch["weight"]))
-        total = 0.0
-        for number, part in enumerate(parts):
-            if task.model is not None:
-                task.model.set_requires_gradient_sync(number == len(parts) - 1)
-            loss = task.loss(task.model, _part(batch, part, parts), _part(given, part, parts), workers)
-            loss = loss / max(count, 1.0)
-            loss.backward()
-            total += loss.item()
-        gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
-        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
-        if self.optimizer is not None:
-            norm = torch.nn.utils.clip_grad_norm_(dense.trainable(task.model), self.settings.clip)
-            finite = finite and bool(torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
-        mean, bad = workers.sum(total, 0.0 if finite else 1.0)
-        if bad or not math.isfinite(mean):
-            what = "loss" if not math.isfinite(mean) else "gradient"
-            raise FloatingPointError(f"the {what} is not finite (mean loss {mean})")
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate * rate
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        if self.tables is not None:
-            torch.autograd.backward(list(found.values()), list(gradients.values()))
-            self.tables.step()
-        return mean
-
-    @torch.no_grad()
-    def score(self, slices: Iterable[pa.Table], report: Callable[[int], None]) -> dict[str, np.ndarray] | None:
-        """Scores of all workers' rows: `row` int64 and `score` float32, padding left out, sorted by row.
-
-        All workers call it with equally many slices; worker 0 gets the whole, the others None.
-
-        Args:
-            report: is told every PROGRESS_SECONDS how many slices are done.
-        """
-        task = self.task
-        found = []
-        told = time.monotonic()
-        with self._scoring():
-            for number, rows in enumerate(slices):
-                if time.monotonic() - told > PROGRESS_SECONDS:
-                    told = time.monotonic()
-                    report(number)
-                rows = self._by_length(rows)
-                batch = self._to_device(task.collate(rows, None))
-                self._agree(batch)
-                vectors = self._look_up(batch)
-                parts = self._parts(len(batch["weight"]))
-                scores = [
-                    task.score(task.model, _part(batch, part, parts), _part(vectors, part, parts)) for part in parts
-                ]
-                valid = rows["weight"].to_numpy() > 0
-                found.append((rows["row"].to_numpy()[valid], torch.cat(scores).float().cpu().numpy()[valid]))
-        gathered = self.workers.collect(found)
-        if gathered is None:
-            return None
-        row = np.concatenate([row for part in gathered for row, _ in part])
-        score = np.concatenate([score for part in gathered for _, score in part])
-        order = np.argsort(row)
-        return {"row": row[order], "score": score[order]}
-
-    @torch.no_grad()
-    def rank(self, batches: Iterable[pa.Table], k: int, report: Callable[[int], None]) -> np.ndarray | None:
-        """Each query's k best items of the whole catalog but for its `excluded` ones; int64 [queries, k] on worker 0, elsewhere
-        None.
-
-        The workers share out a batch's queries to make the users' vectors, gather those, and rank each its share of the
-        catalog for all of them; the lists are merged. So no worker holds more of the catalog than its share.
-
-        Args:
-            batches: whole global batches of `sellarec.evaluation.queries`, the same on all workers.
-        """
-        task, workers, tables = self.task, self.workers, self.tables
-        assert isinstance(task, RankingTask) and tables is not None
-        found = []
-        told = time.monotonic()
-        with self._scoring():
-            ids = tables.share("item")
-            if self._smoothed is not None:
-                rows = self._smoothed[len(self._smoothed) - len(ids) :, : self._smoothed.shape[1] // 2]
-            else:
-                rows = tables.look_up({"item": Jagged.one(ids, 1)})["item"].values
-            rows = task.catalog(ids, rows)
-            first = int(ids[0]) if len(ids) else 0
-            for number, batch_rows in enumerate(batches):
-                if time.monotonic() - told > PROGRESS_SECONDS:
-                    told = time.monotonic()
-                    report(number)
-                valid = int((batch_rows["weight"].to_numpy() > 0).sum())
-                share = -(-len(batch_rows) // workers.world_size)
-                places = np.arange(workers.rank * share, (workers.rank + 1) * share) % len(batch_rows)
-                batch = self._to_device(task.collate(batch_rows.take(places), None))
-                self._agree(batch)
-                users = workers.gather(task.users(task.model, batch, self._look_up(batch)))[:valid]
-                excluded = Jagged.of(batch_rows["excluded"].slice(0, valid)).to(workers.device)
-                best = top_k(users, rows, first, k, (excluded.values, excluded.lengths), scores_of=task.products)
-                parts = zip(
-                    *(workers.gather(part.to(users.device)).chunk(workers.world_size) for part in best), strict=True
-                )
-                best = reduce(partial(merge, k=k), (TopList(*part) for part in parts))
-                found.append(best.items.cpu().numpy())
-        return np.concatenate(found) if workers.rank == 0 else None
-
-    def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-        if self.tables is not None:
-            state["tables"] = self.tables.state()
-        if self.optimizer is not None:
-            model, optimizer = get_state_dict(
-                self.task.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True)
-            )
-            state |= {"model": model, "optimizer": optimizer}
-        return state
-
-    def save_checkpoint(self, folder: str) -> None:
-        dcp.save(self._state(), checkpoint_id=folder, process_group=self.workers.control)
-
-    def load_checkpoint(self, folder: str) -> None:
-        state = self._state()
-        dcp.load(state, checkpoint_id=folder, process_group=self.workers.control)
-        if self.tables is not None:
-            self.tables.load_state(state["tables"])
-        if self.optimizer is not None:
-            set_state_dict(
-                self.task.model,
-                self.optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-                options=StateDictOptions(ignore_frozen_params=True, strict=False),
-            )
-
-    def export(self, output: Place) -> None:
-        """Write the trained state in open formats: sharded safetensors for tables, what the task says for the rest."""
-        weights = dense.trained_weights(self.task.model) if self.optimizer is not None else {}
-        control, rank = self.workers.control, self.workers.rank
-        if rank == 0:
-            output.delete("tables")
-        dist.barrier(group=control)
-        written: list[dict[str, Any]] = []
-        if self.tables is not None:
-            with (output / "tables").writing() as folder:
-                written = self.tables.save(folder)
-        if rank == 0 and self.optimizer is not None:
-            with output.writing() as folder:
-                self.task.save(folder, weights)
-        gathered: list[Any] = [None] * self.workers.world_size
-        dist.all_gather_object(gathered, written, group=control)
-        if rank == 0:
-            for table in self.task.tables:
-                parts = [part for of_worker in gathered for part in of_worker]
-                (output / "tables").write_json(f"{table.name}.json", index(table, parts))
-
-
-def learning_rate_factor(settings: Dense, step: int, steps: int) -> float:
-    """What the learning rates are multiplied by at a step: a linear warm-up, then constant, or a cosine to 0."""
-    warmup = max(1, round(settings.warmup * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    if settings.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def seed_everything(*parts: int | str) -> None:
-    """Seed torch, numpy and random from several numbers or names."""
-    seed = zlib.crc32(repr(parts).encode())
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-
-
 def train_worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on each worker. A mistake of the user's is told to the driver, not retried."""
     training: Training = config["training"]
@@ -496,27 +95,12 @@ def train_worker(config: dict[str, Any]) -> None:
         ray.get(training.board.put.remote({"error": str(error)}))
 
 
-def _together(make: Callable[[], Made], workers: Workers) -> Made:
-    """What `make` gives; where any worker is refused, all end, instead of waiting for that one in a collective."""
-    refusal: UserError | None = None
-    try:
-        made = make()
-    except UserError as error:
-        refusal = error
-    messages: list[Any] = [None] * workers.world_size
-    dist.all_gather_object(messages, str(refusal) if refusal else None, group=workers.control)
-    found = [message for message in messages if message is not None]
-    if found:
-        raise UserError(found[0]) from refusal
-    return made
-
-
 def _train(training: Training) -> None:
     settings = training.settings
     workers = Workers.join()
     seed_everything(training.seed, training.stage)
-    task = _together(training.build, workers)
-    engine = _together(
+    task = together(training.build, workers)
+    engine = together(
         partial(Engine, task, workers, training.seed, settings, training.storage, training.dtype), workers
     )
     position = Position()
@@ -532,7 +116,7 @@ def _train(training: Training) -> None:
     validate_every = max(1, round(selection.validate_every * training.train.steps_per_epoch)) if selection else 0
     steps = training.steps
     reporter = _Reporter(training, workers, steps, position.step)
-    batches = _slices(training.train, task, task.prepare, workers, position.step, steps)
+    batches = split_slices(training.train, task, task.prepare, workers, position.step, steps)
     saved = time.monotonic()
     stopped = selection is not None and position.evaluations_without >= selection.patience
     while position.step < steps and not stopped:
@@ -570,13 +154,6 @@ def _train(training: Training) -> None:
     engine.export(training.output)
     if workers.rank == 0:
         training.output.write_json("training.json", _facts(training, engine, position))
-
-
-def _slices(
-    order: Order, task: Task, how: Prepare | None, workers: Workers, first: int, last: int, more: Sequence[str] = ()
-) -> Generator[pa.Table]:
-    """This worker's slices of steps [first, last), prepared `how`, with the columns that a task reads and `more`."""
-    return stream(order, _once([*task.columns, *more]), how, workers.rank, workers.world_size, first, last)
 
 
 def _report_checkpoint(engine: Engine, position: Position, improved: bool) -> None:
@@ -621,13 +198,13 @@ class _Valid:
         assert order is not None and isinstance(training.settings, Selection)
         self._stage, self._settings, self._workers = training.stage, training.settings, workers
         self._ranks = "@" in training.settings.select_on
-        self._report = partial(_scored, workers, training.board, training.stage, "valid", order)
+        self._report = partial(report_scored, workers, training.board, training.stage, "valid", order)
         steps = order.steps_per_epoch
         if self._ranks:
-            columns = _once([*task.columns, "user", "relevant", "excluded"])
+            columns = distinct([*task.columns, "user", "relevant", "excluded"])
             self._rows = list(whole_batches(order, columns, task.prepare_to_score, workers.rank, 0, steps))
             return
-        self._rows = list(_slices(order, task, task.prepare_to_score, workers, 0, steps, ("row", "user", "label")))
+        self._rows = list(split_slices(order, task, task.prepare_to_score, workers, 0, steps, ("row", "user", "label")))
         wanted = ("row", "user", "label", "weight")
         labels = [np.stack([part[c].to_numpy().astype(np.int64) for c in wanted]) for part in self._rows]
         gathered = workers.collect(np.concatenate(labels, axis=1))
@@ -671,23 +248,6 @@ class _Valid:
             return True
         position.evaluations_without += 1
         return False
-
-
-def rank_queries(
-    engine: Engine, batches: Sequence[pa.Table], cutoffs: Sequence[int], report: Callable[[int], None]
-) -> UserMetrics | None:
-    """Metrics of ranking the whole catalog for queries, on worker 0; elsewhere None. All workers call it."""
-    best = engine.rank(batches, max(cutoffs), report)
-    if best is None:
-        return None
-    rows = pa.concat_tables(batch.select(["user", "relevant", "weight"]) for batch in batches)
-    rows = rows.filter(pc.greater(rows["weight"], 0))
-    relevant = Jagged.of(rows["relevant"])
-    return user_metrics(rows["user"].to_numpy(), best, (relevant.values.numpy(), relevant.lengths.numpy()), cutoffs)
-
-
-def _once(names: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(names))
 
 
 class _Reporter:
@@ -746,74 +306,9 @@ class _Reporter:
             self._training.board.put.remote({"stage": self._training.stage, **record})
 
 
-def _scored(workers: Workers, board: Any, stage: str, what: str, order: Order, steps: int) -> None:
-    """Send how much of a split is scored."""
-    if workers.rank == 0:
-        scored = min(steps * order.batch, order.rows)
-        board.put.remote({"stage": stage, "what": what, "scored": scored, "rows": order.rows})
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """All that a worker needs to score one split with several tasks.
-
-    Attributes:
-        build: by model name, what makes the task with its trained weights; called on each worker.
-        order: order of the rows.
-        output: the place that `scores.parquet` is written to: column `row`, and one float32 column a model.
-        queries: order of the queries for which each model ranks the catalog too; None ranks nothing.
-        cutoffs: at which the rankings are measured; `MODEL.parquet` in the output has a row a user, a column a metric.
-    """
-
-    stage: str
-    build: dict[str, Callable[[], Task]]
-    settings: Any
-    order: Order
-    output: Place
-    board: Any = None
-    dtype: str = "float32"
-    storage: Tables = field(default_factory=Tables)
-    queries: Order | None = None
-    cutoffs: Sequence[int] = ()
-
-
-def score_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker of the stage evaluate."""
-    scoring: Scoring = config["scoring"]
-    try:
-        _score(scoring)
-    except UserError as error:
-        ray.get(scoring.board.put.remote({"error": str(error)}))
-
-
-def _score(scoring: Scoring) -> None:
-    workers = Workers.join()
-    order = scoring.order
-    columns: dict[str, np.ndarray] = {}
-    for name, build in scoring.build.items():
-        start = time.monotonic()
-        task = _together(build, workers)
-        engine = _together(partial(Engine, task, workers, 0, scoring.settings, scoring.storage, scoring.dtype), workers)
-        slices = _slices(order, task, task.prepare_to_score, workers, 0, order.steps_per_epoch)
-        found = engine.score(slices, partial(_scored, workers, scoring.board, scoring.stage, name, order))
-        if found is not None:
-            columns["row"], columns[name] = found["row"], found["score"]
-            seconds = time.monotonic() - start
-            record = {"stage": scoring.stage, "model": name, "rows": len(found["row"]), "seconds": seconds}
-            scoring.board.put.remote(record)
-        if scoring.queries is not None:
-            ranked = _rank(scoring, scoring.queries, name, engine)
-            if ranked is not None:
-                with scoring.output.writing() as folder:
-                    pq.write_table(pa.table({"user": ranked.users, **ranked.values}), folder / f"{name}.parquet")
-    if workers.rank == 0:
-        with scoring.output.writing() as folder:
-            pq.write_table(pa.table(columns), folder / "scores.parquet")
-
-
-def _rank(scoring: Scoring, queries: Order, name: str, engine: Engine) -> UserMetrics | None:
-    task, workers, steps = engine.task, engine.workers, queries.steps_per_epoch
-    columns = _once([*task.columns, "user", "relevant", "excluded"])
-    batches = list(whole_batches(queries, columns, task.prepare_to_score, workers.rank, 0, steps))
-    report = partial(_scored, workers, scoring.board, scoring.stage, f"{name}, users ranked for", queries)
-    return rank_queries(engine, batches, scoring.cutoffs, report)
+def seed_everything(*parts: int | str) -> None:
+    """Seed torch, numpy and random from several numbers or names."""
+    seed = zlib.crc32(repr(parts).encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

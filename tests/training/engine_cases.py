@@ -15,9 +15,8 @@ from sellarec.collab.task import CollabTask, build_collab
 from sellarec.config import Collab, Tables
 from sellarec.data.log import read_log
 from sellarec.errors import UserError
-from sellarec.training import loop
 from sellarec.training import table as table_module
-from sellarec.training.loop import Engine, Workers
+from sellarec.training.engine import Engine, Workers, together
 from sellarec.training.stream import Order, Prepare, prepared, row_groups, slices
 
 SEED = 5
@@ -145,7 +144,7 @@ def refusal(run: Run) -> dict[str, Any]:
     """What a worker is refused, in making the engine or in its first step; and whether it did change a row."""
     workers, task = workers_of(), task_of(run)
     try:
-        engine: Engine = loop._together(lambda: engine_of(run, task, workers), workers)
+        engine: Engine = together(lambda: engine_of(run, task, workers), workers)
     except UserError as error:
         return {"made": str(error)}
     order = order_of(run)

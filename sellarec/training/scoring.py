@@ -1,0 +1,104 @@
+"""Scoring a split with several trained models, and ranking for its users, on each worker, under Ray Train."""
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.train
+
+from sellarec.artifacts import Place
+from sellarec.config import Tables
+from sellarec.errors import UserError
+from sellarec.evaluation.ranking import UserMetrics
+from sellarec.training.engine import Engine, Workers, rank_queries, together
+from sellarec.training.stream import Order, Prepare, stream, whole_batches
+from sellarec.training.task import Task
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """All that a worker needs to score one split with several tasks.
+
+    Attributes:
+        build: by model name, what makes the task with its trained weights; called on each worker.
+        order: order of the rows.
+        output: the place that `scores.parquet` is written to: column `row`, and one float32 column a model.
+        queries: order of the queries for which each model ranks the catalog too; None ranks nothing.
+        cutoffs: at which the rankings are measured; `MODEL.parquet` in the output has a row a user, a column a metric.
+    """
+
+    stage: str
+    build: dict[str, Callable[[], Task]]
+    settings: Any
+    order: Order
+    output: Place
+    board: Any = None
+    dtype: str = "float32"
+    storage: Tables = field(default_factory=Tables)
+    queries: Order | None = None
+    cutoffs: Sequence[int] = ()
+
+
+def score_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker of the stage evaluate."""
+    scoring: Scoring = config["scoring"]
+    try:
+        _score(scoring)
+    except UserError as error:
+        ray.get(scoring.board.put.remote({"error": str(error)}))
+
+
+def _score(scoring: Scoring) -> None:
+    workers = Workers.join()
+    order = scoring.order
+    columns: dict[str, np.ndarray] = {}
+    for name, build in scoring.build.items():
+        start = time.monotonic()
+        task = together(build, workers)
+        engine = together(partial(Engine, task, workers, 0, scoring.settings, scoring.storage, scoring.dtype), workers)
+        slices = split_slices(order, task, task.prepare_to_score, workers, 0, order.steps_per_epoch)
+        found = engine.score(slices, partial(report_scored, workers, scoring.board, scoring.stage, name, order))
+        if found is not None:
+            columns["row"], columns[name] = found["row"], found["score"]
+            seconds = time.monotonic() - start
+            record = {"stage": scoring.stage, "model": name, "rows": len(found["row"]), "seconds": seconds}
+            scoring.board.put.remote(record)
+        if scoring.queries is not None:
+            ranked = _rank(scoring, scoring.queries, name, engine)
+            if ranked is not None:
+                with scoring.output.writing() as folder:
+                    pq.write_table(pa.table({"user": ranked.users, **ranked.values}), folder / f"{name}.parquet")
+    if workers.rank == 0:
+        with scoring.output.writing() as folder:
+            pq.write_table(pa.table(columns), folder / "scores.parquet")
+
+
+def _rank(scoring: Scoring, queries: Order, name: str, engine: Engine) -> UserMetrics | None:
+    task, workers, steps = engine.task, engine.workers, queries.steps_per_epoch
+    columns = distinct([*task.columns, "user", "relevant", "excluded"])
+    batches = list(whole_batches(queries, columns, task.prepare_to_score, workers.rank, 0, steps))
+    report = partial(report_scored, workers, scoring.board, scoring.stage, f"{name}, users ranked for", queries)
+    return rank_queries(engine, batches, scoring.cutoffs, report)
+
+
+def split_slices(
+    order: Order, task: Task, how: Prepare | None, workers: Workers, first: int, last: int, more: Sequence[str] = ()
+) -> Generator[pa.Table]:
+    """This worker's slices of steps [first, last), prepared `how`, with the columns that a task reads and `more`."""
+    return stream(order, distinct([*task.columns, *more]), how, workers.rank, workers.world_size, first, last)
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def report_scored(workers: Workers, board: Any, stage: str, what: str, order: Order, steps: int) -> None:
+    """Send how much of a split is scored."""
+    if workers.rank == 0:
+        scored = min(steps * order.batch, order.rows)
+        board.put.remote({"stage": stage, "what": what, "scored": scored, "rows": order.rows})
