@@ -332,6 +332,7 @@ class Collab(Steps, Selection, Dense, Sparse):
     epochs: float = 20.0
     """Passes over the training rows, at most."""
     select_on: Literal["auc", "uauc", "ndcg@10", "ndcg@20", "recall@10", "recall@20"] = "auc"  # type: ignore[assignment]
+    # mypy takes no wider type than the base class's, as if the field could be written
     """Metric of the valid split by which the kept state is chosen: of the scores of its rows, or of ranking for its users the
     whole catalog but for what they have in train."""
 
@@ -563,7 +564,7 @@ def parse_prepare(arguments: Sequence[str]) -> Prepare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(Language):
+class Evaluation:
     """Score a split's rows with a trained collaborative model, and rank items for its users."""
 
     artifact: Path
@@ -838,7 +839,10 @@ def _check_collab(config: Config) -> None:
             )
 
 
-MODEL_SETTINGS = ("user_rows", "layers", "heads", "hidden", "dropout", "history")
+DENSE_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "clip")
+"""Settings of `collab` that models with dense weights read."""
+
+MODEL_SETTINGS = ("user_rows", "layers", "heads", "hidden", "dropout", "history", *DENSE_SETTINGS)
 """Settings of `collab` that only some models read."""
 
 

@@ -31,7 +31,7 @@ from sellarec.language.templates import templates
 from sellarec.training.launch import WORKER_MEMORY, Cluster, check_room, connect, run_task, run_workers, train
 from sellarec.training.progress import Console, duration
 
-VERSIONS = {**dict.fromkeys(STAGES, 1), **dict.fromkeys(("prepare", "pretrain", "adapt", "fuse"), 2)}
+VERSIONS = {**dict.fromkeys(STAGES, 1), **dict.fromkeys(("prepare", "pretrain", "adapt", "collab", "align", "fuse"), 2)}
 """Raised by hand when a stage's code gives other results than before."""
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
@@ -205,7 +205,9 @@ def _run(this: Run) -> None:
                     this.seconds[stage] = None
                 recorded[stage] = f"{stage}-{this.marks[stage]}"
                 this.place.write_json("artifacts.json", recorded)
-                if stage == "prepare":  # the data are good: from here on the name is taken
+                if stage == "prepare":
+                    _check_labels(this, wanted)
+                    # the data are good: from here on the name is taken
                     this.place.write_json("settings.json", settings)
                     this.place.write_text("config.yaml", to_yaml(this.config))
     finally:
@@ -226,6 +228,8 @@ def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
         origins["llm"] = EMBEDDED if this.config.llm.model == EMBEDDED else this.llm().identity
     if "prepare" in wanted and this.config.data.source != "world":
         origins["data"] = this.hashes
+    if "collab" in wanted and this.config.collab.init_from is not None:
+        origins["collab.init_from"] = this.collab_start[1]
     return origins
 
 
@@ -235,7 +239,7 @@ def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
     earlier = this.place.read_json("settings.json") or {}
     # what only stages that haven't been run depend on may still change
     stages = [stage for stage in STAGES if stage in (this.place.read_json("artifacts.json") or {})]
-    fixed = {"llm", "data"}.union(*(_settings_names(stage, this.config) for stage in stages))
+    fixed = {"llm", "data", "collab.init_from"}.union(*(_settings_names(stage, this.config) for stage in stages))
     names = [name for name in mine if name in fixed and name in earlier and earlier[name] != mine[name]]
     if names:
         shown = ", ".join(f"{name} {earlier[name]} then, {mine[name]} now" for name in names[:5])
@@ -451,7 +455,6 @@ def _valid_order(this: Run, stage: str, settings: Selection) -> Any:
 
     batch = this.config.evaluate.batch
     if settings.select_on in ("auc", "uauc"):
-        _check_labels(this, stage, settings)
         valid = _order(this, "valid", batch, None)
         return dataclasses.replace(valid, every=-(-valid.rows // settings.valid_rows))
     from sellarec.evaluation.queries import write_queries
@@ -477,17 +480,21 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
         check_fits(placements, storage, settings, workers, room, f"each of {workers} workers on this machine")
 
 
-def _check_labels(this: Run, stage: str, settings: Selection) -> None:
+def _check_labels(this: Run, stages: Sequence[str]) -> None:
     """Raises UserError where a stage can't be trained, or selected, for want of rows of one label."""
     facts = this.log().facts
-    for split in ("train", "valid"):
-        count, positives = facts["rows"][split], facts["positives"][split]
-        if positives in (0, count):
-            raise UserError(
-                f"{positives} of the {count} rows of the {split} split are positives ({facts['label_rule']}): stage {stage} "
-                f"takes both labels to train and to select by {settings.select_on}; mend the label rule or the split, or rank: "
-                "--collab.loss softmax --collab.select-on ndcg@10 --stages prepare,collab"
-            )
+    for stage in stages:
+        settings = getattr(this.config, stage, None)
+        if not isinstance(settings, Selection) or settings.select_on not in ("auc", "uauc"):
+            continue
+        for split in ("train", "valid"):
+            count, positives = facts["rows"][split], facts["positives"][split]
+            if positives in (0, count):
+                raise UserError(
+                    f"{positives} of the {count} rows of the {split} split are positives ({facts['label_rule']}): stage {stage} "
+                    f"takes both labels to train and to select by {settings.select_on}; mend the label rule or the split, or "
+                    "rank: --stages prepare,collab --collab.loss softmax --collab.select-on ndcg@10"
+                )
 
 
 def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
@@ -574,14 +581,14 @@ def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) 
         origin: the artifact whose tables and dense weights it starts from; None for fresh ones.
         trains: the stage that trains it, which may take negatives; None where it is only scored with.
     """
-    from sellarec.collab.task import build_collab
+    from sellarec.collab.task import build_collab, reads_counts
     from sellarec.data.log import item_counts
 
     log, settings = this.log(), this.config.collab
     if trains != "collab":  # other stages go through the rows
         settings = dataclasses.replace(settings, train_on="rows")
     counts = None
-    if trains is not None:
+    if trains is not None and reads_counts(settings):
         place = this.artifact(trains) / WORK
         with place.writing() as folder:
             np.save(folder / "counts.npy", item_counts(log))

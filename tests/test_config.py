@@ -351,6 +351,7 @@ SEQUENCES = {"model": "sasrec", "train_on": "sequences"}
         ({"model": "mf", "dropout": 0.1}, ["collab.dropout is 0.1", "collab.model is mf", "doesn't read it"]),
         ({"model": "mf", "history": 5}, ["collab.history is 5", "mf"]),
         ({"model": "svdpp", "layers": 3}, ["collab.layers is 3", "svdpp"]),
+        ({"model": "mf", "learning_rate": 0.1}, ["collab.learning_rate is 0.1", "mf"]),
         ({"model": "lightgcn", "heads": 2}, ["collab.heads is 2", "lightgcn"]),
         ({"model": "lightgcn", "user_rows": False}, ["collab.user_rows is False", "lightgcn"]),
         ({"model": "sasrec", "hidden": (8, 8)}, ["collab.hidden is (8, 8)", "sasrec"]),

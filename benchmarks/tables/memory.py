@@ -9,10 +9,6 @@ training (the machine's cores are shared by the workers, so this is no scaling).
 """
 
 import argparse
-import json
-import os
-import platform
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import measure, write
 
 from sellarec.config import Sparse, Tables
 from sellarec.training.plan import place, worker_bytes
@@ -30,9 +26,7 @@ from sellarec.training.tables import ShardedTables
 OPTIMIZER = Sparse(table_learning_rate=0.1)
 
 
-def worker(rank: int, workers: int, meeting: str, settings: argparse.Namespace, answers: mp.Queue) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+def worker(rank: int, workers: int, settings: argparse.Namespace) -> dict:
     storage, process = Tables(dtype=settings.dtype), psutil.Process()
     generator, share = np.random.default_rng(rank), settings.batch // workers
 
@@ -59,34 +53,14 @@ def worker(rank: int, workers: int, meeting: str, settings: argparse.Namespace, 
     seconds = time.perf_counter() - start
     grown = torch.tensor([process.memory_info().rss - before])
     dist.all_reduce(grown, op=dist.ReduceOp.MAX)
-    if rank == 0:
-        answers.put(
-            {
-                "rows": settings.rows,
-                "workers": workers,
-                "planned bytes": max(worker_bytes(tables.placements, storage, OPTIMIZER, workers)),
-                "resident bytes": int(grown),
-                "seconds to make": made,
-                "lookups/s": settings.steps * settings.batch / seconds,
-            }
-        )
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def measure(settings: argparse.Namespace, workers: int) -> dict:
-    context = mp.get_context("spawn")
-    answers = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (workers, f"{folder}/meeting", settings, answers)
-        processes = [context.Process(target=worker, args=(rank, *arguments)) for rank in range(workers)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(f"{settings.rows:,} rows on {workers} workers failed")
-    return answers.get()
+    return {
+        "rows": settings.rows,
+        "workers": workers,
+        "planned bytes": max(worker_bytes(tables.placements, storage, OPTIMIZER, workers)),
+        "resident bytes": int(grown),
+        "seconds to make": made,
+        "lookups/s": settings.steps * settings.batch / seconds,
+    }
 
 
 def main() -> None:
@@ -101,7 +75,7 @@ def main() -> None:
     settings = parser.parse_args()
     cases = []
     for workers in settings.workers:
-        case = measure(settings, workers)
+        case = measure(worker, workers, settings)
         cases.append(case)
         planned, resident = (case[name] / 2**20 for name in ("planned bytes", "resident bytes"))
         print(
@@ -110,8 +84,7 @@ def main() -> None:
             flush=True,
         )
     facts = {"dim": settings.dim, "dtype": settings.dtype, "batch": settings.batch, "steps": settings.steps}
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-    settings.out.write_text(json.dumps({**facts, **machine, "cases": cases}, indent=1) + "\n")
+    write(settings.out, facts, cases)
 
 
 if __name__ == "__main__":

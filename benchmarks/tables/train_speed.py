@@ -12,11 +12,7 @@ lowest and highest, and the memory that building and training took in a worker (
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,7 +20,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import measure, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,9 +74,7 @@ class Plain:
 SIDES = {"ours": Ours, "plain": Plain}
 
 
-def worker(rank: int, workers: int, meeting: str, settings: argparse.Namespace, rows: int, answers: mp.Queue) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+def worker(rank: int, workers: int, settings: argparse.Namespace, rows: int) -> dict:
     process, share = psutil.Process(), settings.batch // workers
     generator = np.random.default_rng(rank)
 
@@ -111,37 +105,17 @@ def worker(rank: int, workers: int, meeting: str, settings: argparse.Namespace, 
             dist.barrier()
             speeds[name] = settings.steps * settings.batch / (time.perf_counter() - start)
         rounds.append(speeds)
-    if rank == 0:
-        ratios = [speeds["ours"] / speeds["plain"] for speeds in rounds]
-        answers.put(
-            {
-                "rows": rows,
-                "workers": workers,
-                **{f"{name} rows/s": statistics.median(speeds[name] for speeds in rounds) for name in sides},
-                "ratio": statistics.median(ratios),
-                "lowest ratio": min(ratios),
-                "highest ratio": max(ratios),
-                **{f"{name} MiB": memory[name] for name in sides},
-                "first losses": losses["ours"],
-            }
-        )
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def measure(settings: argparse.Namespace, rows: int, workers: int) -> dict:
-    context = mp.get_context("spawn")
-    answers = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (workers, f"{folder}/meeting", settings, rows, answers)
-        processes = [context.Process(target=worker, args=(rank, *arguments)) for rank in range(workers)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(f"{rows} rows on {workers} workers failed")
-    return answers.get()
+    ratios = [speeds["ours"] / speeds["plain"] for speeds in rounds]
+    return {
+        "rows": rows,
+        "workers": workers,
+        **{f"{name} rows/s": statistics.median(speeds[name] for speeds in rounds) for name in sides},
+        "ratio": statistics.median(ratios),
+        "lowest ratio": min(ratios),
+        "highest ratio": max(ratios),
+        **{f"{name} MiB": memory[name] for name in sides},
+        "first losses": losses["ours"],
+    }
 
 
 def main() -> None:
@@ -159,7 +133,7 @@ def main() -> None:
     cases = []
     for rows in settings.rows:
         for workers in settings.workers:
-            case = measure(settings, rows, workers)
+            case = measure(worker, workers, settings, rows)
             cases.append(case)
             speeds = ", ".join(
                 f"{name} {case[f'{name} rows/s']:,.0f} rows/s ({case[f'{name} MiB']:,.0f} MiB)" for name in SIDES
@@ -167,8 +141,7 @@ def main() -> None:
             spread = f"{case['ratio']:.2f} [{case['lowest ratio']:.2f}, {case['highest ratio']:.2f}]"
             print(f"{rows:,} rows, {workers} workers: {speeds} a worker; ratio {spread}", flush=True)
     facts = {"dim": settings.dim, "batch": settings.batch, "steps": settings.steps, "rounds": settings.rounds}
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
-    settings.out.write_text(json.dumps({**facts, **machine, "cases": cases}, indent=1) + "\n")
+    write(settings.out, facts, cases)
 
 
 if __name__ == "__main__":

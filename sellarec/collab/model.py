@@ -71,6 +71,11 @@ class CollabModel(nn.Module):
             Table("item", sizes.items, settings.dim, ("item",), init_std=settings.init_std),
         )
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are dense weights beside the tables."""
+        return any(True for _ in self.parameters())
+
     def user(self, batch: Batch, vectors: Vectors) -> Tensor:
         """The users' vectors: [n, D]."""
         return vectors["user"] * batch["user_seen"][:, None]
@@ -108,8 +113,9 @@ class CollabModel(nn.Module):
         return self(batch, vectors, item[:, None])[0], item
 
     def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
-        """Rows of users and items [R, D] -> smoothed rows [R, D]; `multiply` is the product with the graph's matrix."""
-        raise NotImplementedError(f"{type(self).__module__} uses no graph")
+        """Rows of users and items [R, D] -> smoothed rows [R, D], here as they are; `multiply` is the product with the graph's
+        matrix. Called where `uses_graph`."""
+        return rows
 
     def auxiliary_loss(self, batch: Batch, vectors: Vectors, log_counts: Tensor, peers: Peers) -> Tensor | None:
         """float [b]: a loss of the model's own, which is added for every row, whatever its label; None for none.

@@ -31,6 +31,9 @@ from sellarec.training.task import WHOLE, Batch, Graph, Peers, Task, Vectors
 WEIGHTS = "collab.safetensors"
 """File of a model's dense weights in an artifact."""
 
+SAMPLED = ("bpr", "softmax")
+"""Losses that rank a target above negatives."""
+
 Network = Callable[..., tuple[Tensor, list[Tensor]]]
 """A model of `sellarec.collab.models`, or what stands for it: (batch, vectors, *candidates) -> users, scores."""
 
@@ -56,7 +59,7 @@ class CollabTask(Task):
         counts: np.ndarray | None = None,
     ) -> None:
         self.network, self._settings = network, settings
-        self.model: nn.Module | None = network if any(True for _ in network.parameters()) else None
+        self.model: nn.Module | None = network if network.has_weights else None
         self._sequences = settings.train_on == "sequences"
         self._has_negatives = negatives is not None
         self._draws = negatives is not None and settings.negatives != "in-batch"
@@ -194,6 +197,16 @@ def _float(column: pa.ChunkedArray) -> Tensor:
     return torch.from_numpy(column.to_numpy().astype(np.float32))
 
 
+def model_class(name: str) -> type[CollabModel]:
+    """The model of a file in `sellarec/collab/models`."""
+    return import_module(f"sellarec.collab.models.{name}").Model
+
+
+def reads_counts(settings: Collab) -> bool:
+    """Whether training takes `sellarec.data.log.item_counts`: for negatives, or for a model's own loss."""
+    return settings.loss in SAMPLED or model_class(settings.model).reads_catalog
+
+
 def build_collab(
     log: Log, settings: Collab, start: Path | None, counts: Path | None = None, seed: int = 0
 ) -> CollabTask:
@@ -202,26 +215,27 @@ def build_collab(
     Args:
         start: folder of an artifact whose tables and dense weights it starts from; None for fresh ones. Users and items that
             its tables don't have yet get fresh rows.
-        counts: file of `sellarec.data.log.item_counts`: needed to train with negatives, or a model that `reads_catalog`.
+        counts: file of `sellarec.data.log.item_counts`: needed to train where `reads_counts` says so.
         seed: of the drawn negatives.
     """
     facts = log.facts
     sizes = Sizes(facts["users"], facts["items"], facts["positives"]["train"] / facts["rows"]["train"])
-    network = import_module(f"sellarec.collab.models.{settings.model}").Model(sizes, settings)
+    network = model_class(settings.model)(sizes, settings)
     if start is not None:
         network.tables = tuple(saved_rows(table, start / "tables") for table in network.tables)
-        if any(True for _ in network.parameters()):
+        if network.has_weights:
             if not (start / WEIGHTS).is_file():
                 raise UserError(
                     f"{start} holds no {WEIGHTS}, but {settings.model} has dense weights: it is of another model"
                 )
             network.load_state_dict(load_file(start / WEIGHTS))
-    negatives, rows = None, None
-    if counts is not None:
-        rows, positives = np.load(counts)
-        if settings.loss in ("bpr", "softmax"):
-            negatives = Negatives(settings.negatives, np.stack([rows, positives]), settings.negatives_per_row, seed)
+    found = None if counts is None else np.load(counts)
+    negatives = None
+    if found is not None and settings.loss in SAMPLED:
+        negatives = Negatives(settings.negatives, found, settings.negatives_per_row, seed)
     graph = None
     if network.uses_graph:
         graph = Graph(tuple(str(path) for path in log.split_paths("train")), sizes.users, sizes.items)
-    return CollabTask(network, settings, log.items(["seen"])["seen"].to_numpy(), negatives, graph, rows)
+    return CollabTask(
+        network, settings, log.items(["seen"])["seen"].to_numpy(), negatives, graph, None if found is None else found[0]
+    )

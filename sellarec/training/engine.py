@@ -142,7 +142,8 @@ class Engine:
     def __init__(self, task: Task, workers: Workers, seed: int, settings: Any, storage: Tables, dtype: str) -> None:
         self.task, self.workers = task, workers
         self.settings = settings
-        self.micro_batch = settings.micro_batch if isinstance(settings, Language) else None
+        # micro-batches are for language models, whose layers are `blocks`; others would only be slowed down by them
+        self.micro_batch = settings.micro_batch if isinstance(settings, Language) and task.blocks else None
         self.tables = None
         if task.tables:
             optimizer = settings if isinstance(settings, Sparse) else None

@@ -90,7 +90,7 @@ class Task(Protocol):
     def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows [R, D] of the graph's users and items -> smoothed rows; `multiply` is the product with the graph's matrix.
         Called only where there is a `graph`."""
-        raise TypeError("this task has no graph")
+        return rows
 
     def targets(self, batch: Batch) -> Tensor:
         """How many valid targets the slice has: what the summed loss is divided by, over all workers."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from sellarec.collab.model import CollabModel, Sizes, padded, places
 from sellarec.collab.models import din, fism, lightgcn, mf, sasrec, svdpp
 from sellarec.collab.task import build_collab
-from sellarec.config import COLLAB_MODELS, Collab
+from sellarec.config import COLLAB_MODELS, DENSE_SETTINGS, MODEL_SETTINGS, Collab
 from sellarec.training.table import Jagged
 from sellarec.training.task import WHOLE
 
@@ -410,11 +410,6 @@ def test_lightgcn_is_the_mean_of_powers_of_the_normalised_adjacency(layers, bias
     torch.testing.assert_close(smooth[6, :columns], rows[6, :columns] / (layers + 1), msg="a row without neighbours")
 
 
-def test_a_model_without_a_graph_doesnt_propagate():
-    with pytest.raises(NotImplementedError, match="uses no graph"):
-        built(mf).propagate(drawn(3, 4), lambda rows: rows)
-
-
 CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in MODELS] + [
     ("sasrec", {"user_rows": False}),
     ("sasrec", {"heads": 2}),
@@ -486,5 +481,6 @@ def test_lists_are_padded_with_zeros_after_their_ends(lengths):
 def test_only_known_settings_are_read():
     """What a model says that it reads is a setting, and the others build without it."""
     for kind in (mf, svdpp, lightgcn, sasrec, din, fism):
-        assert set(kind.Model.reads) <= {"user_rows", "layers", "heads", "hidden", "dropout", "history"}
+        assert set(kind.Model.reads) <= set(MODEL_SETTINGS)
+        assert kind.Model(SIZES, Collab(dim=4)).has_weights == (set(DENSE_SETTINGS) <= set(kind.Model.reads))
         assert (kind.Model(SIZES, Collab(dim=4)).history > 0) == ("history" in kind.Model.reads)

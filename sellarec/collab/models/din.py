@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sellarec.collab.model import CollabModel, Sizes, padded, places
-from sellarec.config import Collab
+from sellarec.config import DENSE_SETTINGS, Collab
 from sellarec.training.table import Table
 from sellarec.training.task import Batch, Vectors
 
@@ -20,7 +20,7 @@ class Model(CollabModel):
     for alignment and fusion, is the user's row plus that sum for the row's item.
     """
 
-    reads = ("history", "hidden", "dropout")
+    reads = ("history", "hidden", "dropout", *DENSE_SETTINGS)
     ignores = ("temperature",)
     is_product = False
 

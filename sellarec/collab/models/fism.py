@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from sellarec.collab.losses import full_softmax
 from sellarec.collab.model import CollabModel, Sizes, values
-from sellarec.config import Collab
+from sellarec.config import DENSE_SETTINGS, Collab
 from sellarec.training.table import Jagged, Table
 from sellarec.training.task import WHOLE, Batch, Peers, Vectors
 
@@ -27,7 +27,7 @@ class Model(CollabModel):
     column.
     """
 
-    reads = ("history", "dropout")
+    reads = ("history", "dropout", *DENSE_SETTINGS)
     ignores = ("biases", "temperature")
     losses = ("bce",)
     reads_catalog = True

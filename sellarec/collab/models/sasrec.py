@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sellarec.collab.model import CollabModel, Sizes, padded, places
-from sellarec.config import Collab
+from sellarec.config import DENSE_SETTINGS, Collab
 from sellarec.training.table import Jagged, Table
 from sellarec.training.task import Batch, Vectors
 
@@ -18,7 +18,7 @@ class Model(CollabModel):
     counts as zeros. Positions count from the oldest item that is read.
     """
 
-    reads = ("layers", "heads", "dropout", "history", "user_rows")
+    reads = ("layers", "heads", "dropout", "history", "user_rows", *DENSE_SETTINGS)
     has_positions = True
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:
