@@ -14,16 +14,30 @@ from sellarec.errors import UserError, exit_status
 
 @dataclass(frozen=True)
 class Table:
-    """Recipes that are run with several seeds: the whole main job, or a collaborative model alone."""
+    """Recipes that are run with several seeds.
+
+    Attributes:
+        evaluation: of `jobs/evaluate.py`, for a collaborative model alone; None for the whole main job.
+    """
 
     recipes: tuple[str, ...]
     seeds: tuple[int, ...]
-    collab_alone: bool = False
+    evaluation: dict[str, Any] | None = None
 
+
+SCORES: dict[str, Any] = {"batch": 4096}
+RANKING = {"ranking": "full", "batch": 1024}
 
 TABLES = {
     "world": Table(recipes=("demo", "longer"), seeds=(1, 2, 3)),
-    "collm-fism": Table(recipes=("collm-ml-1m", "fism"), seeds=(1, 2, 3, 4, 5), collab_alone=True),
+    **{
+        f"collm-{model}": Table(("collm-ml-1m", f"collm-{model}"), (1, 2, 3, 4, 5), SCORES)
+        for model in ("mf", "lightgcn", "sasrec", "din", "fism")
+    },
+    **{
+        name: Table(("log", name), (1,), RANKING)
+        for name in ("gowalla-lightgcn", "ml-1m-lightgcn", "beauty-sasrec", "games-sasrec")
+    },
 }
 
 
@@ -49,16 +63,16 @@ def main(arguments: list[str]) -> None:
     sections, records = [], []
     for seed in table.seeds:
         run_flags = [*flags, "--seed", str(seed), "--name", f"{name}-seed-{seed}"]
-        if table.collab_alone:
+        if table.evaluation is not None:
             run_flags += ["--stages", "prepare,collab"]
         this = Run.of(parse([*table.recipes, *run_flags], program="reproduce.py"))
         run(this)
-        if table.collab_alone:
-            this.place.write_json("results.json", evaluated(this))
+        if table.evaluation is not None:
+            this.place.write_json("results.json", evaluated(this, table.evaluation))
         found = this.place.read_json("results.json")
         records += found
         sections.append(f"Seed {seed}\n\n{format_table(found)}")
-    summary = over_seeds(records) if table.collab_alone else summarise(records)
+    summary = over_seeds(records) if table.evaluation is not None else summarise(records)
     print(f"\n{summary}\n")
     place = Place.of(this.config.workspace) / "tables"
     place.write_text(f"{name}.txt", "\n\n".join([*sections, summary]) + "\n")
@@ -66,7 +80,7 @@ def main(arguments: list[str]) -> None:
     print(f"table        {place}/{name}.txt")
 
 
-def evaluated(this: Any) -> list[dict]:
+def evaluated(this: Any, evaluation: dict[str, Any]) -> list[dict]:
     """The records of a run's collaborative model."""
     from sellarec.config import Evaluation
     from sellarec.evaluation.artifact import evaluate_artifact
@@ -74,7 +88,7 @@ def evaluated(this: Any) -> list[dict]:
     artifact, data = (this.artifact(stage).local() for stage in ("collab", "prepare"))
     out, config = this.place.local() / "results.json", this.config
     return evaluate_artifact(
-        Evaluation(artifact=artifact, data=data, out=out, workers=config.workers, batch=4096, seed=config.seed)
+        Evaluation(artifact=artifact, data=data, out=out, workers=config.workers, seed=config.seed, **evaluation)
     )
 
 

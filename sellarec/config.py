@@ -293,9 +293,17 @@ class Collab(Steps, Selection, Dense, Sparse):
     of them the target or in the history; or the items of other users' positives in the global batch."""
     negatives_per_row: int = 8
     """Items drawn for each target."""
+    shared_negatives: bool = False
+    """Whether a positive is ranked above the items drawn for all positives of the global batch, not for it alone: thousands of
+    negatives for the lookups of one a row."""
     init_from: str | None = runtime(None)
     """Folder of an earlier artifact of stage collab, whose rows and dense weights training starts from. Users and items that it
     doesn't have yet get fresh rows: prepare the log with --init-from the earlier one, so that ids go on."""
+    init_users: str | None = runtime(None)
+    """Parquet file of `id` (as the source has it) and `vector` (as wide as `dim`, or without the bias), from which users' rows
+    start; users that it doesn't have get fresh rows."""
+    init_items: str | None = runtime(None)
+    """The same for items' rows."""
     dim: int = 32
     """Width of an embedding row, its bias included (a multiple of 4)."""
     init_std: float = 0.05
@@ -769,6 +777,11 @@ def check(config: Config) -> None:
 
 def _check_collab(config: Config) -> None:
     collab, defaults = config.collab, Collab()
+    for name in ("init_users", "init_items"):
+        if getattr(collab, name) is not None and collab.init_from is not None:
+            raise UserError(
+                f"collab.{name} is {getattr(collab, name)} and collab.init_from {collab.init_from}: rows start from one of them"
+            )
     for name in ("collab", "align"):
         if collab.loss != "bce" and getattr(config, name).select_on == "auc":
             raise UserError(
@@ -778,6 +791,7 @@ def _check_collab(config: Config) -> None:
     for name, unread in (
         ("negatives", collab.loss not in ("bpr", "softmax")),
         ("negatives_per_row", collab.loss not in ("bpr", "softmax") or collab.negatives == "in-batch"),
+        ("shared_negatives", collab.loss not in ("bpr", "softmax") or collab.negatives == "in-batch"),
     ):
         if unread and getattr(collab, name) != getattr(defaults, name):
             raise UserError(
@@ -815,11 +829,13 @@ def _check_collab(config: Config) -> None:
             f"collab.dim is {collab.dim} and collab.heads {collab.heads}: the width must be a multiple of the heads"
         )
     if not model.is_product and (
-        collab.loss == "full-softmax" or (collab.loss != "bce" and collab.negatives == "in-batch")
+        collab.loss == "full-softmax"
+        or collab.shared_negatives
+        or (collab.loss != "bce" and collab.negatives == "in-batch")
     ):
         raise UserError(
             f"collab.model is {collab.model}, whose score is no product of a user's and an item's vector, but collab.loss "
-            f"{collab.loss} scores many items at once: draw negatives (collab.negatives uniform or popularity)"
+            f"{collab.loss} scores many items at once: draw negatives for each row (collab.negatives uniform or popularity)"
         )
     if not model.is_product and collab.select_on not in ("auc", "uauc"):
         raise UserError(
@@ -831,11 +847,11 @@ def _check_collab(config: Config) -> None:
             raise UserError(
                 f"collab.train_on is sequences, but collab.model is {collab.model}, which scores rows: take rows"
             )
-        if collab.loss == "bce" or collab.negatives == "in-batch" or collab.user_rows:
+        if collab.loss == "bce" or collab.negatives == "in-batch" or collab.shared_negatives or collab.user_rows:
             raise UserError(
-                f"collab.train_on is sequences, collab.loss {collab.loss}, collab.negatives {collab.negatives} and "
-                f"collab.user_rows {collab.user_rows}: sequences take a ranking loss with drawn negatives or the full softmax, "
-                "and no rows of users"
+                f"collab.train_on is sequences, collab.loss {collab.loss}, collab.negatives {collab.negatives}, "
+                f"collab.shared_negatives {collab.shared_negatives} and collab.user_rows {collab.user_rows}: sequences take a "
+                "ranking loss with negatives drawn for each target or the full softmax, and no rows of users"
             )
 
 

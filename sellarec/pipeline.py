@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
-from sellarec.data.files import file_hashes
+from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
 from sellarec.data.raw import Source
@@ -159,6 +159,13 @@ class Run:
             raise UserError(f"collab.init_from is {place}, which is no finished artifact of stage collab")
         return place, manifest["fingerprint"]
 
+    @cached_property
+    def given_vectors(self) -> dict[str, str]:
+        """SHA-256 of the files that collab's tables start from, by setting."""
+        settings = self.config.collab
+        given = {f"collab.{name}": getattr(settings, name) for name in ("init_users", "init_items")}
+        return {name: file_hash(path) for name, path in given.items() if path is not None}
+
     def gpus(self) -> bool:
         assert self.cluster is not None
         return self.cluster.gpus
@@ -228,8 +235,10 @@ def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
         origins["llm"] = EMBEDDED if this.config.llm.model == EMBEDDED else this.llm().identity
     if "prepare" in wanted and this.config.data.source != "world":
         origins["data"] = this.hashes
-    if "collab" in wanted and this.config.collab.init_from is not None:
-        origins["collab.init_from"] = this.collab_start[1]
+    if "collab" in wanted:
+        origins |= this.given_vectors
+        if this.config.collab.init_from is not None:
+            origins["collab.init_from"] = this.collab_start[1]
     return origins
 
 
@@ -239,7 +248,8 @@ def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
     earlier = this.place.read_json("settings.json") or {}
     # what only stages that haven't been run depend on may still change
     stages = [stage for stage in STAGES if stage in (this.place.read_json("artifacts.json") or {})]
-    fixed = {"llm", "data", "collab.init_from"}.union(*(_settings_names(stage, this.config) for stage in stages))
+    fixed = {"llm", "data", "collab.init_from", "collab.init_users", "collab.init_items"}
+    fixed = fixed.union(*(_settings_names(stage, this.config) for stage in stages))
     names = [name for name in mine if name in fixed and name in earlier and earlier[name] != mine[name]]
     if names:
         shown = ", ".join(f"{name} {earlier[name]} then, {mine[name]} now" for name in names[:5])
@@ -286,8 +296,10 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
     }
     if stage == "prepare" and config.data.source != "world":
         facts["sources"] = this.hashes
-    if stage == "collab" and config.collab.init_from is not None:
-        facts["init_from"] = this.collab_start[1]
+    if stage == "collab":
+        facts |= this.given_vectors
+        if config.collab.init_from is not None:
+            facts["init_from"] = this.collab_start[1]
     if stage in ("pretrain", "adapt", "fuse", "evaluate"):
         facts["templates"] = fingerprint(templates())
     if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
@@ -594,7 +606,26 @@ def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) 
             np.save(folder / "counts.npy", item_counts(log))
         counts = place.local() / "counts.npy"
     start = None if origin is None else origin.local()
-    return partial(build_collab, log, settings, start, counts, this.config.seed)
+    given = _given_tables(this, build_collab(log, settings, None).network) if trains == "collab" else None
+    return partial(build_collab, log, settings, start, counts, this.config.seed, given)
+
+
+def _given_tables(this: Run, network: Any) -> Path | None:
+    """The folder of tables that start from vectors of a file, which are put beside the artifact while it is made."""
+    from sellarec.collab.vectors import write_table
+
+    collab, place = this.config.collab, this.artifact("collab") / WORK / "tables"
+    files = {"user": collab.init_users, "item": collab.init_items}
+    for name, path in files.items():
+        if path is None:
+            continue
+        tables = [table for table in network.tables if table.name == name]
+        if not tables:
+            raise UserError(f"collab.init_{name}s is {path}, but collab.model {collab.model} has no rows of {name}s")
+        with place.writing() as folder:
+            known = write_table(this.log(), tables[0], Path(path), network.has_biases, this.config.seed, folder)
+        this.console.line(f"collab    {known:,} of {tables[0].rows:,} {name}s start from {path}")
+    return place.local() if any(files.values()) else None
 
 
 def _distil(this: Run) -> dict[str, Any]:

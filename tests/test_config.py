@@ -347,6 +347,9 @@ SEQUENCES = {"model": "sasrec", "train_on": "sequences"}
             {"loss": "bpr", "negatives": "in-batch", "negatives_per_row": 2},
             ["collab.negatives_per_row is 2", "collab.negatives in-batch"],
         ),
+        ({"shared_negatives": True}, ["collab.shared_negatives is True", "collab.loss is bce"]),
+        ({"loss": "bpr", "negatives": "in-batch", "shared_negatives": True}, ["collab.shared_negatives is True"]),
+        ({"init_from": "a", "init_items": "b"}, ["collab.init_items is b", "collab.init_from a"]),
         ({"model": "sasrec", "dropout": 1.0}, ["collab.dropout is 1", "below 1"]),
         ({"model": "mf", "dropout": 0.1}, ["collab.dropout is 0.1", "collab.model is mf", "doesn't read it"]),
         ({"model": "mf", "history": 5}, ["collab.history is 5", "mf"]),
@@ -360,6 +363,7 @@ SEQUENCES = {"model": "sasrec", "train_on": "sequences"}
         ({"model": "din", "loss": "full-softmax"}, ["collab.model is din", "no product", "full-softmax"]),
         ({"model": "din", "loss": "softmax", "negatives": "in-batch"}, ["collab.model is din", "no product"]),
         ({"model": "din", "loss": "bpr", "negatives": "in-batch"}, ["collab.model is din", "no product"]),
+        ({"model": "din", "loss": "bpr", "shared_negatives": True}, ["collab.model is din", "no product"]),
         ({"model": "din", "dropout": 0.1, "select_on": "ndcg@10"}, ["collab.model is din", "ndcg@10", "auc or uauc"]),
         ({"model": "din", "select_on": "recall@20"}, ["collab.model is din", "recall@20"]),
         ({"model": "mf", "train_on": "sequences", "loss": "bpr"}, ["train_on is sequences", "collab.model is mf"]),
@@ -368,6 +372,10 @@ SEQUENCES = {"model": "sasrec", "train_on": "sequences"}
         (
             SEQUENCES | {"loss": "bpr", "negatives": "in-batch", "user_rows": False},
             ["train_on is sequences", "collab.negatives in-batch"],
+        ),
+        (
+            SEQUENCES | {"loss": "bpr", "shared_negatives": True, "user_rows": False},
+            ["train_on is sequences", "collab.shared_negatives True"],
         ),
         *(({"model": "sasrec", name: 0}, [f"collab.{name} is 0"]) for name in ("layers", "heads", "history", "dim")),
         ({"loss": "bpr", "negatives_per_row": 0}, ["collab.negatives_per_row is 0"]),

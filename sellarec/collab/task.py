@@ -125,8 +125,9 @@ class CollabTask(Task):
         weights = self._of_targets(batch, self.row_weights(batch))
         norms = self.network.squared_norms(vectors)
         positive = self.network.item(batch, vectors)[:, None]
-        if self._draws:
-            negative = vectors["negative"].values.unflatten(0, (-1, self._settings.negatives_per_row))
+        negatives = self._settings.negatives_per_row
+        if self._draws and not self._settings.shared_negatives:
+            negative = vectors["negative"].values.unflatten(0, (-1, negatives))
             users, (score, others) = network(batch, vectors, positive, negative)
         else:
             users, (score,) = network(batch, vectors, positive)
@@ -138,11 +139,18 @@ class CollabTask(Task):
             losses = full_softmax(users, score, lambda users: self.network.products(users, rows), seen, peers)
         else:
             log_q = values(batch["log_q"])
-            if self._draws:
-                negative_log_q = batch["negative_log_q"].values.unflatten(0, (-1, self._settings.negatives_per_row))
+            if self._draws and not self._settings.shared_negatives:
+                negative_log_q = batch["negative_log_q"].values.unflatten(0, (-1, negatives))
                 counts = negative_log_q.isfinite()
+            elif self._draws:
+                # of all workers; [n, B N], without an [n, B N, D] in between
+                others = self.network.products(users, peers.gather(vectors["negative"].values))
+                negative_log_q = peers.gather(batch["negative_log_q"].values)
+                drawn = (peers.gather(weights).repeat_interleave(negatives) > 0) & negative_log_q.isfinite()
+                counts = (batch["item"][:, None] != peers.gather(batch["negative"].values)) & drawn
+                negative_log_q = negative_log_q.expand_as(others)
             else:
-                # other users' positives on all workers; [n, B], without an [n, B, D] in between
+                # other users' positives
                 others = self.network.products(users, peers.gather(positive[:, 0]))
                 item, user = batch["item"], batch["user"]
                 alike = (item[:, None] == peers.gather(item)) | (user[:, None] == peers.gather(user))
@@ -208,7 +216,7 @@ def reads_counts(settings: Collab) -> bool:
 
 
 def build_collab(
-    log: Log, settings: Collab, start: Path | None, counts: Path | None = None, seed: int = 0
+    log: Log, settings: Collab, start: Path | None, counts: Path | None = None, seed: int = 0, given: Path | None = None
 ) -> CollabTask:
     """A model for a prepared log.
 
@@ -217,10 +225,15 @@ def build_collab(
             its tables don't have yet get fresh rows.
         counts: file of `sellarec.data.log.item_counts`: needed to train where `reads_counts` says so.
         seed: of the drawn negatives.
+        given: folder of tables (`sellarec.collab.vectors`) that some of the model's start from; the others are fresh.
     """
     facts = log.facts
     sizes = Sizes(facts["users"], facts["items"], facts["positives"]["train"] / facts["rows"]["train"])
     network = model_class(settings.model)(sizes, settings)
+    if given is not None:
+        network.tables = tuple(
+            saved_rows(table, given) if (given / f"{table.name}.json").is_file() else table for table in network.tables
+        )
     if start is not None:
         network.tables = tuple(saved_rows(table, start / "tables") for table in network.tables)
         if network.has_weights:

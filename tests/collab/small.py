@@ -52,12 +52,13 @@ def write_train(folder: Path, *parts: list[tuple[int, int, int, list[int]]], gro
     return Log(folder, {"users": users, "items": items})
 
 
-def make(folder: Path, start: Path | None = None, **settings: Any) -> CollabTask:
+def make(folder: Path, start: Path | None = None, given: Path | None = None, **settings: Any) -> CollabTask:
     """The task of a model for the small log; `settings` are those of `collab`, and negatives are drawn where it takes them."""
+    log = small_log(folder)
     collab = Collab(**{"dim": 4, "l2": 0.1, "negatives_per_row": 3} | settings)
     np.save(folder / "counts.npy", COUNTS)
     torch.manual_seed(4)
-    return build_collab(small_log(folder), collab, start, folder / "counts.npy", seed=2)
+    return build_collab(log, collab, start, folder / "counts.npy", seed=2, given=given)
 
 
 def some_rows(**changes: Any) -> pa.Table:

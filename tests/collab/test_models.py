@@ -280,11 +280,11 @@ def unit(row: np.ndarray) -> np.ndarray:
 
 
 def plain_fism(model: Any, user_bias: float, history: np.ndarray, item: np.ndarray, constant: float) -> float:
-    """One row: 0.75 times the cosine of the history's mean direction and the item, what liking adds, and the biases."""
+    """One row: the cosine of the history's mean direction and the item, what liking adds, and the biases."""
     mean = np.zeros(item.size - 2)
     for row in history:
         mean = mean + unit(row[:-2])
-    user = 0.75 * unit(mean) + model.liking.detach().numpy().astype(np.float64)
+    user = unit(mean) + model.liking.detach().numpy().astype(np.float64)
     return constant + user_bias + item[-1] + float((user * unit(item[:-2])).sum())
 
 

@@ -242,13 +242,16 @@ def test_facts_say_the_constant_and_what_unseen_ones_are(tmp_path):
     assert make(tmp_path, global_mean=False).facts()["constant"] == 0
 
 
+WHOLE_BATCH = ("in-batch", "shared")
+"""Kinds of negatives that take the scores of all workers' candidates."""
+
 RANKING = [
     *((name, "bpr", kind, "rows") for name in RANKED for kind in ("uniform", "popularity", "in-batch")),
-    *((name, "softmax", kind, "rows") for name in RANKED for kind in ("uniform", "in-batch")),
+    *((name, "softmax", kind, "rows") for name in RANKED for kind in ("uniform", "in-batch", "shared")),
     *((name, "full-softmax", "uniform", "rows") for name in RANKED),
     *(("sasrec", loss, "uniform", "sequences") for loss in ("bpr", "softmax", "full-softmax")),
 ]
-RANKING = [case for case in RANKING if case[0] != "din" or (case[2] != "in-batch" and case[1] != "full-softmax")]
+RANKING = [case for case in RANKING if case[0] != "din" or (case[2] not in WHOLE_BATCH and case[1] != "full-softmax")]
 
 
 @pytest.mark.parametrize(("name", "loss", "kind", "train_on"), RANKING)
@@ -257,7 +260,17 @@ def test_a_ranking_loss_takes_positives_and_doesnt_depend_on_how_rows_lie_on_wor
 ):
     """Loss and gradients, of rows and of dense weights, added up over workers."""
     sequences = train_on == "sequences"
-    task = make(tmp_path, model=name, loss=loss, negatives=kind, train_on=train_on, user_rows=not sequences)
+    shared = kind == "shared"
+    kind = "popularity" if shared else kind
+    task = make(
+        tmp_path,
+        model=name,
+        loss=loss,
+        negatives=kind,
+        shared_negatives=shared,
+        train_on=train_on,
+        user_rows=not sequences,
+    )
     table = some_rows(item_seen=[True] * 3).select([*task.columns, "weight"])
     table = pa.concat_tables([table, table, table.slice(0, 2)])
     weight = np.ones(8, np.float32)
@@ -299,8 +312,8 @@ def test_a_ranking_loss_takes_positives_and_doesnt_depend_on_how_rows_lie_on_wor
     counted = (table["label"].to_numpy() == 1) & (weight > 0)
     if not sequences and name != "lightgcn":
         assert ((expected["user"].abs().sum(1) > 0).numpy() <= counted).all() and expected["user"][0].abs().sum() > 0
-    # full-softmax takes any slices, in-batch negatives equal ones, as the loop gives them
-    for ends in ([4], [2, 4, 6], *([[3, 6]] if kind != "in-batch" else [])):
+    # full-softmax takes any slices, negatives of the whole batch equal ones, as the loop gives them
+    for ends in ([4], [2, 4, 6], *([[3, 6]] if kind != "in-batch" and not shared else [])):
         total, found = gradients(ends)
         assert total == pytest.approx(alone, rel=1e-5)
         for feature, gradient in expected.items():

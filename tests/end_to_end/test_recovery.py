@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sellarec.training.table import SavedTable
+
 pytestmark = pytest.mark.ray
 
 LONGER = {
@@ -31,6 +33,8 @@ LONGER = {
 }
 """Long enough for a kill in the middle, with several evaluations, so that a best state is kept across it."""
 
+COLLAB = ["--name", "run", "--stages", "prepare,collab", *LONGER["collab"]]
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,6 +45,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     main_job.train("demo", recipe, "--workspace", folder / "w", "--stages", stages, log=folder / "log")
     shutil.rmtree(folder / "w" / "runs")
     return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which collab was trained on two workers, which of what stands before it needs the log alone."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    main_job.train("demo", main_job.write_recipe(folder), *COLLAB, "--workspace", folder / "w", log=folder / "log")
+    return folder / "w"
 
 
 @pytest.mark.slow
@@ -69,14 +81,15 @@ def test_interrupted_job(inputs: Path, tmp_path: Path) -> None:
     ["collab", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pretrain", "adapt", "align", "fuse"))],
 )
 def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    common = ["demo", main_job.write_recipe(tmp_path), "--name", "run", *LONGER[stage]]
-    if stage == "collab":  # of what stands before it needs the log alone
-        common += ["--stages", "prepare,collab"]
+    if stage == "collab":
+        undisturbed = request.getfixturevalue("undisturbed")
+        common = ["demo", main_job.write_recipe(tmp_path), *COLLAB]
     else:
-        common += ["--stages", stage]
+        undisturbed = tmp_path / "undisturbed"
+        common = ["demo", main_job.write_recipe(tmp_path), "--name", "run", *LONGER[stage], "--stages", stage]
         for workspace in ("undisturbed", "killed"):
             shutil.copytree(request.getfixturevalue("inputs") / "w", tmp_path / workspace)
-    main_job.train(*common, "--workspace", tmp_path / "undisturbed", log=tmp_path / "log")
+        main_job.train(*common, "--workspace", undisturbed, log=tmp_path / "log")
 
     log = tmp_path / "killed.log"
     flags = [f"--{stage}.checkpoint-every", "0.5"]
@@ -91,7 +104,7 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
         main_job.end(job)
 
     assert f"{stage:<9} goes on from its checkpoint at step" in log.read_text()
-    first, second = (main_job.artifact(tmp_path / w, "run", stage) for w in ("undisturbed", "killed"))
+    first, second = (main_job.artifact(w, "run", stage) for w in (undisturbed, tmp_path / "killed"))
     facts = [main_job.read_json(folder / "training.json") for folder in (first, second)]
     assert facts[0]["evaluations"] == facts[1]["evaluations"]
     assert facts[0]["kept_step"] == facts[1]["kept_step"]
@@ -104,3 +117,27 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
         assert expected.keys() == found.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(found[name], value, err_msg=f"{file}: {name}")
+
+
+def test_killed_job_goes_on_with_more_workers(undisturbed: Path, tmp_path: Path) -> None:
+    """Trained on 2 workers, killed, gone on with on 3: the curve, the state that is kept and its rows are those of 2 alone."""
+    common = ["demo", main_job.write_recipe(tmp_path), *COLLAB, "--workspace", tmp_path / "w"]
+    log = tmp_path / "killed.log"
+    job = main_job.start(*common, "--collab.checkpoint-every", "0.5", log=log)
+    try:
+        main_job.wait_for(log, "valid AUC", job)
+    finally:
+        main_job.end(job)
+    printed = main_job.train(*common, "--workers", "3", log=tmp_path / "continued.log")
+    assert "collab    starting 3 workers" in printed and "collab    goes on from its checkpoint at step" in printed
+
+    first, second = (main_job.artifact(w, "run", "collab") for w in (undisturbed, tmp_path / "w"))
+    expected, found = (main_job.read_json(folder / "training.json") for folder in (first, second))
+    assert found["kept_step"] == expected["kept_step"]
+    assert [e["step"] for e in found["evaluations"]] == [e["step"] for e in expected["evaluations"]]
+    curves = [[(e["auc"], e["uauc"]) for e in facts["evaluations"]] for facts in (expected, found)]
+    np.testing.assert_allclose(curves[1], curves[0], atol=1e-4)
+    for name in ("user", "item"):
+        rows = [SavedTable(folder / "tables", name) for folder in (first, second)]
+        count = rows[0].facts["rows"]
+        np.testing.assert_allclose(rows[1].read(0, count), rows[0].read(0, count), rtol=1e-4, atol=1e-5)

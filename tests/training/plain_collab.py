@@ -146,7 +146,7 @@ class PlainCollab:
         match self.settings.model:
             case "fism":  # labels don't move the vectors of items
                 mean = unit(unit(rows["item"][history, :-2].detach()).sum(0))
-                return torch.cat([0.75 * mean + self.dense["liking"], own[-1:]])
+                return torch.cat([mean + self.dense["liking"], own[-1:]])
             case "svdpp":
                 return own + rows["history"][history].sum(0) / math.sqrt(max(1, len(history)))
             case "sasrec":
@@ -236,7 +236,9 @@ class PlainCollab:
             return [i for i in range(self.world.items) if self.world.seen[i] and i != target.item]
         if self.settings.negatives == "in-batch":
             return [t.item for t in targets if t.user != target.user and t.item != target.item]
-        return [i for i, log_q in zip(target.negatives, target.log_q, strict=True) if math.isfinite(log_q)]
+        rows = targets if self.settings.shared_negatives else [target]
+        drawn = [pair for row in rows for pair in zip(row.negatives, row.log_q, strict=True)]
+        return [i for i, log_q in drawn if math.isfinite(log_q) and i != target.item]
 
     def _expected(self, target: Target, others: list[int]) -> Tensor:
         """How often each of some negatives is expected among them."""

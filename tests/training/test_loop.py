@@ -59,6 +59,7 @@ RANKING: dict[str, dict[str, Any]] = {
     "softmax": {"loss": "softmax", "negatives": "popularity"},
     "bpr in-batch": {"loss": "bpr", "negatives": "in-batch"},
     "softmax in-batch": {"loss": "softmax", "negatives": "in-batch"},
+    "softmax shared": {"loss": "softmax", "shared_negatives": True},
     "full-softmax": {"loss": "full-softmax"},
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -96,6 +97,7 @@ QUICK = {
     ("mf, bce", "row-wise", 2),
     ("mf, bce", "table-wise", 3),
     ("mf, softmax in-batch", "row-wise", 3),
+    ("mf, softmax shared", "row-wise", 3),
     ("mf, full-softmax", "row-wise", 3),
     ("mf, full-softmax", "table-wise", 2),
     ("mf, temperature", "row-wise", 2),
@@ -105,6 +107,7 @@ QUICK = {
     ("svdpp, bce", "row-wise", 3),
     ("lightgcn, bce", "row-wise", 3),
     ("lightgcn, full-softmax", "row-wise", 2),
+    ("lightgcn, softmax shared", "row-wise", 3),
     ("lightgcn, adam", "table-wise", 3),
     ("sasrec, bce", "row-wise", 2),
     ("sasrec, bpr in-batch", "row-wise", 3),

@@ -10,18 +10,17 @@ from sellarec.config import DENSE_SETTINGS, Collab
 from sellarec.training.table import Jagged, Table
 from sellarec.training.task import WHOLE, Batch, Peers, Vectors
 
-AFFINITY = 0.75
-"""What the cosine of history and item counts in the score. Learnt, it comes out too small: train rows made the vectors."""
-
 
 class Model(CollabModel):
-    """score = constant + b_u + b_i + <AFFINITY z_u + g, v_i>.
+    """score = constant + b_u + b_i + <z_u + g, v_i>.
 
     v_i are unit item vectors, z_u the unit mean of those in the history, g is learnt and tells what liking an item has to do
-    with where it lies. No gradient of the labels reaches v. A loss of its own makes them: the softmax over the catalog of which
-    item the row holds, whatever its label, given the mean of the history's vectors (not of unit length), of which `dropout`
-    of the items are left out, with the items' counts as prior, so that vectors need not tell them. Labels are few and hold
-    much chance; who rates what is known of every row.
+    with where it lies. <z_u, v_i> has no learnt weight: that would come out too small, as train rows made the vectors.
+
+    No gradient of the labels reaches v. A loss of its own makes them: the softmax over the catalog of which item the row holds,
+    whatever its label, given the mean of the history's vectors (not of unit length), of which `dropout` of the items are left
+    out, with the items' counts as prior, so that vectors need not tell them. Labels are few and hold much chance; who rates
+    what is known of every row.
 
     An item's row: its vector, its bias in that softmax, its bias in the score. A user's row has the bias alone, in its last
     column.
@@ -46,7 +45,7 @@ class Model(CollabModel):
         units = F.normalize(history.values[:, :-2].detach(), dim=1)
         mean = F.normalize(Jagged(units, history.lengths).sum(), dim=1)
         bias = super().user(batch, vectors)[:, -1:]
-        return torch.cat([AFFINITY * mean + self.liking, torch.zeros_like(bias), bias], dim=1)
+        return torch.cat([mean + self.liking, torch.zeros_like(bias), bias], dim=1)
 
     def product(self, user: Tensor, item: Tensor) -> Tensor:
         return super().product(user, _of_score(item))
