@@ -268,7 +268,7 @@ def describe(record: dict[str, Any]) -> str:
     if "items" in record:
         return f"{record['stage']:<9} {record['done']:,}/{record['items']:,} items"
     if "scored" in record:
-        return f"{record['stage']:<9} {record['what']}: {record['scored']:,}/{record['rows']:,} rows scored"
+        return f"{record['stage']:<9} {record['what']}: {record['scored']:,}/{record['rows']:,} {record['done']}"
     if "model" in record:
         return f"{record['stage']:<9} {record['model']}: {record['rows']:,} rows scored in {record['seconds']:.1f} s"
     head = f"{record['stage']:<9} step {record['step']}/{record['steps']}"

@@ -198,7 +198,8 @@ class _Valid:
         assert order is not None and isinstance(training.settings, Selection)
         self._stage, self._settings, self._workers = training.stage, training.settings, workers
         self._ranks = "@" in training.settings.select_on
-        self._report = partial(report_scored, workers, training.board, training.stage, "valid", order)
+        done = "users ranked" if self._ranks else "rows scored"
+        self._report = partial(report_scored, workers, training.board, training.stage, "valid", done, order)
         steps = order.steps_per_epoch
         if self._ranks:
             columns = distinct([*task.columns, "user", "relevant", "excluded"])

@@ -62,7 +62,9 @@ def _score(scoring: Scoring) -> None:
         task = together(build, workers)
         engine = together(partial(Engine, task, workers, 0, scoring.settings, scoring.storage, scoring.dtype), workers)
         slices = split_slices(order, task, task.prepare_to_score, workers, 0, order.steps_per_epoch)
-        found = engine.score(slices, partial(report_scored, workers, scoring.board, scoring.stage, name, order))
+        found = engine.score(
+            slices, partial(report_scored, workers, scoring.board, scoring.stage, name, "rows scored", order)
+        )
         if found is not None:
             columns["row"], columns[name] = found["row"], found["score"]
             seconds = time.monotonic() - start
@@ -82,7 +84,7 @@ def _rank(scoring: Scoring, queries: Order, name: str, engine: Engine) -> UserMe
     task, workers, steps = engine.task, engine.workers, queries.steps_per_epoch
     columns = distinct([*task.columns, "user", "relevant", "excluded"])
     batches = list(whole_batches(queries, columns, task.prepare_to_score, workers.rank, 0, steps))
-    report = partial(report_scored, workers, scoring.board, scoring.stage, f"{name}, users ranked for", queries)
+    report = partial(report_scored, workers, scoring.board, scoring.stage, name, "users ranked", queries)
     return rank_queries(engine, batches, scoring.cutoffs, report)
 
 
@@ -97,8 +99,8 @@ def distinct(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def report_scored(workers: Workers, board: Any, stage: str, what: str, order: Order, steps: int) -> None:
-    """Send how much of a split is scored."""
+def report_scored(workers: Workers, board: Any, stage: str, model: str, done: str, order: Order, steps: int) -> None:
+    """Send how much of a split is done: "rows scored" or "users ranked"."""
     if workers.rank == 0:
         scored = min(steps * order.batch, order.rows)
-        board.put.remote({"stage": stage, "what": what, "scored": scored, "rows": order.rows})
+        board.put.remote({"stage": stage, "what": model, "scored": scored, "rows": order.rows, "done": done})
