@@ -21,14 +21,15 @@ def main(arguments: list[str]) -> None:
     workers, storage = settings.workers, settings.tables
     placements = place(tables, storage, optimizer, workers, settings.device)
     held = worker_bytes(placements, storage, optimizer, workers)
-    lines = [("table", "rows", "columns", "dtype", "where", "rows/worker", "weights GiB", "state GiB")]
+    lines = [
+        ("table", "rows", "columns", "dtype", "where", "rows/worker", "columns/worker", "weights GiB", "state GiB")
+    ]
     for line in describe(placements, storage, optimizer, workers):
         where = line["sharding"] if line["worker"] is None else f"worker {line['worker']}"
         weights, state = (f"{line[name] / GIB:.3f}" for name in ("weight bytes", "optimizer bytes"))
-        most = f"{line['rows per worker']:,}"
-        lines.append(
-            (line["table"], f"{line['rows']:,}", str(line["columns"]), line["dtype"], where, most, weights, state)
-        )
+        of_rows, of_columns = (f"{line[f'{what} per worker']:,}" for what in ("rows", "columns"))
+        size = f"{line['rows']:,}", str(line["columns"]), line["dtype"]
+        lines.append((line["table"], *size, where, of_rows, of_columns, weights, state))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for cells in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))

@@ -20,10 +20,18 @@ def test_a_plan_that_fits():
     flags = ["--workers", "3", "--users", "1001", "--items", "10", "--dim", "32", "--memory-per-worker", "0.5"]
     printed, _ = plan(*flags)
     lines = printed.splitlines()
-    assert lines[1].split()[:6] == ["user", "1,001", "32", "float32", "row-wise", "334"]
-    assert lines[2].split()[:6] == ["item", "10", "32", "float32", "row-wise", "4"]
+    assert lines[1].split()[:7] == ["user", "1,001", "32", "float32", "row-wise", "334", "32"]
+    assert lines[2].split()[:7] == ["item", "10", "32", "float32", "row-wise", "4", "32"]
     assert f"worker 0 holds most: 0.000 GiB ({338 * 33 * 4:,} bytes)" in printed
     assert lines[-1] == "fits: each worker has room for 0.5 GiB"
+
+
+def test_a_plan_by_columns():
+    """Of 44 columns by 3 workers 16, 16 and 12, each with its optimizer's state."""
+    flags = ["--workers", "3", "--users", "1001", "--items", "10", "--dim", "44", "--memory-per-worker", "0.5"]
+    printed, _ = plan(*flags, "--tables.sharding", "column-wise", "--table-optimizer", "adagrad")
+    assert printed.splitlines()[1].split()[:7] == ["user", "1,001", "44", "float32", "column-wise", "1,001", "16"]
+    assert f"worker 0 holds most: 0.000 GiB ({1011 * 2 * 16 * 4:,} bytes)" in printed
 
 
 def test_a_plan_that_does_not_fit_ends_with_2_and_the_arithmetic():
@@ -48,6 +56,12 @@ def test_torchrecs_planner_plans_for_16_gpus_that_are_not_there():
 
 
 def test_mistakes_are_refused_before_any_plan():
-    for flags, said in ((["--dim", "30"], "dim is 30"), (["--tables.dtype", "bfloat16"], "kernels for CPUs have not")):
+    for flags, said in (
+        (["--dim", "30"], "dim is 30"),
+        (["--tables.dtype", "bfloat16"], "kernels for CPUs have not"),
+        (["--tables.sharding", "column-wise"], "table_optimizer rowwise-adagrad"),
+        (["--tables.sharding", "grid"], "tables.sharding is grid"),
+        (["--tables.sharding", "data-parallel"], "tables.sharding is data-parallel"),
+    ):
         printed, error = plan("--workers", "2", "--users", "10", "--items", "10", *flags, status=2)
         assert not printed and said in error

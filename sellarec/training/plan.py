@@ -1,4 +1,4 @@
-"""Which worker holds which rows of the embedding tables, and the memory that takes.
+"""Which worker holds which rows and columns of the embedding tables, and the memory that takes.
 
 Shapes: R rows of a table, D columns, W workers.
 """
@@ -6,7 +6,7 @@ Shapes: R rows of a table, D columns, W workers.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sellarec.config import Sparse, Tables
 from sellarec.errors import UserError
@@ -20,6 +20,9 @@ KERNELS = {"device": "fused", "uvm": "fused_uvm", "uvm-caching": "fused_uvm_cach
 CACHED_SHARE = 0.2
 """What of a table a cache on the GPU holds, with placement uvm-caching."""
 
+COLUMNS = 4
+"""Columns that the kernels take at once: a worker holds a multiple of them."""
+
 GIB = 2**30
 
 
@@ -28,28 +31,49 @@ class Placement:
     """Where a table lies.
 
     Attributes:
-        worker: the one that holds it whole; None where each of W workers holds a block of ceil(R / W) rows (row-wise).
+        sharding: row-wise: each of W workers holds a block of ceil(R / W) rows; column-wise: each holds a range of the columns
+            of every piece of the table; table-wise: one holds it whole.
+        worker: the one that holds it whole; else None.
     """
 
     table: Table
-    worker: int | None
-
-    @property
-    def sharding(self) -> str:
-        return "row-wise" if self.worker is None else "table-wise"
+    sharding: Literal["row-wise", "column-wise", "table-wise"]
+    worker: int | None = None
 
     def rows(self, worker: int, workers: int) -> int:
-        """Rows that a worker holds."""
-        if self.worker is not None:
-            return self.table.rows * (worker == self.worker)
-        block = -(-self.table.rows // workers)
-        return max(0, min(block, self.table.rows - worker * block))
+        """Rows of which a worker holds something."""
+        if self.sharding == "row-wise":
+            block = -(-self.table.rows // workers)
+            return max(0, min(block, self.table.rows - worker * block))
+        return self.table.rows if self.columns(worker, workers) else 0
+
+    def columns(self, worker: int, workers: int) -> list[range]:
+        """What a worker holds of the columns of its rows: ranges of the whole table's, at most one of each piece."""
+        pieces = whole(self.table)
+        if self.sharding == "column-wise":
+            pieces = [share(piece, worker, workers) for piece in pieces]
+        elif self.sharding == "table-wise" and worker != self.worker:
+            pieces = []
+        return [piece for piece in pieces if piece]
 
 
-def row_bytes(table: Table, storage: Tables, optimizer: Sparse | None) -> tuple[int, int]:
-    """Bytes of a row itself, and of what its optimizer keeps beside it (adam: with the gradient, which is dense)."""
-    state = {"sgd": 0, "rowwise-adagrad": 4 * len(table.pieces), "adagrad": 4 * table.dim, "adam": 12 * table.dim}
-    return table.dim * ITEM_BYTES[storage.dtype], state[optimizer.table_optimizer] if optimizer else 0
+def whole(table: Table) -> list[range]:
+    """All columns of a table, piece by piece."""
+    return [range(start, stop) for _, start, stop in table.pieces]
+
+
+def share(piece: range, worker: int, workers: int) -> range:
+    """A worker's columns of a piece: multiples of COLUMNS as even as can be; the last workers may hold none."""
+    least, more = divmod(-(-len(piece) // COLUMNS), workers)
+    start = COLUMNS * (worker * least + min(worker, more))
+    return piece[start : start + COLUMNS * (least + (worker < more))]
+
+
+def row_bytes(columns: Sequence[range], storage: Tables, optimizer: Sparse | None) -> tuple[int, int]:
+    """Bytes of those columns of a row, and of what the optimizer keeps beside them (adam: with the gradient, which is dense)."""
+    count = sum(map(len, columns))
+    state = {"sgd": 0, "rowwise-adagrad": 4 * len(columns), "adagrad": 4 * count, "adam": 12 * count}
+    return count * ITEM_BYTES[storage.dtype], state[optimizer.table_optimizer] if optimizer else 0
 
 
 def place(
@@ -63,27 +87,57 @@ def place(
     check_kernels(storage, optimizer, device)
     if storage.sharding == "row-wise":
         return [_row_wise(table, workers) for table in tables]
+    if storage.sharding == "column-wise":
+        return [Placement(table, "column-wise") for table in tables]
     if storage.sharding == "auto":
         return _planned(tables, storage, workers, device)
+    size = {table.name: sum(row_bytes(whole(table), storage, optimizer)) * table.rows for table in tables}
     held = [0] * workers
     placed = {}
-    for table in sorted(
-        tables, key=lambda table: (-sum(row_bytes(table, storage, optimizer)) * table.rows, table.name)
-    ):
+    for name in sorted(size, key=lambda name: (-size[name], name)):
         worker = held.index(min(held))
-        held[worker] += sum(row_bytes(table, storage, optimizer)) * table.rows
-        placed[table.name] = worker
-    return [Placement(table, placed[table.name]) for table in tables]
+        held[worker] += size[name]
+        placed[name] = worker
+    return [Placement(table, "table-wise", placed[table.name]) for table in tables]
 
 
 def _row_wise(table: Table, workers: int) -> Placement:
     """A table of which a worker would get no row lies whole on the first: kernels fail that hold no row of any table."""
-    placement = Placement(table, None)
-    return placement if placement.rows(workers - 1, workers) else Placement(table, 0)
+    placement = Placement(table, "row-wise")
+    return placement if placement.rows(workers - 1, workers) else Placement(table, "table-wise", 0)
+
+
+def check_sharding(storage: Tables, optimizer: Sparse | None, stage: str | None = None) -> None:
+    """Refuse a sharding that isn't offered, or not with that optimizer, on any device.
+
+    Args:
+        stage: whose optimizer it is, for the message.
+
+    Raises:
+        UserError: with the reason.
+    """
+    if storage.sharding == "grid":
+        raise UserError(
+            "tables.sharding is grid (table-row-wise within a node), which TorchRec refuses on CPUs, and which nothing here has "
+            "run on GPUs: take row-wise, or column-wise for wide tables"
+        )
+    if storage.sharding == "data-parallel":
+        raise UserError(
+            "tables.sharding is data-parallel, but the fused optimizers skip tables that every worker holds whole, and on CPUs "
+            "TorchRec's EmbeddingCollection fails with them: take row-wise"
+        )
+    if storage.sharding == "column-wise" and optimizer and optimizer.table_optimizer == "rowwise-adagrad":
+        name = f"{stage}.table_optimizer" if stage else "table_optimizer"
+        raise UserError(
+            f"tables.sharding is column-wise and {name} rowwise-adagrad, which then keeps one sum of squares for each worker's "
+            "range of columns: another optimizer, whose state depends on the number of workers; take adagrad, sgd or adam "
+            f"({name}), or row-wise"
+        )
 
 
 def check_kernels(storage: Tables, optimizer: Sparse | None, device: str) -> None:
     """Raises UserError where the kernels of the device (cpu or cuda) can't do what is asked for, with the reason."""
+    check_sharding(storage, optimizer)
     name = optimizer.table_optimizer if optimizer else "rowwise-adagrad"
     if device == "cpu" and storage.dtype == "bfloat16":
         raise UserError("tables.dtype is bfloat16, which the kernels for CPUs have not: take float16 or float32")
@@ -142,7 +196,7 @@ def _planned(tables: Sequence[Table], storage: Tables, workers: int, device: str
     return [
         _row_wise(table, workers)
         if found[table.name].sharding_type == "row_wise"
-        else Placement(table, found[table.name].ranks[0])
+        else Placement(table, "table-wise", found[table.name].ranks[0])
         for table in tables
     ]
 
@@ -153,8 +207,9 @@ def describe(
     """One line a table: where it lies, and the bytes of the worker that holds most of it."""
     lines = []
     for placement in placements:
-        table, most = placement.table, max(placement.rows(worker, workers) for worker in range(workers))
-        weights, state = row_bytes(table, storage, optimizer)
+        table, fullest = placement.table, placement.worker or 0  # the first holds most of a table that is cut
+        rows, columns = placement.rows(fullest, workers), placement.columns(fullest, workers)
+        weights, state = row_bytes(columns, storage, optimizer)
         lines.append(
             {
                 "table": table.name,
@@ -164,9 +219,10 @@ def describe(
                 "sharding": placement.sharding,
                 "worker": placement.worker,
                 "placement": storage.placement,
-                "rows per worker": most,
-                "weight bytes": most * weights,
-                "optimizer bytes": most * state,
+                "rows per worker": rows,
+                "columns per worker": sum(map(len, columns)),
+                "weight bytes": rows * weights,
+                "optimizer bytes": rows * state,
             }
         )
     return lines
@@ -175,9 +231,7 @@ def describe(
 def worker_bytes(placements: Sequence[Placement], storage: Tables, optimizer: Sparse | None, workers: int) -> list[int]:
     """Bytes of tables and their optimizer on each worker."""
     return [
-        sum(
-            placement.rows(w, workers) * sum(row_bytes(placement.table, storage, optimizer)) for placement in placements
-        )
+        sum(p.rows(w, workers) * sum(row_bytes(p.columns(w, workers), storage, optimizer)) for p in placements)
         for w in range(workers)
     ]
 
@@ -198,7 +252,8 @@ def check_fits(
     fullest = max(range(workers), key=held.__getitem__)
     if held[fullest] > room:
         sums = " + ".join(
-            f"{p.table.name} {p.rows(fullest, workers):,} rows x {sum(row_bytes(p.table, storage, optimizer)):,} bytes"
+            f"{p.table.name} {p.rows(fullest, workers):,} rows x "
+            f"{sum(row_bytes(p.columns(fullest, workers), storage, optimizer)):,} bytes"
             for p in placements
             if p.rows(fullest, workers)
         )

@@ -3,6 +3,7 @@
 Shapes: b rows of one worker's slice, L ids a row, D columns, R rows of a table.
 """
 
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Sequence
@@ -125,17 +126,30 @@ def initial_rows(table: Table, seed: int, start: int, stop: int) -> np.ndarray:
 
 
 def index(table: Table, written: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The content of NAME.json beside a table's files: rows, columns, and which rows lie where.
+    """The content of NAME.json beside a table's files: rows, columns, and which rows and columns lie where.
 
     Raises:
         RuntimeError: the files don't cover the table exactly.
     """
-    shards = sorted((part for part in written if part["table"] == table.name), key=lambda part: part["start"])
+    shards = [part for part in written if part["table"] == table.name]
+    shards.sort(key=lambda part: (part["start"], part["column"]))
     end = 0
-    for part in shards:
-        if part["start"] != end:
+    for start, beside in itertools.groupby(shards, key=lambda part: part["start"]):
+        parts = list(beside)
+        if start != end:
             raise RuntimeError(f"table {table.name}: its files leave a gap or overlap at row {end}")
-        end += part["rows"]
+        column = 0
+        for part in parts:
+            if (part["column"], part["rows"]) != (column, parts[0]["rows"]):
+                raise RuntimeError(
+                    f"table {table.name}: its files leave a gap or overlap at row {end}, column {column}"
+                )
+            column += part["columns"]
+        if column != table.dim:
+            raise RuntimeError(
+                f"table {table.name}: its files hold {column} columns from row {end} on, but it has {table.dim}"
+            )
+        end += parts[0]["rows"]
     if end != table.rows:
         raise RuntimeError(f"table {table.name}: its files hold {end} rows, but it has {table.rows}")
     return {"rows": table.rows, "columns": table.dim, "shards": shards}
@@ -161,7 +175,8 @@ class SavedTable:
             if low < high:
                 with safe_open(self.folder / shard["file"], "np") as file:
                     part = file.get_slice("rows")[low - shard["start"] : high - shard["start"]]
-                rows[low - start : high - start] = part
+                first = shard.get("column", 0)  # files of whole rows were once written without
+                rows[low - start : high - start, first : first + part.shape[1]] = part
         return rows
 
     def rows(self, ids: np.ndarray) -> np.ndarray:

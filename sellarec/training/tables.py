@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sellarec.config import Sparse, Tables
-from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, describe
+from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, describe, share
 from sellarec.training.table import Jagged, Table, initial_rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -49,7 +49,7 @@ class ShardedTables:
         seed: int,
     ) -> None:
         from torchrec.distributed import DistributedModelParallel, comm_ops
-        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
+        from torchrec.distributed.sharding_plan import construct_module_sharding_plan
         from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
         comm_ops.set_gradient_division(False)
@@ -58,10 +58,12 @@ class ShardedTables:
         self._storage, self._settings, self._group = storage, optimizer, group
         self.world_size, self._rank = dist.get_world_size(group), dist.get_rank(group)
         self._dense = optimizer is not None and optimizer.table_optimizer == "adam"
-        # Bags of one id are the faster kernels, and the only right ones for dense gradients. Among W workers they take W times
-        # the bytes, as each sends what it has of every bag; and their fused weight decay isn't that of whole rows.
+        # Bags of one id are the faster kernels, the only right ones for dense gradients, and the only ones by which workers may
+        # hold different numbers of columns. Among W workers that share rows they take W times the bytes, as each sends what it
+        # has of every bag; and their fused weight decay isn't that of whole rows.
         decays = optimizer is not None and optimizer.table_weight_decay > 0
-        self._bags = self._dense or (self.world_size == 1 and not decays)
+        by_columns = any(placement.sharding == "column-wise" for placement in placements)
+        self._bags = self._dense or by_columns or (self.world_size == 1 and not decays)
         sharder = _sharder(self._bags, {} if self._dense else _fused(optimizer, storage))
         kernel = "dense" if self._dense else KERNELS[storage.placement]
         # TorchRec wants one width a collection, so tables are grouped by the widths of their pieces.
@@ -75,12 +77,7 @@ class ShardedTables:
             setattr(holder, f"width_{width}", collection)
             plans[f"width_{width}"] = construct_module_sharding_plan(
                 collection,
-                {
-                    name: row_wise(compute_kernel=kernel)
-                    if placement.worker is None
-                    else table_wise(rank=placement.worker, compute_kernel=kernel)
-                    for name, placement in pieces
-                },
+                {name: _sharding(placement, width, self.world_size, kernel) for name, placement in pieces},
                 sharder=sharder,
                 local_size=_local_size(self.world_size, device),
                 world_size=self.world_size,
@@ -103,11 +100,11 @@ class ShardedTables:
         )
         self._collections = {name: getattr(self.module.module, name) for name in self._keys}
         for table in self.tables:
-            for (_, first, stop), (offset, rows) in self._local_pieces(table):
+            for row, column, rows in self._local_parts(table):
                 for start in range(0, len(rows), FILE_ROWS):
                     block = rows[start : start + FILE_ROWS]
-                    fresh = initial_rows(table, seed, offset + start, offset + start + len(block))
-                    block.copy_(torch.from_numpy(fresh[:, first:stop]))
+                    fresh = initial_rows(table, seed, row + start, row + start + len(block))
+                    block.copy_(torch.from_numpy(fresh[:, column : column + block.shape[1]]))
         self._steps = 0
         self._adam = None
         if optimizer is not None and self._dense:
@@ -137,13 +134,14 @@ class ShardedTables:
         parts = "embedding_bags" if self._bags else "embeddings"
         return {name: weights[f"{width}.{parts}.{name}.weight"] for name, width in self._widths.items()}
 
-    def _local_pieces(self, table: Table) -> list[tuple[tuple[str, int, int], tuple[int, Tensor]]]:
-        sharded = self._sharded()
-        out = []
-        for piece in table.pieces:
-            for shard in sharded[piece[0]].local_shards():
-                out.append((piece, (shard.metadata.shard_offsets[0], shard.tensor.detach())))
-        return out
+    def _local_parts(self, table: Table) -> list[tuple[int, int, Tensor]]:
+        """(first row, first column, values) of what this worker holds of each piece of a table."""
+        sharded, parts = self._sharded(), []
+        for name, first, _ in table.pieces:
+            for shard in sharded[name].local_shards():
+                row, column = shard.metadata.shard_offsets
+                parts.append((row, first + column, shard.tensor.detach()))
+        return parts
 
     def share(self, name: str) -> Tensor:
         """int64: the ids of this worker's block of a table's rows, ceil(R / W) of them or, at the end, fewer."""
@@ -302,22 +300,35 @@ class ShardedTables:
             found["step"] = torch.tensor(float(self._steps))
 
     def save(self, folder: Path) -> list[dict[str, Any]]:
-        """Write this worker's rows as safetensors into `folder`, FILE_ROWS at a time.
+        """Write what this worker holds as safetensors into `folder`, FILE_ROWS rows at a time.
 
         Returns:
-            What was written, for `index`: table, file, start and rows of each file.
+            What was written, for `index`: table, file, first row and column of each file, and how many it has of both.
         """
         written = []
         for table in self.tables:
-            by_offset: dict[int, list[Tensor]] = {}
-            for _, (offset, rows) in self._local_pieces(table):
-                by_offset.setdefault(offset, []).append(rows)
-            for offset, parts in by_offset.items():
+            ranges: list[tuple[int, int, list[Tensor]]] = []  # neighbouring columns go into one file
+            end = None
+            for row, column, part in self._local_parts(table):
+                if end != column:
+                    ranges.append((row, column, []))
+                ranges[-1][2].append(part)
+                end = column + part.shape[1]
+            for row, column, parts in ranges:
                 for start in range(0, len(parts[0]), FILE_ROWS):
-                    blocks = [part[start : start + FILE_ROWS].cpu() for part in parts]
-                    name = f"{table.name}-{offset + start:012d}.safetensors"
-                    save_file({"rows": torch.cat(blocks, dim=1).contiguous()}, folder / name)
-                    written.append({"table": table.name, "file": name, "start": offset + start, "rows": len(blocks[0])})
+                    block = torch.cat([part[start : start + FILE_ROWS].cpu() for part in parts], dim=1)
+                    name = f"{table.name}-{row + start:012d}-{column:06d}.safetensors"
+                    save_file({"rows": block.contiguous()}, folder / name)
+                    written.append(
+                        {
+                            "table": table.name,
+                            "file": name,
+                            "start": row + start,
+                            "rows": len(block),
+                            "column": column,
+                            "columns": block.shape[1],
+                        }
+                    )
         return written
 
     def plan(self) -> list[dict[str, Any]]:
@@ -354,13 +365,26 @@ def _sharder(bags: bool, fused: dict[str, Any]) -> Any:
 
     class Bags(EmbeddingBagCollectionSharder):
         def sharding_types(self, compute_device_type: str) -> list[str]:
-            return ["row_wise", "table_wise"]
+            return ["row_wise", "table_wise", "column_wise"]
 
     class Rows(EmbeddingCollectionSharder):
         def sharding_types(self, compute_device_type: str) -> list[str]:
             return ["row_wise", "table_wise"]
 
     return (Bags if bags else Rows)(fused_params=fused)
+
+
+def _sharding(placement: Placement, width: int, workers: int, kernel: str) -> Any:
+    """TorchRec's sharding of a piece so wide."""
+    from torchrec.distributed.sharding_plan import column_wise, row_wise, table_wise
+
+    if placement.sharding == "row-wise":
+        return row_wise(compute_kernel=kernel)
+    if placement.sharding == "column-wise":
+        shares = [len(share(range(width), worker, workers)) for worker in range(workers)]
+        # only of those that hold any: TorchRec takes no empty ones
+        return column_wise(size_per_rank=[columns for columns in shares if columns], compute_kernel=kernel)
+    return table_wise(rank=placement.worker, compute_kernel=kernel)
 
 
 def _collection(bags: bool, width: int, pieces: Sequence[tuple[str, Placement]], storage: Tables) -> nn.Module:

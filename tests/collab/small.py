@@ -126,7 +126,8 @@ def save_table(folder: Path, name: str, rows: np.ndarray, cuts: tuple[int, ...] 
     for start, stop in zip((0, *cuts), (*cuts, len(rows)), strict=True):
         file = f"{name}-{start:012d}.safetensors"
         save_file({"rows": np.ascontiguousarray(rows[start:stop])}, folder / file)
-        shards.append({"table": name, "file": file, "start": start, "rows": stop - start})
+        columns = {"column": 0, "columns": rows.shape[1]}
+        shards.append({"table": name, "file": file, "start": start, "rows": stop - start, **columns})
     facts = {"rows": len(rows), "columns": rows.shape[1], "shards": shards}
     (folder / f"{name}.json").write_text(json.dumps(facts))
 

@@ -103,6 +103,9 @@ QUICK = {
     ("mf, temperature", "row-wise", 2),
     ("mf, sgd", "row-wise", 3),
     ("mf without biases", "table-wise", 2),
+    ("mf without biases", "column-wise", 3),
+    ("lightgcn, adam", "column-wise", 2),
+    ("mf, sgd", "column-wise", 2),
     ("svdpp, softmax", "table-wise", 2),
     ("svdpp, bce", "row-wise", 3),
     ("lightgcn, bce", "row-wise", 3),
@@ -132,8 +135,9 @@ def grid() -> list:
         )
         for workers in (1, 2, 3)
         for case in CASES
-        for sharding in ("row-wise", "table-wise")
+        for sharding in ("row-wise", "table-wise", "column-wise")
         if workers > 1 or sharding == "row-wise"
+        if sharding != "column-wise" or "table_optimizer" in CASES[case]
     ]
 
 
@@ -280,6 +284,8 @@ def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, twins, log, 
         pytest.param("sasrec, adam", (3, "row-wise"), (2, "table-wise")),
         pytest.param("din, softmax", (2, "table-wise"), (3, "row-wise")),
         pytest.param("mf without biases", (3, "table-wise"), (1, "row-wise")),
+        pytest.param("mf without biases", (2, "column-wise"), (3, "column-wise")),
+        pytest.param("fism, adam", (3, "row-wise"), (2, "column-wise")),
     ],
 )
 def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sellarec.config import Sparse, Tables
 from sellarec.errors import UserError
-from sellarec.training.plan import Placement, check_fits, check_kernels, describe, place, row_bytes, worker_bytes
+from sellarec.training.plan import Placement, check_fits, check_kernels, describe, place, row_bytes, whole, worker_bytes
 from sellarec.training.table import MAX_COLUMNS, Table
 
 FLOAT32 = Tables()
@@ -27,17 +27,39 @@ ROWS = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 
 @given(ROWS, st.integers(1, 5), st.sampled_from(["row-wise", "table-wise"]))
 def test_each_row_lies_on_one_worker(rows, workers, sharding):
+    """Whole."""
     tables = [table(f"t{number}", count) for number, count in enumerate(rows)]
     placements = place(tables, Tables(sharding=sharding), optimizer("sgd"), workers, "cpu")
     assert [placement.table for placement in placements] == tables
     for placement in placements:
         held = [placement.rows(worker, workers) for worker in range(workers)]
         assert sum(held) == placement.table.rows
+        columns = [placement.columns(worker, workers) for worker in range(workers) if held[worker]]
+        assert all(found == [range(8)] for found in columns)
         if sharding == "row-wise" and placement.worker is None:
             assert max(held) == -(-placement.table.rows // workers) and held == sorted(held, reverse=True)
             assert min(held) > 0
         else:
             assert sorted(held)[:-1] == [0] * (workers - 1)
+
+
+@given(
+    st.integers(1, 9),
+    st.one_of(st.integers(1, 40), st.integers(1, 3 * MAX_COLUMNS // 4)),
+    st.sampled_from([0, 1, 2, 3]),
+)
+def test_each_column_lies_on_one_worker(workers, fours, more):
+    """Of each piece a range, multiples of 4 (but for the last of a width that is none), as even as they can be."""
+    wide = table("wide", 7, 4 * fours - more)
+    (placement,) = place([wide], Tables(sharding="column-wise"), optimizer("sgd"), workers, "cpu")
+    held = [placement.columns(worker, workers) for worker in range(workers)]
+    assert [placement.rows(worker, workers) for worker in range(workers)] == [7 * bool(found) for found in held]
+    for piece in whole(wide):
+        shares = [next((part for part in found if part[0] in piece), range(0)) for found in held]
+        assert [column for share in shares for column in share] == list(piece)
+        assert all(share[0] % 4 == 0 for share in shares if share)
+        counts = [-(-len(share) // 4) for share in shares]
+        assert counts == sorted(counts, reverse=True) and max(counts) - min(counts) <= 1
 
 
 @given(ROWS, st.integers(1, 5), st.sampled_from(["sgd", "rowwise-adagrad", "adagrad", "adam"]))
@@ -95,6 +117,15 @@ def test_torchrecs_planner_places_every_table(workers, name):
         ({"dtype": "float16"}, optimizer("adam"), "cpu", "table_optimizer is adam, tables.dtype float16"),
         ({"dtype": "bfloat16"}, optimizer("adam"), "cuda", "table_optimizer is adam, tables.dtype bfloat16"),
         ({"placement": "uvm"}, optimizer("adam"), "cuda", "table_optimizer is adam, .* tables.placement uvm"),
+        ({"sharding": "grid"}, optimizer("sgd"), "cpu", "sharding is grid .* TorchRec refuses on CPUs.* take row-wise"),
+        ({"sharding": "grid"}, None, "cuda", "sharding is grid .* nothing here has run on GPUs"),
+        ({"sharding": "data-parallel"}, optimizer("adam"), "cpu", "sharding is data-parallel.* take row-wise"),
+        (
+            {"sharding": "column-wise"},
+            optimizer("rowwise-adagrad"),
+            "cuda",
+            "tables.sharding is column-wise and table_optimizer rowwise-adagrad.* take adagrad, sgd or adam",
+        ),
         ({}, optimizer("sgd", table_weight_decay=0.1), "cpu", "table_weight_decay is 0.1 and table_optimizer sgd"),
         ({}, optimizer("adagrad", table_weight_decay=0.1), "cuda", "table_weight_decay is 0.1 .* adagrad"),
     ],
@@ -115,6 +146,9 @@ def test_what_the_kernels_cannot_do_is_refused(storage, settings, device, messag
         ({"placement": "uvm-caching"}, optimizer("rowwise-adagrad"), "cuda"),
         ({}, optimizer("adam", table_weight_decay=0.1), "cpu"),
         ({}, optimizer("rowwise-adagrad", table_weight_decay=0.1), "cpu"),
+        ({"sharding": "column-wise"}, None, "cpu"),
+        ({"sharding": "column-wise", "dtype": "float16"}, optimizer("adagrad"), "cpu"),
+        ({"sharding": "column-wise"}, optimizer("adam", table_weight_decay=0.1), "cuda"),
     ],
 )
 def test_what_the_kernels_can_do_is_not(storage, settings, device):
@@ -124,35 +158,49 @@ def test_what_the_kernels_can_do_is_not(storage, settings, device):
 def test_bytes_of_a_row():
     """Optimizer states are float32, whatever the rows are; adam has two moments and a gradient."""
     wide = table("wide", 1, 2 * MAX_COLUMNS + 4)
-    assert row_bytes(table("x", 1, 32), Tables(dtype="float16"), optimizer("adagrad")) == (64, 128)
-    assert row_bytes(table("x", 1, 32), Tables(dtype="bfloat16"), optimizer("rowwise-adagrad")) == (64, 4)
-    assert row_bytes(wide, FLOAT32, optimizer("rowwise-adagrad")) == (4 * wide.dim, 12)
-    assert row_bytes(table("x", 1, 32), FLOAT32, optimizer("adam")) == (128, 3 * 128)
-    assert row_bytes(table("x", 1, 32), FLOAT32, optimizer("sgd")) == (128, 0)
-    assert row_bytes(table("x", 1, 32), FLOAT32, None) == (128, 0)
+    columns = [range(8, 40)]
+    assert row_bytes(columns, Tables(dtype="float16"), optimizer("adagrad")) == (64, 128)
+    assert row_bytes(columns, Tables(dtype="bfloat16"), optimizer("rowwise-adagrad")) == (64, 4)
+    assert row_bytes(whole(wide), FLOAT32, optimizer("rowwise-adagrad")) == (4 * wide.dim, 12)
+    assert row_bytes(columns, FLOAT32, optimizer("adam")) == (128, 3 * 128)
+    assert row_bytes(columns, FLOAT32, optimizer("sgd")) == (128, 0)
+    assert row_bytes(columns, FLOAT32, None) == (128, 0)
 
 
 def test_a_plan_tells_what_the_fullest_worker_holds():
     user, item = table("user", 10, 32), table("item", 7, 16)
     storage, settings = Tables(dtype="float16"), optimizer("rowwise-adagrad")
-    first, second = describe([Placement(user, None), Placement(item, 2)], storage, settings, 3)
+    placements = [Placement(user, "row-wise"), Placement(item, "table-wise", 2)]
+    first, second = describe(placements, storage, settings, 3)
     assert first == {
         "table": "user", "rows": 10, "columns": 32, "dtype": "float16", "sharding": "row-wise", "worker": None,
-        "placement": "device", "rows per worker": 4, "weight bytes": 4 * 64, "optimizer bytes": 4 * 4,
+        "placement": "device", "rows per worker": 4, "columns per worker": 32, "weight bytes": 4 * 64,
+        "optimizer bytes": 4 * 4,
     }  # fmt: skip
     assert (second["sharding"], second["worker"], second["rows per worker"]) == ("table-wise", 2, 7)
     assert (second["weight bytes"], second["optimizer bytes"]) == (7 * 32, 7 * 4)
-    assert worker_bytes([Placement(user, None), Placement(item, 2)], storage, settings, 3) == [
-        4 * 68,
-        4 * 68,
-        2 * 68 + 7 * 36,
-    ]
+    assert worker_bytes(placements, storage, settings, 3) == [4 * 68, 4 * 68, 2 * 68 + 7 * 36]
+
+
+def test_a_plan_by_columns():
+    """36 columns of 4 workers are 12, 8, 8 and 8; 8 are 4, 4 and none."""
+    placements = place([table("user", 10, 36), table("item", 7, 8)], Tables(sharding="column-wise"), None, 4, "cpu")
+    settings = optimizer("adagrad")
+    first, second = describe(placements, FLOAT32, settings, 4)
+    assert (first["sharding"], first["worker"]) == ("column-wise", None)
+    assert (first["rows per worker"], first["columns per worker"], second["columns per worker"]) == (10, 12, 4)
+    assert (first["weight bytes"], first["optimizer bytes"]) == (10 * 48, 10 * 48)
+    held = [10 * 96 + 7 * 32, 10 * 64 + 7 * 32, 10 * 64, 10 * 64]
+    assert worker_bytes(placements, FLOAT32, settings, 4) == held
+    check_fits(placements, FLOAT32, settings, 4, held[0], "each")
+    with pytest.raises(UserError, match=r"worker 0 of 4 .* \(user 10 rows x 96 bytes \+ item 7 rows x 32 bytes\)"):
+        check_fits(placements, FLOAT32, settings, 4, held[0] - 1, "each")
 
 
 def test_tables_that_do_not_fit_are_refused_with_the_arithmetic():
     """48.2 M users and 54.5 M items as Amazon-2023 has them, 128 wide."""
     tables = [table("user", 48_200_000, 128), table("item", 54_500_000, 128)]
-    placements = [Placement(t, None) for t in tables]
+    placements = [Placement(t, "row-wise") for t in tables]
     held = (48_200_000 + 54_500_000) // 8 * (512 + 4)  # both are multiples of 8
     arguments = (placements, FLOAT32, optimizer("rowwise-adagrad"), 8)
     check_fits(*arguments, held, "each")
@@ -167,7 +215,7 @@ def test_tables_that_do_not_fit_are_refused_with_the_arithmetic():
 
 
 def test_the_fullest_worker_decides():
-    placements = [Placement(table("user", 10, 8), 1), Placement(table("item", 4, 8), None)]
+    placements = [Placement(table("user", 10, 8), "table-wise", 1), Placement(table("item", 4, 8), "row-wise")]
     arguments = (placements, FLOAT32, optimizer("sgd"), 2)
     check_fits(*arguments, 12 * 32, "each")
     with pytest.raises(UserError, match=r"worker 1 of 2 .* \(user 10 rows x 32 bytes \+ item 2 rows x 32 bytes\)"):

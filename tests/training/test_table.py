@@ -49,34 +49,60 @@ def test_wide_tables_are_cut_into_pieces_that_cover_them():
     assert len({name for name, _, _ in pieces}) == 3
 
 
-def written(*parts: tuple[str, int, int]) -> list[dict]:
-    return [{"table": t, "file": f"{t}-{start}", "start": start, "rows": rows} for t, start, rows in parts]
+def part(table: str, start: int, rows: int, column: int = 0, columns: int = 4) -> dict:
+    file = f"{table}-{start}-{column}"
+    return {"table": table, "file": file, "start": start, "rows": rows, "column": column, "columns": columns}
 
 
 def test_an_index_lists_the_files_of_one_table_in_order():
-    facts = index(Table("user", 10, 4, ("user",)), written(("user", 6, 4), ("item", 0, 3), ("user", 0, 6)))
+    parts = [part("user", 6, 4, 2, 2), part("user", 6, 4, 0, 2), part("item", 0, 3), part("user", 0, 6)]
+    facts = index(Table("user", 10, 4, ("user",)), parts)
     assert (facts["rows"], facts["columns"]) == (10, 4)
-    assert [part["start"] for part in facts["shards"]] == [0, 6]
+    assert facts["shards"] == [parts[3], parts[1], parts[0]]
 
 
 @pytest.mark.parametrize(
-    "parts", [[(0, 4), (5, 5)], [(0, 6), (5, 5)], [(0, 9)], [(0, 11)], [(1, 9)], [], [(0, 5), (0, 5), (5, 5)]]
+    "parts",
+    [
+        [(0, 4), (5, 5)],
+        [(0, 6), (5, 5)],
+        [(0, 9)],
+        [(0, 11)],
+        [(1, 9)],
+        [],
+        [(0, 5), (0, 5), (5, 5)],
+        [(0, 10, 0, 3)],
+        [(0, 10, 1, 3)],
+        [(0, 10, 0, 5)],
+        [(0, 10, 0, 2), (0, 10, 3, 1)],
+        [(0, 10, 0, 3), (0, 10, 2, 2)],
+        [(0, 10, 0, 2), (0, 9, 2, 2)],
+        [(0, 10, 0, 2), (1, 9, 2, 2)],
+        [(0, 5), (5, 5, 0, 2)],
+    ],
 )
-def test_an_index_refuses_gaps_overlaps_and_missing_rows(parts):
+def test_an_index_refuses_gaps_overlaps_and_what_is_missing(parts):
     with pytest.raises(RuntimeError, match="table user"):
-        index(Table("user", 10, 4, ("user",)), written(*(("user", *part) for part in parts)))
+        index(Table("user", 10, 4, ("user",)), [part("user", *found) for found in parts])
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
-def test_a_saved_table_reads_across_its_files(tmp_path_factory, sizes, data):
+SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
+
+
+@given(SIZES, SIZES, st.data())
+def test_a_saved_table_reads_across_its_files(tmp_path_factory, sizes, widths, data):
     folder = tmp_path_factory.mktemp("tables")
-    whole, _ = numbered(sum(sizes), 3)
+    whole, _ = numbered(sum(sizes), sum(widths))
     parts, start = [], 0
     for rows in sizes:
-        save_file({"rows": whole[start : start + rows]}, folder / f"user-{start}")
-        parts.append(("user", start, rows))
+        column = 0
+        for columns in widths:
+            parts.append(part("user", start, rows, column, columns))
+            block = whole[start : start + rows, column : column + columns]
+            save_file({"rows": np.ascontiguousarray(block)}, folder / parts[-1]["file"])
+            column += columns
         start += rows
-    facts = index(Table("user", start, 3, ("user",)), written(*parts))
+    facts = index(Table("user", start, sum(widths), ("user",)), data.draw(st.permutations(parts)))
     (folder / "user.json").write_text(json.dumps(facts))
     low, high = sorted((data.draw(st.integers(0, start)), data.draw(st.integers(0, start))))
     np.testing.assert_array_equal(SavedTable(folder, "user").read(low, high), whole[low:high])
@@ -102,8 +128,10 @@ def test_rows_that_are_not_finite_are_refused_by_whoever_reads_them(value):
 
 
 def save_table(folder, name: str, whole: np.ndarray) -> None:
-    save_file({"rows": whole}, folder / f"{name}-0")
-    facts = index(Table(name, *whole.shape, (name,)), written((name, 0, len(whole))))
+    rows, columns = whole.shape
+    written = part(name, 0, rows, 0, columns)
+    save_file({"rows": whole}, folder / written["file"])
+    facts = index(Table(name, rows, columns, (name,)), [written])
     (folder / f"{name}.json").write_text(json.dumps(facts))
 
 
