@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
-from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, result_settings, to_yaml
+from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, result_settings, to_yaml
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
@@ -196,6 +196,7 @@ def _run(this: Run) -> None:
     config, console = this.config, this.console
     wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.llm.model == EMBEDDED)
     this.store.check_writable()
+    _check_sharding(this, wanted)
     if wanted != ("prepare",) and not os.environ.get("RAY_ADDRESS"):
         check_room(config.workers)
     settings = _check_name(this, _origins(this, wanted))
@@ -490,6 +491,16 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
         # its workers' own memory was seen to be free before Ray was started
         room = (psutil.virtual_memory().available - workers * WORKER_MEMORY) // workers
         check_fits(placements, storage, settings, workers, room, f"each of {workers} workers on this machine")
+
+
+def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
+    """Raises UserError where a stage's tables can't be sharded as asked for, whatever the machine."""
+    from sellarec.training.plan import check_sharding
+
+    for stage in wanted:
+        settings = getattr(this.config, stage, None)
+        if stage != "prepare":
+            check_sharding(this.config.tables, settings if isinstance(settings, Sparse) else None, stage)
 
 
 def _check_labels(this: Run, stages: Sequence[str]) -> None:

@@ -124,6 +124,18 @@ def test_more_workers_than_memory_holds(run: Run) -> None:
     refused(run("--workers", "4000"), "4000 workers x", "GiB", "lower --workers")
 
 
+def test_a_sharding_that_is_not_offered(run: Run, tmp_path: Path) -> None:
+    """Before any stage; with column-wise of any stage whose optimizer it can't be."""
+    refused(run("--tables.sharding", "grid"), "tables.sharding is grid")
+    refused(run("--tables.sharding", "data-parallel", "--stages", "collab"), "tables.sharding is data-parallel")
+    by_columns = ("--tables.sharding", "column-wise")
+    refused(
+        run(*by_columns), "tables.sharding is column-wise and collab.table_optimizer rowwise-adagrad", "adagrad, sgd"
+    )
+    refused(run(*by_columns, "--collab.table-optimizer", "adagrad"), "align.table_optimizer rowwise-adagrad")
+    assert not list((tmp_path / "w").rglob("manifest.json"))
+
+
 def test_unwritable_workspace(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(run(workspace=tmp_path / "file" / "w"), "can't be written to", "--workspace")
