@@ -54,7 +54,8 @@ def write_table(log: Log, table: Table, path: Path, has_biases: bool, seed: int,
         known += len(found)
         name = f"{table.name}-{start:012d}.safetensors"
         save_file({"rows": rows}, folder / name)
-        written.append({"table": table.name, "file": name, "start": start, "rows": stop - start})
+        place = {"start": start, "rows": stop - start, "column": 0, "columns": table.dim}
+        written.append({"table": table.name, "file": name, **place})
     if not known:
         mine, theirs = ids["external_id"][0], vectors.select("id").head(1).collect()["id"][0]
         raise UserError(

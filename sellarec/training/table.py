@@ -175,8 +175,8 @@ class SavedTable:
             if low < high:
                 with safe_open(self.folder / shard["file"], "np") as file:
                     part = file.get_slice("rows")[low - shard["start"] : high - shard["start"]]
-                first = shard.get("column", 0)  # files of whole rows were once written without
-                rows[low - start : high - start, first : first + part.shape[1]] = part
+                columns = slice(shard["column"], shard["column"] + shard["columns"])
+                rows[low - start : high - start, columns] = part
         return rows
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
