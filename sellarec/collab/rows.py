@@ -17,7 +17,7 @@ class Rows:
 
     Attributes:
         history: items of a history that are kept, the most recent ones; 0 leaves histories out.
-        seen: bool [I], which items the train split has: others are left out of histories.
+        seen: bool [I], which items the train split has: others are left out of histories (sequences are of the train split).
         sequences: rows are sequences, in which every item after the first is a target.
         negatives: what draws them; None draws none.
     """
@@ -41,12 +41,8 @@ class Rows:
             rows = rows.drop_columns(["history"])
         targets, number = rows["item"].to_numpy(), np.ones(len(rows), np.int64)
         liked = with_item(values, lengths, targets)
-        if self.sequences or self.history:
-            kept = self.seen[values]
-            row = np.repeat(np.arange(len(lengths)), lengths)
-            read, number_read = values[kept], np.bincount(row[kept], minlength=len(lengths))
         if self.sequences:
-            sequence, number = last(with_item(read, number_read, targets), number_read + 1, self.history + 1)
+            sequence, number = last(liked, lengths + 1, self.history + 1)
             starts = np.concatenate([[0], np.cumsum(number)])
             is_target = np.ones(len(sequence), bool)
             is_target[starts[:-1]] = False
@@ -57,6 +53,9 @@ class Rows:
             rows = rows.append_column("history", lists(sequence[is_input], number))
             rows = rows.append_column("targets", lists(targets, number))
         elif self.history:
+            kept = self.seen[values]
+            row = np.repeat(np.arange(len(lengths)), lengths)
+            read, number_read = values[kept], np.bincount(row[kept], minlength=len(lengths))
             rows = rows.append_column("history", lists(*last(read, number_read, self.history)))
         if self.negatives is not None:
             log_q = self.negatives.log_q[targets]

@@ -52,7 +52,7 @@ def write_table(log: Log, table: Table, path: Path, has_biases: bool, seed: int,
                 )
             rows[found[table.name].to_numpy() - start] = np.pad(values, ((0, 0), (0, table.dim - values.shape[1])))
         known += len(found)
-        name = f"{table.name}-{start:012d}.safetensors"
+        name = f"{table.name}-{start:012d}-{0:06d}.safetensors"
         save_file({"rows": rows}, folder / name)
         place = {"start": start, "rows": stop - start, "column": 0, "columns": table.dim}
         written.append({"table": table.name, "file": name, **place})
