@@ -71,8 +71,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32")
     parser.add_argument("--batch", type=int, default=8192, help="ids of a step, all workers together")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--quick", action="store_true", help="100,000 rows on one and two workers")
     parser.add_argument("--out", type=Path, required=True)
     settings = parser.parse_args()
+    if settings.quick:
+        settings.rows, settings.workers, settings.steps = 100_000, [1, 2], 5
+    facts = {"dim": settings.dim, "dtype": settings.dtype, "batch": settings.batch, "steps": settings.steps}
     cases = []
     for workers in settings.workers:
         case = measure(worker, workers, settings)
@@ -83,8 +87,7 @@ def main() -> None:
             f"in {case['seconds to make']:.0f} s; {case['lookups/s']:,.0f} lookups/s",
             flush=True,
         )
-    facts = {"dim": settings.dim, "dtype": settings.dtype, "batch": settings.batch, "steps": settings.steps}
-    write(settings.out, facts, cases)
+        write(settings.out, facts, cases)  # what is measured so far
 
 
 if __name__ == "__main__":

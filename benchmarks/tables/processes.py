@@ -3,11 +3,16 @@
 import json
 import os
 import platform
+import subprocess
 import tempfile
 from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -43,7 +48,33 @@ def _run(rank: int, workers: int, meeting: str, function: Callable, arguments: t
     dist.destroy_process_group()
 
 
+def measure_alone(function: Callable[[], None]) -> None:
+    """Call a function in this process, with one thread, in a group of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=0, world_size=1)
+        function()
+        dist.destroy_process_group()
+
+
+def popularity(number: int) -> np.ndarray:
+    """How likely each of some ids is drawn, float64 [number]: long-tailed, log-normal as MovieLens-1M's degrees are."""
+    weights = np.random.default_rng(number).lognormal(0.0, 1.2, number)
+    return weights / weights.sum()
+
+
 def write(out: Path, facts: dict[str, Any], cases: list[dict]) -> None:
-    """Put the cases and the machine into a JSON file."""
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__}
+    """Put the cases, the machine, versions, commit and date into a JSON file."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    machine = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "cores": os.cpu_count(),
+        "cores used": len(os.sched_getaffinity(0)),
+        "memory bytes": psutil.virtual_memory().total,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "versions": {name: metadata.version(name) for name in ("sellarec", "torchrec", "fbgemm-gpu", "numpy")},
+    }
     out.write_text(json.dumps({**facts, **machine, "cases": cases}, indent=1) + "\n")

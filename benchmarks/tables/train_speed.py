@@ -2,18 +2,29 @@
 
 Both sides train matrix factorisation with BCE on the same uniform ids, in the same processes, in turns (A B A B ...):
 
-    ours    sellarec's ShardedTables, row-wise, fused Adagrad
-    plain   nn.Embedding(sparse=True) for users and items, torch.optim.Adagrad; with several workers under
-            DistributedDataParallel, so that each holds all rows
+    ours    sellarec's ShardedTables, row-wise
+    plain   nn.Embedding(sparse=True) for users and items; with several workers under DistributedDataParallel, so that each
+            holds all rows
 
-It is the same optimizer, and the losses of the first steps are compared before anything is timed. Each worker has one thread.
-Prints, for each number of rows and workers: rows/s of both sides (median of rounds), the median of the rounds' ratios with the
-lowest and highest, and the memory that building and training took in a worker (resident bytes, MiB).
+With `--optimizer adagrad` both take element-wise Adagrad (ours fused), and the losses of the first steps are compared before
+anything is timed. With `--optimizer adam` plain takes torch.optim.SparseAdam, which steps the looked-up rows alone ("lazy
+Adam"). Ours has no such optimizer, so there are two sides, and neither does the same work:
+
+    ours rowwise-adagrad    fused, the looked-up rows alone, one float of state a row instead of 128: what takes its place
+    ours adam               dense gradients, all rows at each step (up to `--dense-rows` rows)
+
+Of these the losses are compared as far as they must agree: the first of all, and, as Adam's first step leaves rows without
+a gradient as they are, adam's second.
+
+Each worker has one thread. Prints, for each number of rows and workers: rows/s of the sides (median of rounds), the median of
+the rounds' ratios to plain with the lowest and highest, the same ratio of CPU time (all workers and threads), which other
+work on the machine disturbs less, and the memory that building and training took in a worker (resident bytes, MiB).
 """
 
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +40,16 @@ from sellarec.training.plan import place
 from sellarec.training.table import Table
 from sellarec.training.tables import EPSILON, ShardedTables
 
-RATE, INIT, WARM_UP, CHECKED = 0.1, 0.05, 3, 3
+INIT, WARM_UP = 0.05, 3
+RATES = {"adagrad": 0.1, "rowwise-adagrad": 0.1, "adam": 0.01}
+CHECKED = {"ours": 3, "ours adam": 2, "ours rowwise-adagrad": 1}
+"""Of how many steps a side's losses must be plain's."""
 
 
 class Ours:
-    def __init__(self, rows: int, dim: int) -> None:
+    def __init__(self, optimizer: str, rows: int, dim: int) -> None:
         tables = [Table(name, rows // 2, dim, (name,), init_std=INIT) for name in ("user", "item")]
-        self._settings = Sparse(table_optimizer="adagrad", table_learning_rate=RATE)
+        self._settings = Sparse(table_optimizer=optimizer, table_learning_rate=RATES[optimizer])
         placements = place(tables, Tables(), self._settings, dist.get_world_size(), "cpu")
         self._tables = ShardedTables(placements, Tables(), self._settings, dist.group.WORLD, torch.device("cpu"), 0)
 
@@ -44,13 +58,14 @@ class Ours:
         score = (found["user"] * found["item"]).sum(1)
         loss = F.binary_cross_entropy_with_logits(score, labels, reduction="sum") / batch
         loss.backward()
+        self._tables.step()
         return loss.detach()
 
 
 class Plain:
     """Starts from the rows that ours start from."""
 
-    def __init__(self, rows: int, dim: int) -> None:
+    def __init__(self, optimizer: str, rows: int, dim: int) -> None:
         from sellarec.training.table import initial_rows
 
         self._model = nn.ModuleDict()
@@ -60,7 +75,8 @@ class Plain:
                 rows // 2, dim, sparse=True, _weight=torch.from_numpy(initial_rows(table, 0, 0, rows // 2))
             )
             self._model[name] = nn.parallel.DistributedDataParallel(layer) if dist.get_world_size() > 1 else layer
-        self._optimizer = torch.optim.Adagrad(self._model.parameters(), lr=RATE, eps=EPSILON)
+        make = torch.optim.Adagrad if optimizer == "adagrad" else torch.optim.SparseAdam
+        self._optimizer = make(list(self._model.parameters()), lr=RATES[optimizer], eps=EPSILON)
 
     def step(self, ids: dict[str, Tensor], labels: Tensor, batch: int) -> Tensor:
         score = (self._model["user"](ids["user"]) * self._model["item"](ids["item"])).sum(1)
@@ -71,7 +87,14 @@ class Plain:
         return loss.detach()
 
 
-SIDES = {"ours": Ours, "plain": Plain}
+SIDES = {
+    "adagrad": {"ours": partial(Ours, "adagrad"), "plain": partial(Plain, "adagrad")},
+    "adam": {
+        "ours rowwise-adagrad": partial(Ours, "rowwise-adagrad"),
+        "ours adam": partial(Ours, "adam"),
+        "plain": partial(Plain, "adam"),
+    },
+}
 
 
 def worker(rank: int, workers: int, settings: argparse.Namespace, rows: int) -> dict:
@@ -84,7 +107,9 @@ def worker(rank: int, workers: int, settings: argparse.Namespace, rows: int) -> 
 
     batches = [draw() for _ in range(8)]
     sides, memory, losses = {}, {}, {}
-    for name, make in SIDES.items():
+    for name, make in SIDES[settings.optimizer].items():
+        if name == "ours adam" and rows > settings.dense_rows:
+            continue
         before = process.memory_info().rss
         sides[name] = make(rows, settings.dim)
         losses[name] = []
@@ -93,29 +118,39 @@ def worker(rank: int, workers: int, settings: argparse.Namespace, rows: int) -> 
             dist.all_reduce(loss)
             losses[name].append(loss.item())
         memory[name] = (process.memory_info().rss - before) / 2**20
-    np.testing.assert_allclose(losses["ours"][:CHECKED], losses["plain"][:CHECKED], rtol=1e-5)
-    rounds = []
+    for name, number in CHECKED.items():
+        if name in sides:
+            np.testing.assert_allclose(losses[name][:number], losses["plain"][:number], rtol=1e-5)
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(settings.rounds):
-        speeds = {}
         for name, side in sides.items():
             dist.barrier()
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             for step in range(settings.steps):
                 side.step(*batches[step % len(batches)], settings.batch)
-            dist.barrier()
-            speeds[name] = settings.steps * settings.batch / (time.perf_counter() - start)
-        rounds.append(speeds)
-    ratios = [speeds["ours"] / speeds["plain"] for speeds in rounds]
-    return {
-        "rows": rows,
-        "workers": workers,
-        **{f"{name} rows/s": statistics.median(speeds[name] for speeds in rounds) for name in sides},
-        "ratio": statistics.median(ratios),
-        "lowest ratio": min(ratios),
-        "highest ratio": max(ratios),
-        **{f"{name} MiB": memory[name] for name in sides},
-        "first losses": losses["ours"],
-    }
+            used = torch.tensor(time.process_time() - cpu, dtype=torch.float64)
+            dist.all_reduce(used)
+            rounds[name].append((time.perf_counter() - start, used.item()))
+    case: dict = {"rows": rows, "workers": workers}
+    trained = settings.steps * settings.batch
+    for name, taken in rounds.items():
+        case[f"{name} rows/s"] = statistics.median(trained / seconds for seconds, _ in taken)
+        case[f"{name} CPU microseconds a row"] = 1e6 * statistics.median(cpu for _, cpu in taken) / trained
+        case[f"{name} MiB"] = memory[name]
+    for name, taken in rounds.items():
+        if name == "plain":
+            continue
+        both = list(zip(taken, rounds["plain"], strict=True))
+        ratios, of_cpu = ([plain[clock] / ours[clock] for ours, plain in both] for clock in (0, 1))
+        more = name.removeprefix("ours").strip()
+        case |= {
+            f"{more} ratio".strip(): statistics.median(ratios),
+            f"{more} lowest ratio".strip(): min(ratios),
+            f"{more} highest ratio".strip(): max(ratios),
+            f"{more} CPU ratio".strip(): statistics.median(of_cpu),
+            f"{more} CPU ratio from and to".strip(): [min(of_cpu), max(of_cpu)],
+        }
+    return case | {"first losses": losses}
 
 
 def main() -> None:
@@ -128,20 +163,37 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8192, help="rows of the global batch")
     parser.add_argument("--steps", type=int, default=20, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--optimizer", choices=list(SIDES), default="adagrad", help="of the plain side; ours: see above"
+    )
+    parser.add_argument("--dense-rows", type=int, default=10**6, help="most rows for which ours adam is measured")
+    parser.add_argument("--quick", action="store_true", help="10^4 rows and three short rounds")
     parser.add_argument("--out", type=Path, required=True)
     settings = parser.parse_args()
+    if settings.quick:
+        settings.rows, settings.steps, settings.rounds = [10**4], 5, 3
+    facts = {
+        "optimizer": settings.optimizer,
+        "dim": settings.dim,
+        "batch": settings.batch,
+        "steps": settings.steps,
+        "rounds": settings.rounds,
+    }
     cases = []
     for rows in settings.rows:
         for workers in settings.workers:
             case = measure(worker, workers, settings, rows)
             cases.append(case)
             speeds = ", ".join(
-                f"{name} {case[f'{name} rows/s']:,.0f} rows/s ({case[f'{name} MiB']:,.0f} MiB)" for name in SIDES
+                f"{name} {case[f'{name} rows/s']:,.0f} rows/s ({case[f'{name} MiB']:,.0f} MiB)"
+                for name in SIDES[settings.optimizer]
+                if f"{name} MiB" in case
             )
-            spread = f"{case['ratio']:.2f} [{case['lowest ratio']:.2f}, {case['highest ratio']:.2f}]"
-            print(f"{rows:,} rows, {workers} workers: {speeds} a worker; ratio {spread}", flush=True)
-    facts = {"dim": settings.dim, "batch": settings.batch, "steps": settings.steps, "rounds": settings.rounds}
-    write(settings.out, facts, cases)
+            ratios = ", ".join(
+                f"{name} {value:.2f}" for name, value in case.items() if name.endswith(" ratio") or name == "ratio"
+            )
+            print(f"{rows:,} rows, {workers} workers: {speeds} a worker; {ratios}", flush=True)
+            write(settings.out, facts, cases)  # what is measured so far
 
 
 if __name__ == "__main__":

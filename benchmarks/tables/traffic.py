@@ -1,0 +1,250 @@
+"""Bytes on the wire, collectives and CPU time of a training step: `python benchmarks/tables/traffic.py --out FILE.json`.
+
+Each case trains matrix factorisation (two tables, BCE) with the training loop's own engine, in gloo processes of one thread:
+
+    row-wise         row-wise Adagrad, rows of both tables over all workers
+    table-wise       row-wise Adagrad, each table on one worker
+    adam             adam, row-wise, whose lookups are pooled bags
+    lightgcn         the product with the sharded graph, forwards and backwards, of a log of MovieLens-1M's shape
+
+Bytes are those that the kernel counted on the worker's own TCP connections (TCP_INFO: sent without what was sent again, and
+received), so headers of TCP are left out and everything that gloo sends is in. Collectives are those that torch's profiler
+records in a step. CPU time is user and system time of the worker processes, all threads, over the rows that were trained; the
+machine's cores are shared, so no rows/s are given. Batches are of one size for any number of workers, and, in a case of
+its own, of one size a worker.
+
+    python benchmarks/tables/traffic.py --quick --out FILE.json     (a minute)
+"""
+
+import argparse
+import os
+import resource
+import socket
+import statistics
+import struct
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from processes import measure, popularity, write
+from torch.profiler import ProfilerActivity, profile
+
+from sellarec.collab.model import Sizes
+from sellarec.collab.models.mf import Model
+from sellarec.collab.task import CollabTask
+from sellarec.config import Collab, Tables
+from sellarec.training.engine import Engine, Workers
+from sellarec.training.graph import ShardedGraph
+
+CASES = {
+    "row-wise": ("row-wise", "rowwise-adagrad", False),
+    "row-wise, same batch a worker": ("row-wise", "rowwise-adagrad", True),
+    "table-wise": ("table-wise", "rowwise-adagrad", False),
+    "adam": ("row-wise", "adam", False),
+}
+"""By name: sharding, optimizer, whether the global batch grows with the workers."""
+
+USERS, ITEMS, EDGES = 6_040, 3_706, 575_281
+"""MovieLens-1M's users and items, and its ratings of 4 and more."""
+
+WARM_UP, PROFILED = 3, 2
+RECEIVED, SENT, SENT_AGAIN = 128, 200, 208
+"""Where Linux's struct tcp_info has the counters of bytes, each of 64 bits."""
+
+
+def wire_bytes() -> np.ndarray:
+    """Bytes that this process's TCP connections have sent and received so far, int64 [2]."""
+    total = np.zeros(2, np.int64)
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.type != socket.SOCK_STREAM or connection.family not in (socket.AF_INET, socket.AF_INET6):
+                    continue
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OSError:  # closed meanwhile, as the descriptor of the listing is
+            continue
+        sent, again, received = (struct.unpack_from("Q", info, place)[0] for place in (SENT, SENT_AGAIN, RECEIVED))
+        total += (sent - again, received)
+    return total
+
+
+def of_workers(*values: float) -> np.ndarray:
+    """Each worker's values, float64 [W, number]."""
+    found = [torch.zeros(len(values), dtype=torch.float64) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, torch.tensor(values, dtype=torch.float64))
+    return torch.stack(found).numpy()
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """User and system time of this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime, used.ru_stime
+
+
+def formula(name: str, share: int, dim: int, workers: int) -> float:
+    """Bytes a worker sends in a step, the mean over workers, for two features of `share` ids each (docs/collab.md, for gloo)."""
+    others = workers - 1
+    rows = 4 * dim * share * others / workers
+    if name == "adam":
+        return 2 * (8 * share * others / workers + 4 * share * others + 3 * workers * rows)
+    lengths = 4 * share * (others / workers if name == "table-wise" else others)
+    return 2 * (8 * share * others / workers + lengths + 2 * rows)
+
+
+def collectives(take_step: Any) -> dict[str, float]:
+    """Collectives of a step, by name."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(PROFILED):
+            take_step()
+    counts = Counter(event.name for event in recorded.events() if event.name.startswith("gloo:"))
+    return {name.removeprefix("gloo:"): count / PROFILED for name, count in sorted(counts.items())}
+
+
+def observed(take_step: Any, settings: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
+    """What a step sends and takes; and the CPU seconds of a step, all workers together, in each round."""
+    for _ in range(WARM_UP):
+        take_step()
+    dist.barrier()
+    before = wire_bytes()
+    rounds = []
+    for _ in range(settings.rounds):
+        start = cpu_seconds()
+        for _ in range(settings.steps):
+            take_step()
+        rounds.append(of_workers(*np.subtract(cpu_seconds(), start)).sum(0) / settings.steps)
+    dist.barrier()
+    moved = of_workers(*(wire_bytes() - before)) / (settings.rounds * settings.steps)
+    facts = {
+        "sent bytes": moved[:, 0].mean(),
+        "received bytes": moved[:, 1].mean(),
+        "most sent bytes": moved[:, 0].max(),
+        "most received bytes": moved[:, 1].max(),
+        "collectives": collectives(take_step),
+    }
+    return facts, np.array(rounds)
+
+
+def train(rank: int, workers: int, settings: argparse.Namespace, name: str) -> dict:
+    sharding, optimizer, grows = CASES[name]
+    batch = settings.batch * (workers if grows else 1)
+    share = batch // workers
+    collab = Collab(
+        dim=settings.dim, biases=False, global_mean=False, l2=0.0, table_optimizer=optimizer, table_learning_rate=0.01
+    )
+    task = CollabTask(Model(Sizes(settings.rows // 2, settings.rows // 2, 0.5), collab), collab, np.ones(0, bool))
+    group = dist.new_group()
+    engine = Engine(
+        task, Workers(rank, workers, torch.device("cpu"), group, dist.new_group()), 0, collab, Tables(sharding=sharding),
+        "float32",
+    )  # fmt: skip
+    generator = np.random.default_rng(rank)
+
+    def draw() -> pa.Table:
+        ids = {kind: generator.integers(0, settings.rows // 2, share) for kind in ("user", "item")}
+        known = np.ones(share, bool)
+        label = generator.integers(0, 2, share).astype(np.int8)
+        weight = np.ones(share, np.float32)
+        return pa.table({**ids, "user_seen": known, "item_seen": known, "label": label, "weight": weight})
+
+    batches, taken = [draw() for _ in range(4)], 0
+
+    def take_step() -> None:
+        nonlocal taken
+        engine.step(batches[taken % len(batches)], taken, 1.0)
+        taken += 1
+
+    facts, rounds = observed(take_step, settings)
+    user, system = np.median(rounds, axis=0) / batch
+    total = rounds.sum(1) / batch
+    return {
+        "case": name,
+        "workers": workers,
+        "batch": batch,
+        "formula bytes": formula(name, share, settings.dim, workers),
+        **facts,
+        "CPU microseconds a row": 1e6 * statistics.median(total),
+        "lowest, highest": [1e6 * min(total), 1e6 * max(total)],
+        "user, system": [1e6 * user, 1e6 * system],
+    }
+
+
+def smooth(workers: int, settings: argparse.Namespace, path: str) -> dict:
+    graph = ShardedGraph.read([path], USERS, ITEMS, dist.group.WORLD if workers > 1 else None, torch.device("cpu"))
+    rows = torch.randn(graph.rows, settings.dim, requires_grad=True)
+
+    def take_step() -> None:
+        graph.multiply(rows).sum().backward()
+
+    facts, rounds = observed(take_step, settings)
+    rows_of = of_workers(graph.sent, graph.received)
+    return {
+        "case": "lightgcn",
+        "workers": workers,
+        "formula bytes": 2 * 4 * settings.dim * rows_of[:, 0].mean(),  # forwards, and as much backwards
+        **facts,
+        "most rows received": rows_of[:, 1].max(),
+        "bound of rows received by all": min(2 * EDGES, (workers - 1) * (USERS + ITEMS)),
+        "rows received by all": rows_of[:, 1].sum(),
+        "CPU microseconds an edge": 1e6 * statistics.median(rounds.sum(1)) / EDGES,
+    }
+
+
+def worker(rank: int, workers: int, settings: argparse.Namespace, path: str) -> dict:
+    cases = [train(rank, workers, settings, name) for name in CASES]
+    return {"cases": [*cases, smooth(workers, settings, path)]}
+
+
+def write_edges(path: Path) -> None:
+    """Distinct pairs of users and skewed items."""
+    generator = np.random.default_rng(0)
+    found = np.zeros(0, np.int64)
+    while len(found) < EDGES:
+        user = generator.choice(USERS, EDGES, p=popularity(USERS))
+        item = generator.choice(ITEMS, EDGES, p=popularity(ITEMS))
+        found = np.unique(np.concatenate([found, user * ITEMS + item]))
+    found = generator.permutation(found)[:EDGES]
+    label = np.ones(EDGES, np.int8)
+    pq.write_table(pa.table({"user": found // ITEMS, "item": found % ITEMS, "label": label}), path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--rows", type=int, default=200_000, help="rows of both tables together")
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=12_288, help="rows of the global batch; a multiple of the workers")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="one round of few steps with one and two workers")
+    parser.add_argument("--out", type=Path, required=True)
+    settings = parser.parse_args()
+    if settings.quick:
+        settings.workers, settings.steps, settings.rounds = [1, 2], 5, 1
+    facts = {name: getattr(settings, name) for name in ("rows", "dim", "batch", "steps", "rounds")}
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_edges(Path(folder) / "train.parquet")
+        for workers in settings.workers:
+            for case in measure(worker, workers, settings, f"{folder}/train.parquet")["cases"]:
+                cases.append(case)
+                unit = next(key for key in case if key.startswith("CPU"))
+                print(
+                    f"{case['case']}, {workers} workers: sent {case['sent bytes']:,.0f} bytes a step and worker (formula "
+                    f"{case['formula bytes']:,.0f}, most {case['most sent bytes']:,.0f}), received "
+                    f"{case['received bytes']:,.0f}; {sum(case['collectives'].values()):.0f} collectives "
+                    f"{case['collectives']}; {case[unit]:.3f} {unit}",
+                    flush=True,
+                )
+            write(settings.out, facts, cases)  # what is measured so far
+
+
+if __name__ == "__main__":
+    main()
