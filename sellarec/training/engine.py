@@ -6,10 +6,8 @@ takes them into the tables, after all was found to be finite.
 """
 
 import contextlib
-import ctypes
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,7 +62,6 @@ class Workers:
         device = ray.train.torch.get_device()
         if device.type == "cpu":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-            keep_freed_memory()
         return cls(
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
@@ -75,6 +72,8 @@ class Workers:
 
     def sum(self, *values: float) -> list[float]:
         """Sums over all workers, in float64."""
+        if self.world_size == 1:
+            return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
         return total.tolist()
@@ -112,18 +111,6 @@ class Workers:
         if self.world_size > 1:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, instead of handing it back to the system: large tensors come and go at each step, and a
-    fault for every page of them, each time, took up to half of it."""
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_max = -1, -4  # mallopt(3)
-    libc = ctypes.CDLL(None)
-    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1)):
-        if not libc.mallopt(option, value):
-            raise RuntimeError(f"mallopt({option}, {value}) failed")
 
 
 def together(make: Callable[[], Made], workers: Workers) -> Made:
