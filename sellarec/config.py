@@ -166,8 +166,8 @@ class Selection:
     validate_every: float = 1.0
     """Epochs between evaluations on the valid split."""
     valid_rows: int = 4096
-    """Rows of the valid split that are scored for it at most: every so many-th row, so half as many at least; all where
-    it has no more."""
+    """Rows of the valid split that are scored for it, or users that are ranked for, at most: every so many-th, so half as many
+    at least; all where there are no more."""
     patience: int = 5
     """Evaluations without a better metric before the stage stops early."""
     select_on: Literal["auc", "uauc"] = "auc"
@@ -292,12 +292,12 @@ class Collab(Steps, Selection, Dense, Sparse):
     """rows: a row's item is the target; sequences (sasrec): every item of a user's train sequence after the first is one."""
     negatives: Literal["uniform", "popularity", "in-batch"] = "uniform"
     """What bpr and softmax rank positives above: items of the train split drawn uniformly or by their positive rows, none
-    of them the target or in the history; or the items of other users' positives in the global batch."""
+    of them the row's target or in its history; or the items of other users' positives in the global batch."""
     negatives_per_row: int = 8
     """Items drawn for each target."""
     shared_negatives: bool = False
-    """Whether a positive is ranked above the items drawn for all positives of the global batch, not for it alone: thousands of
-    negatives for the lookups of one a row."""
+    """Whether a positive is ranked above the items drawn for all positives of the global batch, but its own item, not for it
+    alone: thousands of negatives for the lookups of one a row. Some may be in its history."""
     init_from: str | None = runtime(None)
     """Folder of an earlier artifact of stage collab, whose rows and dense weights training starts from. Users and items that it
     doesn't have yet get fresh rows: prepare the log with --init-from the earlier one, so that ids go on."""
@@ -810,6 +810,13 @@ def _check_collab(config: Config) -> None:
     from importlib import import_module  # a model's file loads torch
 
     model = import_module(f"sellarec.collab.models.{collab.model}").Model
+    for whose in ("users", "items"):
+        path = getattr(collab, f"init_{whose}")
+        if path is not None and (whose not in model.given or (whose == "users" and not collab.user_rows)):
+            raise UserError(
+                f"collab.init_{whose} is {path}, but collab.model is {collab.model} with collab.user_rows {collab.user_rows}, "
+                f"which has no rows of {whose} to start: leave it out"
+            )
     ignored = [name for name in model.ignores if getattr(collab, name) != getattr(defaults, name)]
     for name in (*changed, *ignored):
         if name not in model.reads:
@@ -837,7 +844,8 @@ def _check_collab(config: Config) -> None:
     ):
         raise UserError(
             f"collab.model is {collab.model}, whose score is no product of a user's and an item's vector, but collab.loss "
-            f"{collab.loss} scores many items at once: draw negatives for each row (collab.negatives uniform or popularity)"
+            f"{collab.loss} (collab.negatives {collab.negatives}, collab.shared_negatives {collab.shared_negatives}) scores "
+            "many items at once: draw negatives for each row (collab.negatives uniform or popularity, not shared)"
         )
     if not model.is_product and collab.select_on not in ("auc", "uauc"):
         raise UserError(

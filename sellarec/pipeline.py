@@ -31,7 +31,11 @@ from sellarec.language.templates import templates
 from sellarec.training.launch import WORKER_MEMORY, Cluster, check_room, connect, run_task, run_workers, train
 from sellarec.training.progress import Console, duration
 
-VERSIONS = {**dict.fromkeys(STAGES, 1), **dict.fromkeys(("prepare", "pretrain", "adapt", "collab", "align", "fuse"), 2)}
+VERSIONS = {
+    **dict.fromkeys(("distil",), 1),
+    **dict.fromkeys(("prepare", "pretrain", "adapt", "evaluate"), 2),
+    **dict.fromkeys(("collab", "align", "fuse"), 3),
+}
 """Raised by hand when a stage's code gives other results than before."""
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
@@ -237,7 +241,8 @@ def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
     if "prepare" in wanted and this.config.data.source != "world":
         origins["data"] = this.hashes
     if "collab" in wanted:
-        origins |= this.given_vectors
+        # none is an origin too: another one under the same name is refused
+        origins |= dict.fromkeys(("collab.init_from", "collab.init_users", "collab.init_items")) | this.given_vectors
         if this.config.collab.init_from is not None:
             origins["collab.init_from"] = this.collab_start[1]
     return origins
@@ -617,26 +622,27 @@ def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) 
             np.save(folder / "counts.npy", item_counts(log))
         counts = place.local() / "counts.npy"
     start = None if origin is None else origin.local()
-    given = _given_tables(this, build_collab(log, settings, None).network) if trains == "collab" else None
+    given = _given_tables(this) if trains == "collab" else {}
     return partial(build_collab, log, settings, start, counts, this.config.seed, given)
 
 
-def _given_tables(this: Run, network: Any) -> Path | None:
-    """The folder of tables that start from vectors of a file, which are put beside the artifact while it is made."""
+def _given_tables(this: Run) -> dict[str, Path]:
+    """Folders of the tables that start from vectors of a file, by name. They are put beside the artifact while it is made."""
+    from sellarec.collab.task import build_collab
     from sellarec.collab.vectors import write_table
 
     collab, place = this.config.collab, this.artifact("collab") / WORK / "tables"
     files = {"user": collab.init_users, "item": collab.init_items}
-    for name, path in files.items():
-        if path is None:
-            continue
-        tables = [table for table in network.tables if table.name == name]
-        if not tables:
-            raise UserError(f"collab.init_{name}s is {path}, but collab.model {collab.model} has no rows of {name}s")
+    given = {name: path for name, path in files.items() if path is not None}
+    if not given:
+        return {}
+    network = build_collab(this.log(), collab, None).network
+    for name, path in given.items():
+        (table,) = (table for table in network.tables if table.name == name)
         with place.writing() as folder:
-            known = write_table(this.log(), tables[0], Path(path), network.has_biases, this.config.seed, folder)
-        this.console.line(f"collab    {known:,} of {tables[0].rows:,} {name}s start from {path}")
-    return place.local() if any(files.values()) else None
+            known = write_table(this.log(), table, path, network.has_biases, this.config.seed, folder)
+        this.console.line(f"collab    {known:,} of {table.rows:,} {name}s start from {path}")
+    return dict.fromkeys(given, place.local())
 
 
 def _distil(this: Run) -> dict[str, Any]:

@@ -216,7 +216,12 @@ def reads_counts(settings: Collab) -> bool:
 
 
 def build_collab(
-    log: Log, settings: Collab, start: Path | None, counts: Path | None = None, seed: int = 0, given: Path | None = None
+    log: Log,
+    settings: Collab,
+    start: Path | None,
+    counts: Path | None = None,
+    seed: int = 0,
+    given: Mapping[str, Path] = {},
 ) -> CollabTask:
     """A model for a prepared log.
 
@@ -225,15 +230,14 @@ def build_collab(
             its tables don't have yet get fresh rows.
         counts: file of `sellarec.data.log.item_counts`: needed to train where `reads_counts` says so.
         seed: of the drawn negatives.
-        given: folder of tables (`sellarec.collab.vectors`) that some of the model's start from; the others are fresh.
+        given: folders of tables (`sellarec.collab.vectors`) that some of the model's start from, by name; the others are fresh.
     """
     facts = log.facts
     sizes = Sizes(facts["users"], facts["items"], facts["positives"]["train"] / facts["rows"]["train"])
     network = model_class(settings.model)(sizes, settings)
-    if given is not None:
-        network.tables = tuple(
-            saved_rows(table, given) if (given / f"{table.name}.json").is_file() else table for table in network.tables
-        )
+    network.tables = tuple(
+        saved_rows(table, given[table.name]) if table.name in given else table for table in network.tables
+    )
     if start is not None:
         network.tables = tuple(saved_rows(table, start / "tables") for table in network.tables)
         if network.has_weights:

@@ -106,6 +106,7 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
                     cluster.gpus,
                     console,
                     _ignore,
+                    keep_freed_memory=True,
                 )
                 return pq.read_table(where.local() / "scores.parquet")[name].to_numpy()
 

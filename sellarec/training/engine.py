@@ -186,7 +186,7 @@ class Engine:
         shares = {WHOLE + name: Jagged.one(tables.share(name), len(batch["weight"])) for name in whole}
         batch |= {name: share.values for name, share in shares.items()}
         if self._graph is None:
-            found = tables.look_up({**ids, **shares})
+            found = tables.look_up(ids, shares)
             return found | {name: found[name].values for name in shares}
         vectors: Vectors = {}
         rows = self._smoothed if self._smoothed is not None else self._smooth()
@@ -216,7 +216,7 @@ class Engine:
         """The worker's share of users and items, smoothed over the graph, and beside that as they lie in the tables."""
         assert self.tables is not None and self._graph is not None
         shares: dict[str, Jagged] = {kind: Jagged.one(self.tables.share(kind), 1) for kind in KINDS}
-        found = self.tables.look_up(shares)
+        found = self.tables.look_up({}, shares)
         rows = torch.cat([found[name].values for name in shares])
         return torch.cat([self.task.propagate(rows, self._graph.multiply), rows], dim=1)
 
@@ -351,7 +351,7 @@ class Engine:
             if self._smoothed is not None:
                 rows = self._smoothed[len(self._smoothed) - len(ids) :, : self._smoothed.shape[1] // 2]
             else:
-                rows = tables.look_up({"item": Jagged.one(ids, 1)})["item"].values
+                rows = tables.look_up({}, {"item": Jagged.one(ids, 1)})["item"].values
             rows = task.catalog(ids, rows)
             first = int(ids[0]) if len(ids) else 0
             for number, batch_rows in enumerate(batches):

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sellarec.artifacts import Place
+from sellarec.config import Language
 from sellarec.errors import StageFailed, UserError
 from sellarec.training.progress import Console, ProgressBoard, duration
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Has glibc keep what workers free, instead of handing it back to the system: large tensors come and go at each step, and a
-fault for every page of them, each time, took up to half of it."""
+"""Variables by which glibc keeps what a worker frees, instead of handing it back to the system. Large tensors come and go at
+each step of a collaborative model on a CPU, and a fault for every page of them, each time, took up to half of it. The price: a
+worker's memory stays at its peak, so not where a language model is loaded whole and then sharded."""
 
 WORKER_MEMORY = 800 << 20
 """Resident bytes of a worker that holds next to no weights (torch, torchrec, transformers, Ray; 719 MiB were measured)."""
@@ -122,8 +124,9 @@ def train(training: Any, workers: int, gpus: bool, console: Console, on_record: 
     from sellarec.training.loop import train_worker
 
     run_workers(
-        train_worker, {"training": training}, training.stage, training.output, workers, gpus, console, on_record
-    )
+        train_worker, {"training": training}, training.stage, training.output, workers, gpus, console, on_record,
+        keep_freed_memory=not isinstance(training.settings, Language),
+    )  # fmt: skip
 
 
 def run_workers(
@@ -135,8 +138,13 @@ def run_workers(
     gpus: bool,
     console: Console,
     on_record: Callable[[dict], None],
+    keep_freed_memory: bool = False,
 ) -> None:
-    """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board."""  # fmt: skip
+    """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board.
+
+    Args:
+        keep_freed_memory: see KEEP_FREED_MEMORY; without effect on GPUs.
+    """
     import ray
     import ray.train
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -155,7 +163,7 @@ def run_workers(
             name="checkpoints",
             storage_path=storage,
             failure_config=FailureConfig(max_failures=RETRIES),
-            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY} if keep_freed_memory and not gpus else {},
             # the best by the number of improvements, and always the newest, to resume from
             checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="rank_of_best"),
         ),

@@ -4,7 +4,7 @@ Shapes: b rows of one worker's slice, L ids a row, D columns, R rows of a table,
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,26 +164,48 @@ class ShardedTables:
                     )
         return None
 
-    def look_up(self, ids: Mapping[str, Tensor | Jagged]) -> dict[str, Tensor | Jagged]:
+    def look_up(
+        self, ids: Mapping[str, Tensor | Jagged], shares: Mapping[str, Jagged] = {}
+    ) -> dict[str, Tensor | Jagged]:
         """int64 ids [b], [b, L] or jagged by feature (with equal b) -> float32 vectors [b, D], [b, L, D] or jagged.
 
         Features that aren't asked for are left out; all workers ask for the same ones.
+
+        Args:
+            shares: features that are asked for this worker's `share` of their table. Where dense gradients are taken and the
+                worker holds those very rows, they are its weights themselves, and nothing is sent.
         """
-        jagged = {name: _as_jagged(feature) for name, feature in ids.items()}
-        found = self._look_up_bags(jagged) if self._bags else self._look_up_rows(jagged)
+        weights = self._own_weights(shares)
+        asked_for = {**ids, **shares}
+        jagged = {name: _as_jagged(feature) for name, feature in asked_for.items() if name not in weights}
+        found: dict[str, Tensor] = {}
+        if jagged:
+            found = self._look_up_bags(jagged) if self._bags else self._look_up_rows(jagged)
         out: dict[str, Tensor | Jagged] = {}
         for table in self.tables:
             for feature in table.features:
-                if feature not in ids:
+                if feature not in asked_for:
                     continue
-                vectors = [found[f"{feature}:{name}"] for name, _, _ in table.pieces]
+                vectors = weights.get(feature) or [found[f"{feature}:{name}"] for name, _, _ in table.pieces]
                 whole = vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=1)
-                asked = ids[feature]
+                asked = asked_for[feature]
                 if isinstance(asked, Jagged):
                     out[feature] = Jagged(whole, asked.lengths)
                 else:
                     out[feature] = whole.reshape(*asked.shape, table.dim)
         return out
+
+    def _own_weights(self, features: Collection[str]) -> dict[str, list[Tensor]]:
+        """The worker's weights of each piece of these features' tables, where they take dense gradients and are its share."""
+        if not self._dense:
+            return {}
+        weights = {name.split(".")[-2]: weight for name, weight in self.module.named_parameters()}
+        return {
+            feature: [weights[name].view(-1, stop - start) for name, start, stop in placement.table.pieces]
+            for placement in self.placements
+            if placement.sharding == "row-wise" or self.world_size == 1
+            for feature in set(placement.table.features) & set(features)
+        }
 
     def _look_up_rows(self, ids: Mapping[str, Jagged]) -> dict[str, Tensor]:
         from torchrec import KeyedJaggedTensor

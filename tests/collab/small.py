@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def write_train(folder: Path, *parts: list[tuple[int, int, int, list[int]]], gro
     return Log(folder, {"users": users, "items": items})
 
 
-def make(folder: Path, start: Path | None = None, given: Path | None = None, **settings: Any) -> CollabTask:
+def make(folder: Path, start: Path | None = None, given: Mapping[str, Path] = {}, **settings: Any) -> CollabTask:
     """The task of a model for the small log; `settings` are those of `collab`, and negatives are drawn where it takes them."""
     log = small_log(folder)
     collab = Collab(**{"dim": 4, "l2": 0.1, "negatives_per_row": 3} | settings)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,11 +30,11 @@ def log(tmp_path: Path) -> Log:
     return Log(tmp_path, {"items": len(IDS)})
 
 
-def write(log: Log, ids: list, vectors: list, has_biases: bool = False, **columns: str) -> int:
+def write(log: Log, ids: Any, vectors: Any, has_biases: bool = False, **columns: str) -> int:
     """Write a file of vectors, and the table that starts from it."""
     path = log.directory / "vectors.parquet"
     pq.write_table(pa.table({columns.get("id", "id"): ids, columns.get("vector", "vector"): vectors}), path)
-    return write_table(log, TABLE, path, has_biases, SEED, log.directory / "tables")
+    return write_table(log, TABLE, str(path), has_biases, SEED, log.directory / "tables")
 
 
 @pytest.mark.parametrize("has_biases", [False, True])
@@ -58,9 +59,15 @@ def test_ids_that_are_numbers_are_compared_as_text(log: Log) -> None:
     np.testing.assert_array_equal(SavedTable(log.directory / "tables", "item").read(2, 3), [[1] * 4])
 
 
+def test_vectors_may_be_lists_of_a_fixed_size(log: Log) -> None:
+    """As Arrow writes an array of two dimensions."""
+    assert write(log, ["a"], pa.FixedSizeListArray.from_arrays(pa.array(range(4), pa.int32()), 4)) == 1
+    np.testing.assert_array_equal(SavedTable(log.directory / "tables", "item").read(1, 2), [[0, 1, 2, 3]])
+
+
 def test_a_model_starts_from_them(tmp_path: Path, log: Log) -> None:
     write(log, ["a"], [[1.0] * 4])
-    tables = {table.name: table for table in make(tmp_path / "model", given=tmp_path / "tables").tables}
+    tables = {table.name: table for table in make(tmp_path / "model", given={"item": tmp_path / "tables"}).tables}
     assert tables["user"].read is None
     np.testing.assert_array_equal(initial_rows(tables["item"], 0, 1, 2), [[1] * 4])
 
@@ -72,12 +79,17 @@ REFUSED = [
     (["a", None], [[1.0] * 4] * 2, "1 ids or vectors are null"),
     (["a", "b"], [[1.0] * 4, [np.nan] * 4], "the vector of item 'b' is not finite"),
     (["p", "q"], [[1.0] * 4] * 2, "no vector of any item of the log: its ids are such as 'p', the log's such as '08'"),
+    (["a", "b"], [[1.0] * 4, [1e300] * 4], "the vector of item 'b' is not finite"),
+    (["a", "b"], [[1.0] * 4, [1.0, None, 1.0, 1.0]], "the vector of item 'b' is not finite"),
+    (["a", "b"], [1.0, 2.0], "vector is of type double, but a list of numbers is needed"),
+    (["a", "b"], [["x"] * 4] * 2, "vector is of type list<element: string>, but a list of numbers"),
+    ([1.0, 2.0], [[1.0] * 4] * 2, "id is of type double, but text or whole numbers are needed"),
     (pa.array([], pa.string()), pa.array([], pa.list_(pa.float32())), "has no rows"),
 ]
 
 
 @pytest.mark.parametrize(("ids", "vectors", "message"), REFUSED)
-def test_files_that_are_refused(log: Log, ids: list, vectors: list, message: str) -> None:
+def test_files_that_are_refused(log: Log, ids: Any, vectors: Any, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         write(log, ids, vectors)
 
@@ -88,4 +100,4 @@ def test_files_without_the_columns_or_of_another_format_are_refused(log: Log) ->
     (log.directory / "text").write_text("no Parquet")
     for path in (log.directory / "text", log.directory / "absent"):
         with pytest.raises(UserError, match=f"{path} can't be read as Parquet"):
-            write_table(log, TABLE, path, False, SEED, log.directory / "tables")
+            write_table(log, TABLE, str(path), False, SEED, log.directory / "tables")

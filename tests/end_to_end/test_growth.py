@@ -103,6 +103,35 @@ def test_rows_that_no_gradient_reached_are_the_earlier_models_and_new_ones_fresh
         assert (start[:old] != fresh[:old]).any(1).sum() > old // 2, "the first model learnt"
 
 
+def test_rows_start_from_vectors_of_a_file_and_another_file_is_another_run(grown: SimpleNamespace) -> None:
+    """Items' rows that no gradient reached are the file's; another file, or none, under the same name is refused."""
+    folder, log = grown.folder, read_log(grown.logs[1])
+    ids = log.items(["external_id"])["external_id"].to_pylist()
+    vectors = np.arange(len(ids) * (DIM - 1), dtype=np.float32).reshape(len(ids), -1) / 1000
+    pq.write_table(pa.table({"id": ids[::-1], "vector": list(vectors[::-1])}), folder / "items.parquet")
+    pq.write_table(pa.table({"id": ids, "vector": list(vectors + 1)}), folder / "others.parquet")
+    common = [
+        "log",
+        "--data",
+        grown.logs[1],
+        "--workspace",
+        folder / "w",
+        "--stages",
+        "prepare,collab",
+        "--name",
+        "given",
+    ]
+    common += ["--workers", "2", "--collab.dim", str(DIM), "--collab.batch", "4", "--collab.max-steps", "1"]
+    printed = main_job.train(*common, "--collab.init-items", folder / "items.parquet", log=folder / "given.log")
+    assert f"{len(ids)} of {len(ids)} items start from {folder / 'items.parquet'}" in printed
+    rows = SavedTable(main_job.artifact(folder / "w", "given", "collab") / "tables", "item").read(0, len(ids))
+    kept = (rows == np.pad(vectors, ((0, 0), (0, 1)))).all(1)
+    assert len(ids) - 4 <= kept.sum() < len(ids)
+    for other in ([], ["--collab.init-items", folder / "others.parquet"]):
+        printed = main_job.train(*common, *other, log=folder / "refused.log", status=2)
+        assert "collab.init_items" in printed and "choose another --name" in printed
+
+
 # What is left, ranked with
 
 NAME = "mf"
