@@ -67,9 +67,14 @@ def main(arguments: list[str]) -> None:
             run_flags += ["--stages", "prepare,collab"]
         this = Run.of(parse([*table.recipes, *run_flags], program="reproduce.py"))
         run(this)
-        if table.evaluation is not None:
-            this.place.write_json("results.json", evaluated(this, table.evaluation))
-        found = this.place.read_json("results.json")
+        if table.evaluation is None:
+            found = this.place.read_json("results.json")
+        else:
+            file = f"results-collab-{this.marks['collab']}.json"
+            found = this.place.read_json(file)
+            if found is None:
+                found = evaluated(this, table.evaluation)
+                this.place.write_json(file, found)
         records += found
         sections.append(f"Seed {seed}\n\n{format_table(found)}")
     summary = over_seeds(records) if table.evaluation is not None else summarise(records)

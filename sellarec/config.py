@@ -632,7 +632,7 @@ class Planning:
     """Where the workers run. No GPU is needed to plan for some."""
     memory_per_worker: float | None = None
     """Memory for tables on each worker (GiB; of its GPU, or with uvm of its share of the host). Default: on CPUs an equal share
-    of what is free on this machine."""
+    of what is free on this machine, beside the worker itself."""
     tables: Tables = field(default_factory=Tables)
     table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam"] = "rowwise-adagrad"
     """Optimizer of the tables: its state lies beside the rows."""

@@ -28,7 +28,7 @@ from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, UserError
 from sellarec.language.templates import templates
-from sellarec.training.launch import WORKER_MEMORY, Cluster, check_room, connect, run_task, run_workers, train
+from sellarec.training.launch import Cluster, check_room, connect, room_for_tables, run_task, run_workers, train
 from sellarec.training.progress import Console, duration
 
 VERSIONS = {
@@ -485,8 +485,6 @@ def _valid_order(this: Run, stage: str, settings: Selection) -> Any:
 
 def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
     """Raises UserError where the kernels can't do what is asked of the tables, or this machine's memory can't hold them."""
-    import psutil
-
     from sellarec.training.plan import check_fits, place
 
     assert this.cluster is not None
@@ -494,8 +492,8 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
     placements = place(tables, storage, settings, workers, "cuda" if this.gpus() else "cpu")
     if this.cluster.local and not this.gpus():
         # its workers' own memory was seen to be free before Ray was started
-        room = (psutil.virtual_memory().available - workers * WORKER_MEMORY) // workers
-        check_fits(placements, storage, settings, workers, room, f"each of {workers} workers on this machine")
+        whose = f"each of {workers} workers on this machine"
+        check_fits(placements, storage, settings, workers, room_for_tables(workers), whose)
 
 
 def _check_sharding(this: Run, wanted: Sequence[str]) -> None:

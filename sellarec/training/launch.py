@@ -94,6 +94,13 @@ def connect(workers: int, console: Console) -> Cluster:
     return Cluster(local=local, gpus=gpus >= workers)
 
 
+def room_for_tables(workers: int) -> int:
+    """Bytes that each of so many workers on this machine has for tables, beside what a worker takes itself."""
+    import psutil
+
+    return max(0, psutil.virtual_memory().available // workers - WORKER_MEMORY)
+
+
 def check_room(workers: int) -> None:
     """Raises UserError where this machine's memory can't hold so many workers."""
     import psutil

@@ -21,7 +21,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's states of a weight, as torch names them."""
 
 FILE_ROWS = 1 << 20
-"""Rows of an exported file at most, and rows that are read or drawn at once: no table is ever whole in memory twice."""
+"""Rows of an exported file at most."""
+
+BLOCK_BYTES = 1 << 28
+"""What is read or drawn at once of the rows that a table starts from: no table is ever whole in memory twice."""
 
 EPSILON = 1e-8
 """Added to the root of Adagrad's sums of squares, which start from 0."""
@@ -100,9 +103,10 @@ class ShardedTables:
         )
         self._collections = {name: getattr(self.module.module, name) for name in self._keys}
         for table in self.tables:
+            size = max(1, min(FILE_ROWS, BLOCK_BYTES // (4 * table.dim)))
             for row, column, rows in self._local_parts(table):
-                for start in range(0, len(rows), FILE_ROWS):
-                    block = rows[start : start + FILE_ROWS]
+                for start in range(0, len(rows), size):
+                    block = rows[start : start + size]
                     fresh = initial_rows(table, seed, row + start, row + start + len(block))
                     block.copy_(torch.from_numpy(fresh[:, column : column + block.shape[1]]))
         self._steps = 0
