@@ -53,7 +53,7 @@ def test_what_rows_become(case, sequences, most, kind, number, epoch, data):
     columns = {"row", "item", "history", *["targets"] * sequences, *["log_q"] * (kind is not None)}
     assert set(found.column_names) == columns | ({"negative", "negative_log_q"} if drawn else set())
     for (item, history), row in zip(case, found.to_pylist(), strict=True):
-        read = [other for other in history if SEEN[other]]
+        read = [other for other in history if sequences or SEEN[other]]
         if sequences:
             whole = [*read, item][-(most + 1) :]
             assert row["history"] == whole[:-1] and row["targets"] == whole[1:]

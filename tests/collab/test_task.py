@@ -400,10 +400,9 @@ def test_a_sequence_has_the_losses_of_the_rows_that_it_stands_for(loss, tmp_path
 
 
 def test_sequences_without_a_target_have_no_loss(tmp_path):
-    """Where the train split has none of what a given history names, nothing is left to learn from."""
     for loss in ("bpr", "softmax", "full-softmax"):
         task = make(tmp_path, model="sasrec", user_rows=False, loss=loss, train_on="sequences")
-        batch = batch_of(task, some_rows(history=[[4], [4, 4], [4]], item_seen=[True] * 3))
+        batch = batch_of(task, some_rows(history=pa.array([[]] * 3, pa.list_(pa.int64())), item_seen=[True] * 3))
         assert task.targets(batch) == 0
         assert task.loss(None, batch, vectors_of(task, batch), Alone()).item() == 0
 
