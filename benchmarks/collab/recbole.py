@@ -8,7 +8,7 @@ they take turns (A B C A B C ...), and one that waits takes no time of the other
     mf, rowwise-adagrad   ours: the same with the default optimizer
     mf, recbole           RecBole's BPR, 64 columns, 2,048 rows a batch
     sasrec, ours          full softmax over the catalog, 2 layers, 2 heads, the targets of a user's last 51 items in one
-                          sequence, so that a batch has about 2,048 targets; the feed-forward layers are 64 wide
+                          sequence, so that a batch has about 1,850 targets; the feed-forward layers are 64 wide
     sasrec, recbole       RecBole's SASRec with its defaults: cross entropy over the catalog, 2 layers, 2 heads, feed-forward
                           layers 256 wide, the last 50 items; each target is a row, whose whole prefix is encoded again
     sasrec, recbole 64    the same, feed-forward layers 64 wide as ours

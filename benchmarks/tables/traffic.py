@@ -228,6 +228,9 @@ def main() -> None:
     settings = parser.parse_args()
     if settings.quick:
         settings.workers, settings.steps, settings.rounds = [1, 2], 5, 1
+    uneven = [workers for workers in settings.workers if settings.batch % workers]
+    if uneven:
+        parser.error(f"--batch is {settings.batch} and --workers {uneven[0]}: give a multiple of the workers")
     facts = {name: getattr(settings, name) for name in ("rows", "dim", "batch", "steps", "rounds")}
     cases = []
     with tempfile.TemporaryDirectory() as folder:

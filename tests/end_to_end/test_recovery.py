@@ -134,8 +134,8 @@ def test_killed_job_goes_on_with_more_workers(undisturbed: Path, tmp_path: Path)
     first, second = (main_job.artifact(w, "run", "collab") for w in (undisturbed, tmp_path / "w"))
     expected, found = (main_job.read_json(folder / "training.json") for folder in (first, second))
     assert found["kept_step"] == expected["kept_step"]
-    assert [e["step"] for e in found["evaluations"]] == [e["step"] for e in expected["evaluations"]]
-    curves = [[(e["auc"], e["uauc"]) for e in facts["evaluations"]] for facts in (expected, found)]
+    curves = [[(step, m["auc"], m["uauc"]) for step, m in facts["evaluations"]] for facts in (expected, found)]
+    assert len(curves[0]) == 10
     np.testing.assert_allclose(curves[1], curves[0], atol=1e-4)
     for name in ("user", "item"):
         rows = [SavedTable(folder / "tables", name) for folder in (first, second)]
