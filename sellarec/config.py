@@ -791,9 +791,9 @@ def _check_collab(config: Config) -> None:
                 f"users: take --{name}.select-on uauc"
             )
     for name, unread in (
-        ("negatives", collab.loss not in ("bpr", "softmax")),
-        ("negatives_per_row", collab.loss not in ("bpr", "softmax") or collab.negatives == "in-batch"),
-        ("shared_negatives", collab.loss not in ("bpr", "softmax") or collab.negatives == "in-batch"),
+        ("negatives", collab.loss not in SAMPLED),
+        ("negatives_per_row", collab.loss not in SAMPLED or collab.negatives == "in-batch"),
+        ("shared_negatives", collab.loss not in SAMPLED or collab.negatives == "in-batch"),
     ):
         if unread and getattr(collab, name) != getattr(defaults, name):
             raise UserError(
@@ -812,7 +812,7 @@ def _check_collab(config: Config) -> None:
     model = import_module(f"sellarec.collab.models.{collab.model}").Model
     for whose in ("users", "items"):
         path = getattr(collab, f"init_{whose}")
-        if path is not None and (whose not in model.given or (whose == "users" and not collab.user_rows)):
+        if path is not None and (whose not in model.init_from_vectors or (whose == "users" and not collab.user_rows)):
             raise UserError(
                 f"collab.init_{whose} is {path}, but collab.model is {collab.model} with collab.user_rows {collab.user_rows}, "
                 f"which has no rows of {whose} to start: leave it out"
@@ -864,6 +864,9 @@ def _check_collab(config: Config) -> None:
                 "ranking loss with negatives drawn for each target or the full softmax, and no rows of users"
             )
 
+
+SAMPLED = ("bpr", "softmax")
+"""Losses of `collab` that rank a target above negatives."""
 
 DENSE_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "clip")
 """Settings of `collab` that models with dense weights read."""

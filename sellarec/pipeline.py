@@ -32,9 +32,14 @@ from sellarec.training.launch import Cluster, check_room, connect, room_for_tabl
 from sellarec.training.progress import Console, duration
 
 VERSIONS = {
-    **dict.fromkeys(("distil",), 1),
-    **dict.fromkeys(("prepare", "pretrain", "adapt", "evaluate"), 2),
-    **dict.fromkeys(("collab", "align", "fuse"), 3),
+    "prepare": 2,
+    "pretrain": 2,
+    "adapt": 2,
+    "collab": 3,
+    "distil": 1,
+    "align": 3,
+    "fuse": 3,
+    "evaluate": 2,
 }
 """Raised by hand when a stage's code gives other results than before."""
 
@@ -47,6 +52,9 @@ NO_ROOM = 1 << 20
 """With less room than this behind the workspace (bytes), a failed stage is taken to have failed for that."""
 
 MODELS = ("collab", "text-only", "sella-rec")
+
+COLLAB_ORIGINS = ("collab.init_from", "collab.init_users", "collab.init_items")
+"""Settings that say what collab's rows start from: a run's name belongs to what they name, by content."""
 
 
 def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
@@ -242,7 +250,7 @@ def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
         origins["data"] = this.hashes
     if "collab" in wanted:
         # none is an origin too: another one under the same name is refused
-        origins |= dict.fromkeys(("collab.init_from", "collab.init_users", "collab.init_items")) | this.given_vectors
+        origins |= dict.fromkeys(COLLAB_ORIGINS) | this.given_vectors
         if this.config.collab.init_from is not None:
             origins["collab.init_from"] = this.collab_start[1]
     return origins
@@ -254,8 +262,7 @@ def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
     earlier = this.place.read_json("settings.json") or {}
     # what only stages that haven't been run depend on may still change
     stages = [stage for stage in STAGES if stage in (this.place.read_json("artifacts.json") or {})]
-    fixed = {"llm", "data", "collab.init_from", "collab.init_users", "collab.init_items"}
-    fixed = fixed.union(*(_settings_names(stage, this.config) for stage in stages))
+    fixed = {"llm", "data", *COLLAB_ORIGINS}.union(*(_settings_names(stage, this.config) for stage in stages))
     names = [name for name in mine if name in fixed and name in earlier and earlier[name] != mine[name]]
     if names:
         shown = ", ".join(f"{name} {earlier[name]} then, {mine[name]} now" for name in names[:5])

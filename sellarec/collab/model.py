@@ -47,7 +47,7 @@ class CollabModel(nn.Module):
         reads_catalog: whether its `auxiliary_loss` takes the rows of the whole catalog, and how many train rows each item has.
         uses_graph: whether rows are smoothed over the graph of train positives (`propagate`).
         unseen: what a user, item or item of a history without a train row counts as, in words.
-        given: whose rows may start from vectors of a file (`collab.init_users`, `init_items`).
+        init_from_vectors: whose rows may start from vectors of a file (`collab.init_users`, `init_items`).
     """
 
     reads: ClassVar[tuple[str, ...]] = ()
@@ -58,7 +58,7 @@ class CollabModel(nn.Module):
     reads_catalog: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = False
     unseen: ClassVar[str] = "masked: a row of zeros"
-    given: ClassVar[tuple[str, ...]] = ("users", "items")
+    init_from_vectors: ClassVar[tuple[str, ...]] = ("users", "items")
     history: int = 0
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:

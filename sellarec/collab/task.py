@@ -21,7 +21,7 @@ from sellarec.collab.losses import bpr, full_softmax, sampled_softmax
 from sellarec.collab.model import CollabModel, Sizes, values
 from sellarec.collab.negatives import Negatives
 from sellarec.collab.rows import Rows
-from sellarec.config import Collab
+from sellarec.config import SAMPLED, Collab
 from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.training.stream import Prepare
@@ -30,9 +30,6 @@ from sellarec.training.task import WHOLE, Batch, Graph, Peers, Task, Vectors
 
 WEIGHTS = "collab.safetensors"
 """File of a model's dense weights in an artifact."""
-
-SAMPLED = ("bpr", "softmax")
-"""Losses that rank a target above negatives."""
 
 Network = Callable[..., tuple[Tensor, list[Tensor]]]
 """A model of `sellarec.collab.models`, or what stands for it: (batch, vectors, *candidates) -> users, scores."""
@@ -63,6 +60,7 @@ class CollabTask(Task):
         self._sequences = settings.train_on == "sequences"
         self._has_negatives = negatives is not None
         self._draws = negatives is not None and settings.negatives != "in-batch"
+        self._draws_own = self._draws and not settings.shared_negatives
         self._seen = torch.from_numpy(seen)
         self._log_counts = torch.zeros(0) if counts is None else torch.from_numpy(counts).float().log()
         self.whole = ("item",) if settings.loss == "full-softmax" or network.reads_catalog else ()
@@ -126,7 +124,7 @@ class CollabTask(Task):
         norms = self.network.squared_norms(vectors)
         positive = self.network.item(batch, vectors)[:, None]
         negatives = self._settings.negatives_per_row
-        if self._draws and not self._settings.shared_negatives:
+        if self._draws_own:
             negative = vectors["negative"].values.unflatten(0, (-1, negatives))
             users, (score, others) = network(batch, vectors, positive, negative)
         else:
@@ -139,7 +137,7 @@ class CollabTask(Task):
             losses = full_softmax(users, score, lambda users: self.network.products(users, rows), seen, peers)
         else:
             log_q = values(batch["log_q"])
-            if self._draws and not self._settings.shared_negatives:
+            if self._draws_own:
                 negative_log_q = batch["negative_log_q"].values.unflatten(0, (-1, negatives))
                 counts = negative_log_q.isfinite()
             elif self._draws:

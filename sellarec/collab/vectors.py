@@ -24,7 +24,7 @@ def write_table(log: Log, table: Table, path: str, has_biases: bool, seed: int, 
 
     Args:
         table: "user" or "item" of a model.
-        path: a Parquet file, by path or URI, of `id` (as the log's source has it, text or whole numbers) and `vector` (a list of
+        path: a local Parquet file of `id` (as the log's source has it, text or whole numbers) and `vector` (a list of
             numbers), all of the table's width, or of one column fewer, which leaves out the bias.
         has_biases: whether the last column is a bias: it starts from 0 where vectors leave it out.
         seed: of fresh rows.

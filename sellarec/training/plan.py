@@ -51,7 +51,7 @@ class Placement:
         """What a worker holds of the columns of its rows: ranges of the whole table's, at most one of each piece."""
         pieces = whole(self.table)
         if self.sharding == "column-wise":
-            pieces = [share(piece, worker, workers) for piece in pieces]
+            pieces = [column_share(piece, worker, workers) for piece in pieces]
         elif self.sharding == "table-wise" and worker != self.worker:
             pieces = []
         return [piece for piece in pieces if piece]
@@ -62,7 +62,7 @@ def whole(table: Table) -> list[range]:
     return [range(start, stop) for _, start, stop in table.pieces]
 
 
-def share(piece: range, worker: int, workers: int) -> range:
+def column_share(piece: range, worker: int, workers: int) -> range:
     """A worker's columns of a piece: multiples of COLUMNS as even as can be; the last workers may hold none."""
     least, more = divmod(-(-len(piece) // COLUMNS), workers)
     start = COLUMNS * (worker * least + min(worker, more))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sellarec.config import Sparse, Tables
-from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, describe, share
+from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, column_share, describe
 from sellarec.training.table import Jagged, Table, initial_rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -201,7 +201,7 @@ class ShardedTables:
 
     def _own_weights(self, features: Collection[str]) -> dict[str, list[Tensor]]:
         """The worker's weights of each piece of these features' tables, where they take dense gradients and are its share."""
-        if not self._dense:
+        if not self._dense or not features:
             return {}
         weights = {name.split(".")[-2]: weight for name, weight in self.module.named_parameters()}
         return {
@@ -407,7 +407,7 @@ def _sharding(placement: Placement, width: int, workers: int, kernel: str) -> An
     if placement.sharding == "row-wise":
         return row_wise(compute_kernel=kernel)
     if placement.sharding == "column-wise":
-        shares = [len(share(range(width), worker, workers)) for worker in range(workers)]
+        shares = [len(column_share(range(width), worker, workers)) for worker in range(workers)]
         # only of those that hold any: TorchRec takes no empty ones
         return column_wise(size_per_rank=[columns for columns in shares if columns], compute_kernel=kernel)
     return table_wise(rank=placement.worker, compute_kernel=kernel)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from sellarec.training.launch import KEEP_FREED_MEMORY
 from sellarec.training.table import SavedTable
 
 pytestmark = pytest.mark.ray
@@ -98,6 +99,8 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
         main_job.wait_for(log, "step" if stage == "pretrain" else "valid AUC", job)
         workers = main_job.training_workers(job)
         assert len(workers) == 2
+        keeps = KEEP_FREED_MEMORY.items() <= workers[0].environ().items()
+        assert keeps == (stage in ("collab", "align")), "not where a language model is loaded"
         os.kill(workers[1].pid, signal.SIGKILL)
         assert job.wait(300) == 0, log.read_text()
     finally:

@@ -31,7 +31,7 @@ class Model(CollabModel):
     losses = ("bce",)
     reads_catalog = True
     unseen = "masked: a row of zeros; a user still has a history"
-    given = ("items",)
+    init_from_vectors = ("items",)
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:
         super().__init__(sizes, settings)
