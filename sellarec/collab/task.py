@@ -121,7 +121,6 @@ class CollabTask(Task):
         """The sum over targets; `model` stands for the network where that has dense weights."""
         network, kind = model or self.network, self._settings.loss
         weights = self._of_targets(batch, self.row_weights(batch))
-        norms = self.network.squared_norms(vectors)
         positive = self.network.item(batch, vectors)[:, None]
         negatives = self._settings.negatives_per_row
         if self._draws_own:
@@ -158,7 +157,9 @@ class CollabTask(Task):
                 losses = bpr(score, others, counts)
             else:
                 losses = sampled_softmax(score, others, counts, log_q, negative_log_q)
-        total = ((losses + 0.5 * self._settings.l2 * norms) * weights).sum()
+        if self._settings.l2:
+            losses = losses + 0.5 * self._settings.l2 * self.network.squared_norms(vectors)
+        total = (losses * weights).sum()
         if not self.network.reads_catalog:
             return total
         log_counts = self._log_counts = self._log_counts.to(score.device)

@@ -114,9 +114,8 @@ class ShardedTables:
         if optimizer is not None and self._dense:
             owned = [weight for weight in self.module.parameters() if weight.numel()]
             decay = optimizer.table_weight_decay
-            self._adam = (
-                torch.optim.Adam(owned, lr=optimizer.table_learning_rate, weight_decay=decay) if owned else None
-            )
+            if owned:
+                self._adam = torch.optim.Adam(owned, lr=optimizer.table_learning_rate, weight_decay=decay, fused=True)
 
     @property
     def optimizer(self) -> str:
@@ -307,7 +306,9 @@ class ShardedTables:
             if sharded.local_shards():
                 state = self._adam.state[weights[name]]
                 if not state:  # before the first step
-                    state |= {"step": torch.zeros(()), **{m: torch.zeros_like(weights[name]) for m in MOMENTS}}
+                    weight = weights[name]
+                    state["step"] = torch.zeros((), device=weight.device)
+                    state |= {moment: torch.zeros_like(weight) for moment in MOMENTS}
                 for moment in MOMENTS:
                     local = [
                         Shard(state[moment].view(shard.tensor.shape), shard.metadata)
@@ -323,7 +324,7 @@ class ShardedTables:
         if self._dense:
             self._steps = int(state["steps"])
         for found in self._adam.state.values() if self._adam is not None else ():
-            found["step"] = torch.tensor(float(self._steps))
+            found["step"].fill_(self._steps)
 
     def save(self, folder: Path) -> list[dict[str, Any]]:
         """Write what this worker holds as safetensors into `folder`, FILE_ROWS rows at a time.

@@ -368,7 +368,7 @@ def test_any_number_of_workers_loads_what_any_other_has_saved(
     gloo, saved, optimizer, workers, sharding, then_workers, then_sharding
 ):
     """Rows and the optimizer's state to the bit; the steps after it as whole tables take them, and with as many workers
-    exactly as those that went on."""
+    exactly as those that went on (Adam's kernel rounds by where in a shard a value lies, so with the same sharding)."""
     folder, state = saved(optimizer, workers, sharding)
     fresh = replace(setup_of(optimizer, then_sharding), seed=99)
     further = steps_of(then_workers)[3:]
@@ -385,7 +385,7 @@ def test_any_number_of_workers_loads_what_any_other_has_saved(
         pass
     for name, value in plain.state().items():
         np.testing.assert_allclose(after[name], value, err_msg=name, **FLOAT)
-    if workers == then_workers:
+    if workers == then_workers and (sharding == then_sharding or optimizer != "adam decay"):
         straight = gloo.call(workers, table_cases.run, setup_of(optimizer, sharding), steps_of(workers))
         for name, value in table_cases.whole([worker["after"] for worker in straight]).items():
             np.testing.assert_array_equal(after[name], value, err_msg=name)
