@@ -17,9 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from sellarec.training.launch import KEEP_FREED_MEMORY
+
 
 def measure(function: Callable[..., dict | None], workers: int, *arguments: Any) -> dict:
-    """What worker 0's `function(rank, workers, *arguments)` gives; each worker has one thread.
+    """What worker 0's `function(rank, workers, *arguments)` gives; each worker has one thread, and the settings of memory
+    that the training's own workers are started with.
 
     Raises:
         SystemExit: a worker failed.
@@ -29,8 +32,12 @@ def measure(function: Callable[..., dict | None], workers: int, *arguments: Any)
     with tempfile.TemporaryDirectory() as folder:
         given = (workers, f"{folder}/meeting", function, arguments, answers)
         processes = [context.Process(target=_run, args=(rank, *given)) for rank in range(workers)]
+        before = dict(os.environ)
+        os.environ.update(KEEP_FREED_MEMORY)  # read by a process at its start
         for process in processes:
             process.start()
+        os.environ.clear()
+        os.environ.update(before)
         for process in processes:
             process.join()
     if any(process.exitcode for process in processes):
