@@ -1,15 +1,20 @@
-"""Run the grid of a table and write it with intervals: `python jobs/reproduce.py TABLE [--workspace DIR] [flags of train.py]`.
+"""Run the grid of a table and write it with intervals: `python jobs/reproduce.py TABLE [--into FILE.md] [flags of train.py]`.
 
-What stands is not run again, so an interrupted table goes on where it was.
+What stands is not run again, so an interrupted table goes on where it was. The table goes to WORKSPACE/tables, and with
+`--into` between the lines `<!-- TABLE -->` and `<!-- end of TABLE -->` of a Markdown file (at its end, where it has none).
 """
 
 import statistics
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sellarec.environment import check_environment
 from sellarec.errors import UserError, exit_status
+
+MAIN = "sella-rec"
 
 
 @dataclass(frozen=True)
@@ -18,20 +23,27 @@ class Table:
 
     Attributes:
         evaluation: of `jobs/evaluate.py`, for a collaborative model alone; None for the whole main job.
+        variants: further runs of each seed, by the name that their SeLLa-Rec gets: flags that are laid over the recipes.
+        published: what others report, by model: AUC / UAUC on all rows.
     """
 
     recipes: tuple[str, ...]
     seeds: tuple[int, ...]
     evaluation: dict[str, Any] | None = None
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {MAIN: ()})
+    published: Mapping[str, str] = field(default_factory=dict)
 
 
 SCORES: dict[str, Any] = {"batch": 4096}
 RANKING = {"ranking": "full", "batch": 1024}
 
+COLLM = {"mf": ".6482 / .6361", "lightgcn": ".5959 / .6499", "sasrec": ".7078 / .6884", "din": ".7166 / .6459"}
+"""AUC / UAUC on MovieLens-1M in CoLLM's table (arXiv 2310.19488)."""
+
 TABLES = {
     "world": Table(recipes=("demo", "longer"), seeds=(1, 2, 3)),
     **{
-        f"collm-{model}": Table(("collm-ml-1m", f"collm-{model}"), (1, 2, 3, 4, 5), SCORES)
+        f"collm-{model}": Table(("collm-ml-1m", f"collm-{model}"), (1, 2, 3, 4, 5), SCORES, published=COLLM)
         for model in ("mf", "lightgcn", "sasrec", "din", "fism")
     },
     **{
@@ -53,7 +65,15 @@ def main(arguments: list[str]) -> None:
     own = [flag for flag in flags if flag.split("=")[0] in ("--seed", "--name", "--stages")]
     if own or (flags and not flags[0].startswith("-")):
         raise UserError(f"{(own or flags)[0]} is given, but a table sets its recipes, seeds, names and stages itself")
-    table = TABLES[name]
+    table, into = TABLES[name], None
+    for flag in [flag for flag in flags if flag == "--into" or flag.startswith("--into=")]:
+        place = flags.index(flag)
+        into = Path(flag.partition("=")[2] or "".join(flags[place + 1 : place + 2]))
+        del flags[place : place + (1 if "=" in flag else 2)]
+        if not into.parent.is_dir() or into.is_dir():
+            raise UserError(
+                f"--into is '{into}', where no file can be written: give a Markdown file in a folder that exists"
+            )
     check_environment()
     from sellarec.artifacts import Place
     from sellarec.config import parse
@@ -62,27 +82,69 @@ def main(arguments: list[str]) -> None:
 
     sections, records = [], []
     for seed in table.seeds:
-        run_flags = [*flags, "--seed", str(seed), "--name", f"{name}-seed-{seed}"]
-        if table.evaluation is not None:
-            run_flags += ["--stages", "prepare,collab"]
-        this = Run.of(parse([*table.recipes, *run_flags], program="reproduce.py"))
-        run(this)
-        if table.evaluation is None:
-            found = this.place.read_json("results.json")
-        else:
-            file = f"results-collab-{this.marks['collab']}.json"
-            found = this.place.read_json(file)
-            if found is None:
-                found = evaluated(this, table.evaluation)
-                this.place.write_json(file, found)
-        records += found
-        sections.append(f"Seed {seed}\n\n{format_table(found)}")
+        for variant, own_flags in table.variants.items():
+            short = "" if variant == MAIN else "-" + variant.replace(" ", "-")
+            run_flags = [*own_flags, *flags, "--seed", str(seed), "--name", f"{name}{short}-seed-{seed}"]
+            if table.evaluation is not None:
+                run_flags += ["--stages", "prepare,collab"]
+            this = Run.of(parse([*table.recipes, *run_flags], program="reproduce.py"))
+            run(this)
+            if table.evaluation is None:
+                found = this.place.read_json("results.json")
+            else:
+                file = f"results-collab-{this.marks['collab']}.json"
+                found = this.place.read_json(file)
+                if found is None:
+                    found = evaluated(this, table.evaluation)
+                    this.place.write_json(file, found)
+            if variant != MAIN:  # the others are the main run's
+                found = [{**r, "model": variant} for r in found if r["model"] == MAIN]
+            records += found
+            sections.append(f"Seed {seed}{', ' + variant if short else ''}\n\n{format_table(found)}")
     summary = over_seeds(records) if table.evaluation is not None else summarise(records)
     print(f"\n{summary}\n")
     place = Place.of(this.config.workspace) / "tables"
     place.write_text(f"{name}.txt", "\n\n".join([*sections, summary]) + "\n")
     place.write_json(f"{name}.json", records)
-    print(f"table        {place}/{name}.txt")
+    place.write_text(f"{name}.md", markdown(records, table.published))
+    print(f"table        {place}/{name}.txt, {name}.md")
+    if into is not None:
+        put_between(into, name, markdown(records, table.published))
+        print(f"written into {into}")
+
+
+def markdown(records: list[dict], published: Mapping[str, str]) -> str:
+    """AUC / UAUC (or the ranking metrics) of each model on each cut: mean over seeds, and of their 95% intervals the lowest
+    and the highest bound."""
+    chosen = [r for r in records if r["value"] is not None]
+    columns = list(dict.fromkeys((r["rows"], r["metric"]) for r in chosen))
+    lines = [
+        "| model | " + " | ".join(f"{metric}, {rows}" for rows, metric in columns) + " | published, all rows | seeds |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    for model in dict.fromkeys(r["model"] for r in chosen):
+        cells = []
+        for rows, metric in columns:
+            of_seeds = [r for r in chosen if (r["model"], r["rows"], r["metric"]) == (model, rows, metric)]
+            bounds = [r for r in of_seeds if r["low"] is not None]
+            cell = f"{statistics.mean(r['value'] for r in of_seeds):.4f}" if of_seeds else ""
+            if bounds:
+                cell += f" [{min(r['low'] for r in bounds):.4f}, {max(r['high'] for r in bounds):.4f}]"
+            cells.append(cell)
+        seeds = sorted({r["seed"] for r in chosen if r["model"] == model})
+        cells += [published.get(model, ""), ", ".join(map(str, seeds))]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def put_between(file: Path, name: str, text: str) -> None:
+    """Put a table between its two lines of a Markdown file; where the file doesn't have them, at its end."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before = file.read_text() if file.exists() else ""
+    if begin not in before or end not in before:
+        before += f"\n{begin}{end}"
+    head, tail = before[: before.index(begin)], before[before.index(end) :]
+    file.write_text(f"{head}{begin}\n{text}\n{tail}")
 
 
 def evaluated(this: Any, evaluation: dict[str, Any]) -> list[dict]:

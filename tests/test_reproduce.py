@@ -15,8 +15,10 @@ import reproduce  # noqa: E402
 
 @pytest.mark.parametrize("name", reproduce.TABLES)
 def test_the_recipes_of_a_table_go_together(name: str) -> None:
-    config = parse([*reproduce.TABLES[name].recipes, "--seed", "1", "--stages", "prepare,collab"])
-    assert config.stages == ("prepare", "collab")
+    table = reproduce.TABLES[name]
+    for flags in table.variants.values():
+        config = parse([*table.recipes, *flags, "--seed", "1", "--stages", "prepare,collab"])
+        assert config.stages == ("prepare", "collab")
 
 
 def record(seed: int, metric: str, value: float | None, rows: str = "all") -> dict:
@@ -31,9 +33,31 @@ def test_means_and_deviations_are_over_the_seeds_of_all_rows() -> None:
     assert uauc.split() == ["mf", "uauc", "0.6000", "n/a", "1"]
 
 
+def test_a_table_has_means_and_the_outermost_bounds_and_replaces_itself_in_a_file(tmp_path: Path) -> None:
+    records = [{**record(1, "auc", 0.7), "low": 0.6, "high": 0.75}, {**record(2, "auc", 0.8), "low": 0.7, "high": 0.85}]
+    records.append({**record(1, "uauc", None), "low": None, "high": None})
+    text = reproduce.markdown(records, {"mf": ".6482 / .6361"})
+    head, _, row = text.splitlines()
+    assert head == "| model | auc, all | published, all rows | seeds |"
+    assert row == "| mf | 0.7500 [0.6000, 0.8500] | .6482 / .6361 | 1, 2 |"
+    file = tmp_path / "results.md"
+    file.write_text("# Results\n")
+    reproduce.put_between(file, "sella", text)
+    reproduce.put_between(file, "other", "nothing\n")
+    reproduce.put_between(file, "sella", "new\n")
+    found = file.read_text()
+    assert found.startswith("# Results\n") and "nothing" in found and "new" in found and "mf" not in found
+    assert found.count("<!-- sella -->") == found.count("<!-- end of sella -->") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "the table comes first"), (["moon"], "not moon"), (["collm-mf", "--seed", "3"], "--seed is given")],
+    [
+        ([], "the table comes first"),
+        (["moon"], "not moon"),
+        (["collm-mf", "--seed", "3"], "--seed is given"),
+        (["collm-mf", "--into", "/nowhere/at/all.md"], "no file can be written"),
+    ],
 )
 def test_mistakes_are_told(arguments: list[str], message: str) -> None:
     command = [sys.executable, str(ROOT / "jobs" / "reproduce.py"), *arguments]
