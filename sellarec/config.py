@@ -365,6 +365,20 @@ class Align(Steps, Selection, Dense, Sparse):
     """Weight of the contrastive loss beside the collaborative one."""
     temperature: float = 0.2
     """Temperature of the contrastive loss (cosines are divided by it)."""
+    contrastive: Literal["info-nce", "rince"] = "info-nce"
+    """info-nce: cross-entropy of a row's own vector among those of the global batch; rince: the loss of the published code, which
+    for small `rince_q` is close to it."""
+    rince_q: float = 0.01
+    """The power q of rince."""
+    rince_lambda: float = 0.1
+    """What rince multiplies the sum over positive and negatives by."""
+    direction: Literal["both", "semantic-to-collab"] = "both"
+    """both: the mean of finding the distilled vector by the projected row, and the other way round; semantic-to-collab: a distilled
+    vector finds its projected row (as published)."""
+    mask_equal: bool = True
+    """Whether rows of the same item (or user) are left out of each other's negatives; false counts them, as published."""
+    block: int = runtime(1024)
+    """Rows of the global batch that the contrastive loss compares at once with a worker's: more take more memory, fewer more time."""
     hidden: int = 128
     """Width of the projection's hidden layer."""
     epochs: float = 10.0
@@ -775,6 +789,20 @@ def check(config: Config) -> None:
         raise UserError(f"fuse.unseen_dropout is {config.fuse.unseen_dropout}: a share from 0 to below 1 is needed")
     if not 0 <= config.adapt.dropout < 1:
         raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
+    _check_align(config)
+
+
+def _check_align(config: Config) -> None:
+    align, defaults = config.align, Align()
+    for name in ("rince_q", "rince_lambda"):
+        value = getattr(align, name)
+        if value != getattr(defaults, name) and align.contrastive != "rince":
+            raise UserError(
+                f"align.{name} is {value}, but align.contrastive is {align.contrastive}, which doesn't read it: leave out one of "
+                "the two"
+            )
+        if not 0 < value <= 1:
+            raise UserError(f"align.{name} is {value}: a number above 0, at most 1, is needed")
 
 
 def _check_collab(config: Config) -> None:
@@ -967,7 +995,7 @@ _LOWEST: dict[str, float] = {
         ("workers", "batch", "micro_batch", "max_steps", "patience", "valid_rows", "history_cap", "history"), 1
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
-    "negatives_per_row": 1,
+    **dict.fromkeys(("negatives_per_row", "block"), 1),
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
     **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "memory_per_worker"), 1e-6),
     "seed": 0,

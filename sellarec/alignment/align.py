@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 from torch import Tensor, nn
 
-from sellarec.alignment.contrastive import symmetric_info_nce
+from sellarec.alignment.contrastive import Views, contrastive_loss
 from sellarec.collab.model import CollabModel
 from sellarec.collab.task import WEIGHTS, CollabTask, save_parts
 from sellarec.config import Align
@@ -47,7 +47,7 @@ class AlignTask(Task):
         self.columns, self.prepare = collab.columns, collab.prepare
         self.tables, self.whole, self.graph = (*collab.tables, semantic), collab.whole, collab.graph
         self.model = Aligned(collab.network, projection)
-        self._weight, self._temperature = settings.weight, settings.temperature
+        self._settings = settings
 
     @property
     def prepare_to_score(self) -> Prepare | None:
@@ -75,12 +75,10 @@ class AlignTask(Task):
 
         collab_vectors = {name: found for name, found in vectors.items() if name != "semantic"}
         collab = self._collab.loss(network, batch, collab_vectors, peers)
-        (left,), right, weights = projected, vectors["semantic"], self._collab.row_weights(batch)
-        contrastive = symmetric_info_nce(
-            left, right, batch["item"], peers.gather(left), peers.gather(right), peers.gather(batch["item"]),
-            peers.gather(weights), self._temperature,
-        )  # fmt: skip
-        return collab + self._weight * (contrastive * weights).sum()
+        (item,), weights = projected, self._collab.row_weights(batch)
+        views = Views.gather(item, vectors["semantic"], batch["item"], weights, peers)
+        contrastive = contrastive_loss(views, self._settings)
+        return collab + self._settings.weight * (contrastive * weights).sum()
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         return self._collab.score(lambda *arguments: model(*arguments)[:2], batch, vectors)

@@ -10,7 +10,7 @@ from small import ITEMS, Alone, batch_of, leaves, make, prepared, some_rows, tog
 from torch import Tensor
 
 from sellarec.alignment.align import PROJECTION, AlignTask, build_align
-from sellarec.alignment.contrastive import symmetric_info_nce
+from sellarec.alignment.contrastive import Views, contrastive_loss
 from sellarec.collab.task import WEIGHTS
 from sellarec.config import Align
 
@@ -49,7 +49,7 @@ def test_the_loss_is_the_collaborative_one_and_the_contrastive_one_of_the_same_r
     collab.network.load_state_dict(task.model.network.state_dict())
     weights = collab.row_weights(batch)
     views = task.model.projection(vectors["item"]), vectors["semantic"]
-    each = symmetric_info_nce(*views, batch["item"], *views, batch["item"], weights, 0.3)
+    each = contrastive_loss(Views(*views, batch["item"], *views, batch["item"], weights), SETTINGS)
     expected = collab.loss(None, batch, without, Alone()) + 0.4 * (each * weights).sum()
     found = task.loss(task.model, batch, vectors, Alone())
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
