@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
-from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, result_settings, to_yaml
+from sellarec.config import EMBEDDED, STAGES, Config, Fuse, Language, Selection, Sparse, result_settings, to_yaml
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
@@ -406,7 +406,7 @@ def _prepare(this: Run) -> dict[str, Any]:
             copy_log(this.given_log, folder)
         facts = this.given_log.facts
         check_expected(facts, data.expected)
-        for name in ("prompt", "collab"):
+        for name in ("prompt", "collab", *["align"] * (this.config.align.side != "items")):
             read = getattr(this.config, name).history
             if read > facts["history_cap"]:
                 this.console.line(
@@ -710,13 +710,16 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
     )
 
 
-def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> Any:
+def _build_fuse(collab: Callable[[], Any], tables: Path, settings: Fuse, **arguments: Any) -> Any:
     from sellarec.fusion.fuse import build_fuse
     from sellarec.training.table import SavedTable, Table
 
     saved = SavedTable(tables, "semantic")
-    semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
-    return build_fuse(collab=collab(), semantic=semantic, **arguments)
+    semantic = Table(
+        "semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read,
+        frozen=settings.semantic == "frozen",
+    )  # fmt: skip
+    return build_fuse(collab=collab(), semantic=semantic, settings=settings, **arguments)
 
 
 def _fuse(this: Run) -> dict[str, Any]:
