@@ -12,10 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor, nn
 
 from sellarec.alignment.contrastive import Views, contrastive_loss
+from sellarec.alignment.measures import compare_views
 from sellarec.alignment.rows import LIKED, prepare
 from sellarec.collab.model import CollabModel
 from sellarec.collab.task import WEIGHTS, CollabTask, save_parts
@@ -54,8 +57,10 @@ class AlignTask(Task):
     vectors of the row's own history are looked up in it, so no row tells of what comes after it.
     """
 
-    def __init__(self, collab: CollabTask, semantic: Table, projection: Projection, settings: Align) -> None:
-        self._collab = collab
+    def __init__(
+        self, collab: CollabTask, semantic: Table, projection: Projection, settings: Align, measured: np.ndarray
+    ) -> None:
+        self._collab, self.measured = collab, measured
         self.columns, self.prepare = collab.columns, collab.prepare
         if settings.side != "items":
             self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
@@ -79,9 +84,11 @@ class AlignTask(Task):
 
     def lookups(self, batch: Batch) -> Batch:
         found = self._collab.lookups(batch)
-        if self._settings.side != "users":
+        if LIKED in batch:
+            found[LIKED] = batch[LIKED]
+        if LIKED not in batch or self._settings.side == "both":
             found["semantic"] = batch["item"]
-        return found | ({LIKED: batch[LIKED]} if LIKED in batch else {})
+        return found
 
     def targets(self, batch: Batch) -> Tensor:
         return self._collab.targets(batch)
@@ -115,19 +122,35 @@ class AlignTask(Task):
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})
 
+    def measure(self, weights: dict[str, Tensor], vectors: dict[str, Tensor]) -> dict[str, Any]:
+        """How the items' projected rows and distilled vectors lie to each other."""
+        part = {
+            name.removeprefix("projection."): value.to(vectors["item"].device)
+            for name, value in weights.items()
+            if name.startswith("projection.")
+        }
+        first, last = part["layers.0.weight"], part["layers.2.weight"]
+        with torch.device("meta"):
+            projection = Projection(first.shape[1], len(first), len(last))
+        projection.load_state_dict(part, assign=True)
+        return compare_views(projection(vectors["item"]), vectors["semantic"])
+
     def facts(self) -> dict[str, Any]:
         return self._collab.facts()
 
 
-def build_align(collab: CollabTask, width: int, vectors: RowReader, dim: int, settings: Align) -> AlignTask:
+def build_align(
+    collab: CollabTask, width: int, vectors: RowReader, dim: int, settings: Align, measured: np.ndarray
+) -> AlignTask:
     """The task for a collaborative model.
 
     Args:
         width: H, columns of the distilled vectors.
         vectors: reads the distilled vectors.
         dim: D, columns of the collaborative rows.
+        measured: int64 [n], the items by which the two spaces are compared before and after training.
     """
     items = next(table.rows for table in collab.tables if table.name == "item")
-    features = {"items": ("semantic",), "users": (LIKED,), "both": ("semantic", LIKED)}[settings.side]
+    features = ("semantic",) if settings.side == "items" else ("semantic", LIKED)
     semantic = Table("semantic", items, width, features, read=vectors, frozen=settings.semantic == "frozen")
-    return AlignTask(collab, semantic, Projection(dim, settings.hidden, width), settings)
+    return AlignTask(collab, semantic, Projection(dim, settings.hidden, width), settings, measured)

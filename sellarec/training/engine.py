@@ -33,12 +33,15 @@ from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import Jagged, index
 from sellarec.training.tables import ShardedTables
-from sellarec.training.task import INITIAL, WHOLE, Batch, RankingTask, Task, Vectors
+from sellarec.training.task import INITIAL, WHOLE, Batch, MeasuredTask, RankingTask, Task, Vectors
 
 KINDS: tuple[Kind, ...] = ("user", "item")
 """Tables whose rows a graph smooths, in the order of its rows."""
 
 Made = TypeVar("Made")
+
+MEASURED_AT_ONCE = 1024
+"""Items of each worker whose vectors are looked up at once to be measured."""
 
 DENSE_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
@@ -396,6 +399,27 @@ class Engine:
                 best = reduce(partial(merge, k=k), (TopList(*part) for part in parts))
                 found.append(best.items.cpu().numpy())
         return np.concatenate(found) if workers.rank == 0 else None
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any] | None:
+        """What the task measures of some items, on worker 0; elsewhere None. All workers call it, in a stage that trains."""
+        task, workers = self.task, self.workers
+        assert isinstance(task, MeasuredTask)
+        items = torch.from_numpy(task.measured)
+        found: dict[str, list[Tensor]] = {}
+        with self._scoring():
+            for some in items.split(MEASURED_AT_ONCE * workers.world_size):
+                share = -(-len(some) // workers.world_size)
+                places = torch.arange(workers.rank * share, (workers.rank + 1) * share) % len(some)
+                batch = self._to_device({"item": some[places]})
+                for name, vectors in self._look_up(batch).items():
+                    gathered = workers.gather(vectors)[: len(some)]
+                    if workers.rank == 0:
+                        found.setdefault(name, []).append(gathered)
+        weights = dense.trained_weights(task.model) if task.model is not None else {}
+        if workers.rank > 0:
+            return None
+        return task.measure(weights, {name: torch.cat(parts) for name, parts in found.items()})
 
     def plan(self) -> list[dict[str, Any]]:
         """One line a table: where it lies, and the bytes of the worker that holds most of it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pyarrow as pa
 from torch import Tensor, nn
 
@@ -106,6 +107,25 @@ class Task(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What the manifest should say of the model beside its settings."""
+
+
+@runtime_checkable
+class MeasuredTask(Protocol):
+    """What a task has beside that measures something of some items, before its first step and of the state that is kept.
+
+    Attributes:
+        measured: int64 [n], the items.
+    """
+
+    measured: np.ndarray
+
+    def measure(self, weights: dict[str, Tensor], vectors: dict[str, Tensor]) -> dict[str, Any]:
+        """What is found, as JSON takes it. One worker calls it.
+
+        Args:
+            weights: the trained dense weights, whole, by name in `model`.
+            vectors: by feature the items' vectors [n, D], of what `lookups` asks for where a batch has `item` alone.
+        """
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sellarec.alignment.align import PROJECTION, AlignTask, build_align
 from sellarec.alignment.contrastive import Views, contrastive_loss
+from sellarec.alignment.measures import compare_views
 from sellarec.alignment.rows import LIKED
 from sellarec.collab.task import WEIGHTS
 from sellarec.config import Align
@@ -35,7 +36,7 @@ SETTINGS = Align(weight=0.4, temperature=0.3, hidden=6)
 def aligned(folder, settings: Align = SETTINGS, **collab: Any) -> AlignTask:
     task = make(folder, **collab)
     torch.manual_seed(9)
-    return build_align(task, WIDTH, lambda start, stop: VECTORS[start:stop], 4, settings)
+    return build_align(task, WIDTH, lambda start, stop: VECTORS[start:stop], 4, settings, np.arange(3))
 
 
 def train_rows(number: int = 6) -> Any:
@@ -151,6 +152,18 @@ def test_a_frozen_semantic_table_is_declared_so(tmp_path):
         assert [table.frozen for table in task.tables] == [False, False, semantic == "frozen"]
 
 
+@pytest.mark.parametrize("side", ["items", "users"])
+def test_what_is_measured_is_what_is_aligned(side, tmp_path):
+    """The projected rows and the semantic ones of the items that are looked up; with whole weights, as the loop has them."""
+    task = aligned(tmp_path, replace(SETTINGS, side=side))
+    vectors = vectors_of(task, {"item": torch.tensor(task.measured)})
+    assert set(vectors) == {"item", "semantic"}
+    weights = {name: weight.detach().clone() for name, weight in task.model.named_parameters()}
+    views = task.model.projection(vectors["item"]).detach(), vectors["semantic"].detach()
+    with torch.no_grad():
+        assert task.measure(weights, vectors) == compare_views(*views)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_it_scores_as_the_collaborative_model_does(name, tmp_path):
     task, collab = aligned(tmp_path, model=name), make(tmp_path, model=name)
@@ -202,6 +215,7 @@ def test_the_semantic_table_starts_from_the_distilled_vectors(tmp_path):
     assert semantic.read is not None and (semantic.read(2, 4) == VECTORS[2:4]).all()
     batch = batch_of(task, train_rows())
     assert set(task.lookups(batch)) == {"user", "item", "semantic"}
+    assert set(task.lookups({"item": batch["item"]})) == {"item", "semantic"}
     assert task.lookups(batch)["semantic"].tolist() == batch["item"].tolist()
 
 

@@ -12,16 +12,20 @@ from engine_cases import BATCH, SEED, STEPS
 from table_cases import Setup, plain_optimizer
 
 from sellarec.alignment.align import AlignTask, build_align
+from sellarec.alignment.measures import compare_views
 from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Align, Collab, Tables
 from sellarec.data.log import read_log
+from sellarec.training import engine as engine_module
 from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, row_groups, slices
 from sellarec.training.table import Jagged, initial_rows
 
 WIDTH = 8
 """Columns of the distilled vectors: as many as the collaborative rows have, so that TorchRec could put them together."""
+
+MEASURED = np.array([0, 2, 3, 5, 7, 8, 9, 11])
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def distilled(start: int, stop: int) -> np.ndarray:
 def task_of(run: Run) -> AlignTask:
     torch.manual_seed(SEED)
     collab = build_collab(read_log(run.log), run.collab, None, run.log / "counts.npy", seed=SEED)
-    return build_align(collab, WIDTH, distilled, run.collab.dim, run.settings)
+    return build_align(collab, WIDTH, distilled, run.collab.dim, run.settings, MEASURED)
 
 
 def order_of(run: Run) -> Order:
@@ -63,6 +67,8 @@ def train(run: Run) -> dict[str, Any]:
     engine = Engine(task, workers, SEED, run.settings, run.storage, "float32")
     if run.start_from is not None:
         engine.load_checkpoint(str(run.start_from))
+    engine_module.MEASURED_AT_ONCE = 2
+    before = engine.measure()
     losses, rows = [], rows_of(run, task, run.start_at, STEPS)
     parts = slices(rows, order_of(run), workers.rank, workers.world_size, run.start_at, STEPS)
     for step, part in enumerate(parts, run.start_at):
@@ -71,7 +77,12 @@ def train(run: Run) -> dict[str, Any]:
         losses.append(engine.step(part, step, engine_cases.rate_at(step)))
     if run.output is not None:
         engine.export(Place.of(str(run.output)))
-    return {"losses": losses, "plan": engine.plan(), "state": sorted(engine._state()["tables"].get("rows", {}))}
+    return {
+        "losses": losses,
+        "plan": engine.plan(),
+        "state": sorted(engine._state()["tables"].get("rows", {})),
+        "measured": (before, engine.measure()),
+    }
 
 
 class Alone:
@@ -98,7 +109,7 @@ class Twin:
         optimizers = {t.name: plain_optimizer(setup, t, rows[t.name]) for t in trained}
         dense = list(task.model.parameters())
         optimizer = torch.optim.AdamW(dense, weight_decay=settings.weight_decay)
-        self.losses = []
+        self.losses, self.measured = [], [self.measure(task, rows)]
         for step in range(STEPS):
             rate = engine_cases.rate_at(step)
             whole = pa.concat_tables(rows_of(run, task, step, step + 1))
@@ -123,5 +134,11 @@ class Twin:
             optimizer.step()
             for name, of_table in optimizers.items():
                 of_table.step(settings.table_learning_rate * rate, sorted(touched[name]))
+        self.measured.append(self.measure(task, rows))
         self.tables = {name: values.detach().numpy() for name, values in rows.items()}
         self.dense = {name: weight.detach().numpy() for name, weight in task.model.named_parameters()}
+
+    @staticmethod
+    @torch.no_grad()
+    def measure(task: AlignTask, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return compare_views(task.model.projection(rows["item"][MEASURED]), rows["semantic"][MEASURED])

@@ -77,6 +77,11 @@ def close(found: list[dict], run: Run, twins: dict, case: str) -> None:
     assert run.output is not None
     for worker in found:
         np.testing.assert_allclose(worker["losses"], twin.losses[run.start_at :], rtol=2e-5)
+    for worker in found[1:]:
+        assert worker["measured"] == (None, None)
+    for ours, theirs in zip(found[0]["measured"], twin.measured, strict=True):
+        if run.start_from is None or ours is found[0]["measured"][1]:
+            assert ours == pytest.approx(theirs, rel=1e-3)
     for name, rows in twin.tables.items():
         saved = SavedTable(run.output / "tables", name).read(0, len(rows))
         np.testing.assert_allclose(saved, rows, err_msg=name, **CLOSE)
