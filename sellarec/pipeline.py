@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
-from sellarec.config import EMBEDDED, STAGES, Config, Fuse, Language, Selection, Sparse, result_settings, to_yaml
+from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, result_settings, to_yaml
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
@@ -671,7 +671,7 @@ def _distil(this: Run) -> dict[str, Any]:
 
 
 def _align(this: Run) -> dict[str, Any]:
-    from sellarec.alignment.measures import draw_items, in_words, kept_metrics
+    from sellarec.alignment.measures import draw_items, kept_metrics, summary
     from sellarec.language.distil import SavedVectors
 
     config, log = this.config, this.log()
@@ -690,7 +690,7 @@ def _align(this: Run) -> dict[str, Any]:
         valid["collab"] = kept_metrics(this.manifest("collab")["facts"])
     found = {"items": len(measured), **facts.pop("measured"), "valid": valid}
     this.artifact("align").write_json("alignment.json", found)
-    this.console.line(f"align     {in_words(found)}")
+    this.console.line(f"align     {summary(found)}")
     return {**facts, "alignment": found}
 
 
@@ -721,16 +721,13 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
     )
 
 
-def _build_fuse(collab: Callable[[], Any], tables: Path, settings: Fuse, **arguments: Any) -> Any:
+def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> Any:
     from sellarec.fusion.fuse import build_fuse
     from sellarec.training.table import SavedTable, Table
 
     saved = SavedTable(tables, "semantic")
-    semantic = Table(
-        "semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read,
-        frozen=settings.semantic == "frozen",
-    )  # fmt: skip
-    return build_fuse(collab=collab(), semantic=semantic, settings=settings, **arguments)
+    semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
+    return build_fuse(collab=collab(), semantic=semantic, **arguments)
 
 
 def _fuse(this: Run) -> dict[str, Any]:

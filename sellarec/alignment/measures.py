@@ -73,7 +73,7 @@ def _ranks(scores: Tensor, own: Tensor) -> Tensor:
     return (scores >= scores.gather(1, own[:, None])).sum(1) - 1
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def summary(found: Mapping[str, Any]) -> str:
     """One line of what alignment.json holds."""
     before, after = found["before"], found["after"]
 

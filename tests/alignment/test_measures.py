@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sellarec.alignment import measures
-from sellarec.alignment.measures import compare_views, draw_items, in_words, kept_metrics
+from sellarec.alignment.measures import compare_views, draw_items, kept_metrics, summary
 
 torch.set_num_threads(1)
 
@@ -71,11 +71,11 @@ def test_the_line_tells_what_changed_and_its_price():
     other = torch.randn(30, 6, generator=torch.Generator().manual_seed(2))
     valid = {"align": {"auc": 0.75, "uauc": None}, "collab": {"auc": 0.76, "uauc": 0.7}}
     found = {"items": 30, "before": compare_views(rows, other), "after": compare_views(rows, rows), "valid": valid}
-    line = in_words(found)
+    line = summary(found)
     assert f"alignment {found['before']['alignment']:.3f} to 0.000;" in line
     assert "of 30 items find their vector first" in line and " to 100.0%" in line
     assert line.endswith("valid AUC 0.7500 (collab 0.7600); valid UAUC - (collab 0.7000)")
-    alone = in_words(found | {"valid": valid | {"collab": None}})
+    alone = summary(found | {"valid": valid | {"collab": None}})
     assert alone.endswith("valid AUC 0.7500; valid UAUC -")
 
 
