@@ -365,6 +365,27 @@ class Align(Steps, Selection, Dense, Sparse):
     """Weight of the contrastive loss beside the collaborative one."""
     temperature: float = 0.2
     """Temperature of the contrastive loss (cosines are divided by it)."""
+    contrastive: Literal["info-nce", "rince"] = "info-nce"
+    """info-nce: cross-entropy of a row's own vector among those of the global batch; rince: the loss of the published code,
+    which for small `rince_q` is close to it."""
+    rince_q: float = 0.01
+    """The power q of rince."""
+    rince_lambda: float = 0.1
+    """What rince multiplies the sum over positive and negatives by."""
+    direction: Literal["both", "semantic-to-collab"] = "both"
+    """both: the mean of finding the distilled vector by the projected row, and the other way round; semantic-to-collab: a
+    distilled vector finds its projected row (as published)."""
+    mask_equal: bool = True
+    """Whether rows of the same item (or user) are left out of each other's negatives; false counts them, as published."""
+    semantic: Literal["trained", "frozen"] = "trained"
+    """Whether the distilled vectors are trained too (as published), or stay as they are."""
+    side: Literal["items", "users", "both"] = "items"
+    """What is aligned: items' rows to their distilled vectors (as published), users' vectors to the mean of the distilled
+    vectors of what the row's history holds, or both, their losses added."""
+    history: int = 50
+    """Most recent positives of whose distilled vectors the mean is taken for users (items)."""
+    block: int = runtime(1024)
+    """Rows of the global batch that the contrastive loss compares at once with a worker's own: more take more memory."""
     hidden: int = 128
     """Width of the projection's hidden layer."""
     epochs: float = 10.0
@@ -389,6 +410,8 @@ class Fuse(Steps, Selection, Dense, Sparse, Language):
     """Start the collaborative projection from the one that align trained, else from random weights."""
     unseen_dropout: float = 0.35
     """Share of training rows whose user (and, drawn apart, whose item) is treated as unseen, that is as a row of zeros."""
+    semantic: Literal["trained", "frozen"] = "trained"
+    """Whether the items' distilled vectors, as align left them, are trained too, or stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -775,6 +798,29 @@ def check(config: Config) -> None:
         raise UserError(f"fuse.unseen_dropout is {config.fuse.unseen_dropout}: a share from 0 to below 1 is needed")
     if not 0 <= config.adapt.dropout < 1:
         raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
+    _check_align(config)
+
+
+def _check_align(config: Config) -> None:
+    align, defaults = config.align, Align()
+    for name in ("rince_q", "rince_lambda"):
+        value = getattr(align, name)
+        if value != getattr(defaults, name) and align.contrastive != "rince":
+            raise UserError(
+                f"align.{name} is {value}, but align.contrastive is {align.contrastive}, which doesn't read it: leave out one of "
+                "the two"
+            )
+        if not 0 < value <= 1:
+            raise UserError(f"align.{name} is {value}: a number above 0, at most 1, is needed")
+    if align.history != defaults.history and align.side == "items":
+        raise UserError(
+            f"align.history is {align.history}, but align.side is items, which reads no history: leave out one of the two"
+        )
+    if align.side != "items" and config.data.source != "log" and align.history > config.data.history_cap:
+        raise UserError(
+            f"align.history is {align.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
+            "data.history_cap or lower align.history"
+        )
 
 
 def _check_collab(config: Config) -> None:
@@ -967,7 +1013,7 @@ _LOWEST: dict[str, float] = {
         ("workers", "batch", "micro_batch", "max_steps", "patience", "valid_rows", "history_cap", "history"), 1
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
-    "negatives_per_row": 1,
+    **dict.fromkeys(("negatives_per_row", "block"), 1),
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
     **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "memory_per_worker"), 1e-6),
     "seed": 0,

@@ -406,7 +406,7 @@ def _prepare(this: Run) -> dict[str, Any]:
             copy_log(this.given_log, folder)
         facts = this.given_log.facts
         check_expected(facts, data.expected)
-        for name in ("prompt", "collab"):
+        for name in ("prompt", "collab", *["align"] * (this.config.align.side != "items")):
             read = getattr(this.config, name).history
             if read > facts["history_cap"]:
                 this.console.line(
@@ -671,16 +671,27 @@ def _distil(this: Run) -> dict[str, Any]:
 
 
 def _align(this: Run) -> dict[str, Any]:
+    from sellarec.alignment.measures import draw_items, kept_metrics, summary
     from sellarec.language.distil import SavedVectors
 
-    config = this.config
+    config, log = this.config, this.log()
     vectors = SavedVectors(this.artifact("distil").local() / "vectors")
     if vectors.width % 4:
         raise UserError(f"the language model is {vectors.width} wide, but the table kernels need a multiple of 4")
     origin = this.artifact("collab") if config.align.init == "collab" else None
     collab = _collab_builder(this, origin, trains="align")
-    build = partial(_build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align)
-    return _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
+    measured = draw_items(log.items(["seen"])["seen"].to_numpy(), config.seed)
+    build = partial(_build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align, measured)
+    facts = _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
+    valid = {"align": kept_metrics(facts), "collab": None}
+    rows = log.facts["rows"]["valid"]
+    alike = min(rows, config.collab.valid_rows) == min(rows, config.align.valid_rows)
+    if origin is not None and alike and config.collab.select_on in ("auc", "uauc"):
+        valid["collab"] = kept_metrics(this.manifest("collab")["facts"])
+    found = {"items": len(measured), **facts.pop("measured"), "valid": valid}
+    this.artifact("align").write_json("alignment.json", found)
+    this.console.line(f"align     {summary(found)}")
+    return {**facts, "alignment": found}
 
 
 def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:

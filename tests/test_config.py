@@ -150,6 +150,10 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--pretrain.hidden 60 --pretrain.heads 4", ["pretrain.hidden", "60", "pretrain.heads", "4"]),
         ("--prompt.history 60", ["prompt.history", "60", "data.history_cap", "50"]),
         ("--data.split 0.5 0.2 0.2", ["data.split", "0.5", "0.2"]),
+        ("--align.rince-q 0.5", ["align.rince_q", "0.5", "align.contrastive", "info-nce"]),
+        ("--align.rince-lambda 0.5", ["align.rince_lambda", "0.5", "align.contrastive", "info-nce"]),
+        ("--align.history 5", ["align.history", "5", "align.side", "items"]),
+        ("--align.side both --data.history-cap 20", ["align.history", "50", "data.history_cap", "20"]),
     ],
 )
 def test_contradictions_are_refused_naming_both(arguments, named):
@@ -176,6 +180,9 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path):
         "--adapt.learning-rate nan",
         "--align.temperature 0",
         "--align.weight inf",
+        "--align.block 0",
+        "--align.rince-q 0 --align.contrastive rince",
+        "--align.rince-lambda 1.5 --align.contrastive rince",
         "--adapt.dropout 1",
         "--adapt.warmup 1.5",
         "--fuse.unseen-dropout 1.0",
@@ -228,7 +235,7 @@ def test_what_results_depend_on_leaves_out_how_a_run_is_carried_out():
     flags = (
         "--workers 7 --workspace elsewhere --name other --stages prepare --data some/path --llm.revision x --llm x/y"
     )
-    flags += " --adapt.micro-batch 3 --adapt.checkpoint-every 5 --evaluate.batch 3"
+    flags += " --adapt.micro-batch 3 --adapt.checkpoint-every 5 --evaluate.batch 3 --align.block 7"
     moved = parse(["ml-latest-small", *flags.split()])
     assert result_settings(moved) == settings
     assert not {"workers", "workspace", "name", "stages", "data.path", "llm.model"} & set(settings)
@@ -434,6 +441,16 @@ def test_every_setting_of_some_models_is_read_by_one():
 def test_the_models_are_the_files_of_their_folder():
     folder = ROOT / "sellarec" / "collab" / "models"
     assert set(COLLAB_MODELS) == {path.stem for path in folder.glob("*.py")} - {"__init__"}
+
+
+def test_settings_of_alignment_that_go_together_are_taken():
+    published = (
+        "--align.contrastive rince --align.rince-q 0.5 --align.rince-lambda 1 --align.direction semantic-to-collab"
+    )
+    assert parse([*published.split(), "--align.mask-equal", "False"]).align.rince_q == 0.5
+    users = parse(["--align.side", "users", "--align.history", "5", "--data.history-cap", "20", "--align.semantic", "frozen"])
+    assert (users.align.side, users.align.history, users.align.semantic) == ("users", 5, "frozen")
+    assert parse(["--align.side", "both", "--collab", "sasrec", "--collab.history", "7"]).align.history == 50
 
 
 def test_how_tables_are_shared_out_affects_no_result():

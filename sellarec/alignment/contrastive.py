@@ -1,46 +1,110 @@
-"""Contrastive alignment of two views of the items in a batch.
+"""Contrastive alignment of two views of the items, or users, in a batch.
 
-Shapes: b rows of one worker, B rows of all workers, H columns.
+Shapes: b rows of one worker, B rows of all workers, m of them that are gone through at once, H columns.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sellarec.config import Align
+from sellarec.training.task import Peers
 
 
-def symmetric_info_nce(
-    left: Tensor,
-    right: Tensor,
-    ids: Tensor,
-    all_left: Tensor,
-    all_right: Tensor,
-    all_ids: Tensor,
-    all_weight: Tensor,
-    temperature: float,
-) -> Tensor:
-    """Symmetric InfoNCE (Oord et al., 2018; both directions as in CLIP) of this worker's rows against all workers'.
+@dataclass(frozen=True)
+class Views:
+    """Two views of each row: a collaborative vector, projected, and a semantic one.
 
-    With s_ij = cos(left_i, right_j) / temperature, a row's loss is the mean over both directions of
-
-        -s_ii + log sum_j exp(s_ij),
-
-    j running over row i itself and every row of the global batch with another item: equal items are no negatives of
-    each other. It doesn't depend on how rows lie on workers.
-
-    Args:
-        left, right: float [b, H], the two views of this worker's rows.
-        ids: int64 [b], their items.
-        all_left, all_right, all_ids: [B, H], [B, H], [B]: the same of all workers.
-        all_weight: float [B], 0 for padding, which is nobody's negative.
-
-    Returns:
-        float [b], a loss per row.
+    Attributes:
+        collab, semantic: float [b, H], of this worker's rows.
+        ids: int64 [b], the items, or users, that they are of.
+        all_collab, all_semantic, all_ids: [B, H], [B, H], [B]: the same of all workers.
+        all_weight: float [B], 0 for rows without a loss (padding), which are nobody's negatives.
     """
-    left, right, all_left, all_right = (F.normalize(x, dim=1) for x in (left, right, all_left, all_right))
-    positive = (left * right).sum(1) / temperature
-    excluded = (ids[:, None] == all_ids) | (all_weight == 0)
+
+    collab: Tensor
+    semantic: Tensor
+    ids: Tensor
+    all_collab: Tensor
+    all_semantic: Tensor
+    all_ids: Tensor
+    all_weight: Tensor
+
+    @classmethod
+    def gather(cls, collab: Tensor, semantic: Tensor, ids: Tensor, weight: Tensor, peers: Peers) -> "Views":
+        """Of this worker's rows. All workers call it."""
+        return cls(collab, semantic, ids, *(peers.gather(rows) for rows in (collab, semantic, ids, weight)))
+
+
+def contrastive_loss(views: Views, settings: Align) -> Tensor:
+    """What draws a row's two views together, and apart from the other rows', float [b]: a loss per row.
+
+    Of this worker's rows against all workers', so it doesn't depend on how rows lie on workers. With temperature t,
+
+        s_ij = cos(semantic_i, collab_j) / t,  pos_i = exp(s_ii),  neg_i = sum_j exp(s_ij),
+
+    where j runs over the rows of the global batch with another id than row i. Rows of the same id are no negatives of each
+    other; with `mask_equal` false they are, and j runs over all rows, row i itself too. Padding counts nowhere.
+
+    info-nce (Oord et al., 2018): -log(pos_i / (pos_i + neg_i)); with `mask_equal` false -log(pos_i / neg_i), as pos_i is in
+    neg_i: the cross-entropy over the batch, as in CLIP.
+
+    rince (Chuang et al., 2022): -pos_i^q / q + (lambda (pos_i + neg_i))^q / q, which becomes info-nce plus log lambda as q goes
+    to 0. With `mask_equal` false it is the loss of SeLLa-Rec's published code, in which pos_i counts twice in the second term:
+    by itself and in neg_i.
+
+    With `direction` both, it is the mean of that and of the same with collab_i and semantic_j.
+    """
+    collab, semantic, all_collab, all_semantic = (
+        F.normalize(rows, dim=1) for rows in (views.collab, views.semantic, views.all_collab, views.all_semantic)
+    )
+    positive = (collab * semantic).sum(1) / settings.temperature
+    sides = [(semantic, all_collab)]
+    if settings.direction == "both":
+        sides.append((collab, all_semantic))
     losses = []
-    for rows, others in ((left, all_right), (right, all_left)):
-        negatives = (rows @ others.T / temperature).masked_fill(excluded, -torch.inf)
-        losses.append(torch.logsumexp(torch.cat([positive[:, None], negatives], dim=1), dim=1) - positive)
-    return (losses[0] + losses[1]) / 2
+    for rows, others in sides:
+        negative = log_sum_exp(rows, others, views, settings)
+        if settings.contrastive == "rince":
+            losses.append(_rince(positive, torch.logaddexp(positive, negative), settings))
+        else:
+            total = torch.logaddexp(positive, negative) if settings.mask_equal else negative
+            losses.append(total - positive)
+    return torch.stack(losses).mean(0)
+
+
+def _rince(positive: Tensor, total: Tensor, settings: Align) -> Tensor:
+    """From log pos_i and log(pos_i + neg_i). The ones of both powers cancel: at a small q they are nearly all of them."""
+    q = settings.rince_q
+    scaled = total + torch.log(torch.tensor(settings.rince_lambda, dtype=total.dtype, device=total.device))
+    return (torch.expm1(q * scaled) - torch.expm1(q * positive)) / q
+
+
+def log_sum_exp(rows: Tensor, others: Tensor, views: Views, settings: Align) -> Tensor:
+    """log sum_j exp(<rows_i, others_j> / t) over the negatives, float [b]; of unit vectors [b, H] and [B, H].
+
+    Goes through `block` others at a time, and through each again in the backward pass, so that of all pairs never more than
+    [b, block] are in memory. Without a negative it is the dtype's lowest number: finite, so that gradients are.
+    """
+    parts = (part.split(settings.block) for part in (others, views.all_ids, views.all_weight))
+    found = [
+        checkpoint(
+            _block, rows, *part, views.ids, settings.mask_equal, settings.temperature,
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        for part in zip(*parts, strict=True)
+    ]  # fmt: skip
+    return torch.logsumexp(torch.stack(found), dim=0)
+
+
+def _block(
+    rows: Tensor, others: Tensor, ids: Tensor, weight: Tensor, own_ids: Tensor, mask_equal: bool, temperature: float
+) -> Tensor:
+    excluded = weight == 0
+    if mask_equal:
+        excluded = excluded | (own_ids[:, None] == ids)
+    scores = rows @ others.T / temperature
+    return torch.logsumexp(scores.masked_fill(excluded, torch.finfo(scores.dtype).min), dim=1)

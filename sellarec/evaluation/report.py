@@ -17,6 +17,17 @@ from sellarec.figures import ACCENT, INK, MUTED, NOTHING, PALETTE, SECOND, STYLE
 BEST_ATTAINABLE = "best attainable"
 """The name, among the models, of the scores that no model can beat: those of a generated world's own probabilities."""
 
+ALIGNMENT_MEASURES = {
+    "alignment": "mean squared distance of an item's projected row and distilled vector",
+    "uniformity_collab": "uniformity of projected rows",
+    "uniformity_semantic": "uniformity of distilled vectors",
+    "collab_to_semantic@1": "rows that find their vector first",
+    "collab_to_semantic@10": "rows that find their vector among the first 10",
+    "semantic_to_collab@1": "vectors that find their row first",
+    "semantic_to_collab@10": "vectors that find their row among the first 10",
+}
+"""What stage align measures, in words."""
+
 LONGEST_LABEL = 20  # characters of a model's name in a figure; the table holds the whole name
 MARKED_POINTS = 30  # a curve of more points goes without a mark at each
 
@@ -55,6 +66,7 @@ def write_report(
         return environment.from_string(template).render(
             name=name,
             palette=PALETTE,
+            alignment_measures=ALIGNMENT_MEASURES,
             results=results,
             intervals=_interval_figures(results),
             curves=[_curves(stage) for stage in stages if "losses" in stage["manifest"]["facts"]],
@@ -164,6 +176,7 @@ def _curves(stage: Mapping[str, Any]) -> dict[str, Any]:
     facts.pop("first_losses", None)  # for comparing runs, not for reading
     steps, workers, device = facts.pop("steps"), facts.pop("workers"), facts.pop("device")
     optimizers, _ = facts.pop("optimizers"), facts.pop("sharding")
+    alignment = facts.pop("alignment", None)
 
     def draw_losses(axes: Axes) -> None:
         _curve(axes, losses, 1, color=ACCENT, label="loss")
@@ -178,6 +191,7 @@ def _curves(stage: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "stage": name,
         "kept": kept,
+        "alignment": alignment,
         "loss": svg(draw_losses, f"training loss of stage {name} by step", 1.9) if losses else None,
         "valid": svg(draw_evaluations, f"validation metrics of stage {name} by step", 1.9) if evaluations else None,
         "facts": {

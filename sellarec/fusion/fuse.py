@@ -4,6 +4,7 @@ Shapes: b rows, D columns of a collaborative row, H width of the language model.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,9 @@ class Recommender(nn.Module):
 class FuseTask(Task):
     """Yes or no from a prompt with three soft tokens.
 
-    Trained: the tables and the projections. A user or item that isn't in the train split stands for a row of zeros in
-    the collaborative model; so that the projection knows what that means, `unseen_dropout` of the training rows are
-    treated so too.
+    Trained: the tables (but for a frozen semantic one) and the projections. A user or item that isn't in the train split stands
+    for a row of zeros in the collaborative model; so that the projection knows what that means, `unseen_dropout` of the training
+    rows are treated so too.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ def build_fuse(
     adapted = llms.with_adapter(model, adapter)
     for weight in adapted.parameters():
         weight.requires_grad_(False)
+    semantic = replace(semantic, frozen=settings.semantic == "frozen")
     columns = next(table.dim for table in collab.tables if table.name == "item")
     collaborative = Projection(columns, hidden, width)
     if projection is not None:

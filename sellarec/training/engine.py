@@ -33,12 +33,15 @@ from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import Jagged, index
 from sellarec.training.tables import ShardedTables
-from sellarec.training.task import INITIAL, WHOLE, Batch, RankingTask, Task, Vectors
+from sellarec.training.task import INITIAL, WHOLE, Batch, MeasuredTask, RankingTask, Task, Vectors
 
 KINDS: tuple[Kind, ...] = ("user", "item")
 """Tables whose rows a graph smooths, in the order of its rows."""
 
 Made = TypeVar("Made")
+
+MEASURED_AT_ONCE = 1024
+"""Items of each worker whose vectors are looked up at once to be measured."""
 
 DENSE_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
@@ -151,12 +154,20 @@ class Engine:
         self.settings = settings
         # micro-batches are for language models, whose layers are `blocks`; others would only be slowed down by them
         self.micro_batch = settings.micro_batch if isinstance(settings, Language) and task.blocks else None
-        self.tables = None
+        # frozen tables are kept apart: optimizers would take their rows with those of the others
+        self.tables, self.frozen = None, None
+        self._frozen_features = {name for table in task.tables if table.frozen for name in table.features}
         if task.tables:
             optimizer = settings if isinstance(settings, Sparse) else None
             placements = place(task.tables, storage, optimizer, workers.world_size, workers.device.type)
-            make = partial(ShardedTables, placements, storage, optimizer, workers.tables, workers.device, seed)
-            self.tables = together(make, workers)  # rows that are read may be refused on one worker alone
+
+            def make(frozen: bool) -> ShardedTables | None:
+                group = [placement for placement in placements if placement.table.frozen is frozen]
+                of = None if frozen else optimizer
+                return ShardedTables(group, storage, of, workers.tables, workers.device, seed) if group else None
+
+            # rows that are read may be refused on one worker alone
+            self.tables, self.frozen = (together(partial(make, frozen), workers) for frozen in (False, True))
         self._graph = None
         if task.graph is not None:
             paths, sizes = task.graph.paths, (task.graph.users, task.graph.items)
@@ -183,10 +194,18 @@ class Engine:
 
     def _look_up(self, batch: Batch) -> Vectors:
         """The vectors of a batch's ids; of `whole` features the worker's share too, whose ids are added to the batch."""
+        ids = self.task.lookups(batch)
+        frozen = {name: asked for name, asked in ids.items() if name in self._frozen_features}
+        vectors = self._look_up_trained(batch, {name: asked for name, asked in ids.items() if name not in frozen})
+        if self.frozen is not None and frozen:
+            with torch.no_grad():
+                vectors |= self.frozen.look_up(frozen)
+        return vectors
+
+    def _look_up_trained(self, batch: Batch, ids: Batch) -> Vectors:
         task, tables = self.task, self.tables
         if tables is None:
             return {}
-        ids = task.lookups(batch)
         whole = task.whole if torch.is_grad_enabled() else ()
         shares = {WHOLE + name: Jagged.one(tables.share(name), len(batch["weight"])) for name in whole}
         batch |= {name: share.values for name, share in shares.items()}
@@ -211,7 +230,9 @@ class Engine:
 
     def _agree(self, batch: Batch, count: float = 0.0) -> float:
         """The sum of all workers' counts. On all workers a UserError where one has an id that its table doesn't have."""
-        wrong = self.tables.out_of_range(self.task.lookups(batch)) if self.tables is not None else None
+        ids = self.task.lookups(batch)
+        found = (tables.out_of_range(ids) for tables in (self.tables, self.frozen) if tables is not None)
+        wrong = next((message for message in found if message is not None), None)
         total, refused = self.workers.sum(count, float(wrong is not None))
         if refused:
             together(partial(_refuse, wrong), self.workers)
@@ -267,11 +288,12 @@ class Engine:
         if self.tables is not None:
             self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
         vectors = self._look_up(batch)
-        found = {name: value.values if isinstance(value, Jagged) else value for name, value in vectors.items()}
+        trained = {name: value for name, value in vectors.items() if name not in self._frozen_features}
+        found = {name: value.values if isinstance(value, Jagged) else value for name, value in trained.items()}
         leaves = {name: value.detach().requires_grad_() for name, value in found.items()}
-        given = {
+        given = vectors | {
             name: Jagged(leaves[name], value.lengths) if isinstance(value, Jagged) else leaves[name]
-            for name, value in vectors.items()
+            for name, value in trained.items()
         }
         parts = self._parts(len(batch["weight"]))
         total = 0.0
@@ -378,7 +400,33 @@ class Engine:
                 found.append(best.items.cpu().numpy())
         return np.concatenate(found) if workers.rank == 0 else None
 
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any] | None:
+        """What the task measures of some items, on worker 0; elsewhere None. All workers call it, in a stage that trains."""
+        task, workers = self.task, self.workers
+        assert isinstance(task, MeasuredTask)
+        items = torch.from_numpy(task.measured)
+        found: dict[str, list[Tensor]] = {}
+        with self._scoring():
+            for some in items.split(MEASURED_AT_ONCE * workers.world_size):
+                share = -(-len(some) // workers.world_size)
+                places = torch.arange(workers.rank * share, (workers.rank + 1) * share) % len(some)
+                batch = self._to_device({"item": some[places]})
+                for name, vectors in self._look_up(batch).items():
+                    gathered = workers.gather(vectors)[: len(some)]
+                    if workers.rank == 0:
+                        found.setdefault(name, []).append(gathered)
+        weights = dense.trained_weights(task.model) if task.model is not None else {}
+        if workers.rank > 0:
+            return None
+        return task.measure(weights, {name: torch.cat(parts) for name, parts in found.items()})
+
+    def plan(self) -> list[dict[str, Any]]:
+        """One line a table: where it lies, and the bytes of the worker that holds most of it."""
+        return [line for tables in (self.tables, self.frozen) if tables is not None for line in tables.plan()]
+
     def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds: of the tables those that are trained, as frozen ones are read again."""
         state: dict[str, Any] = {}
         if self.tables is not None:
             state["tables"] = self.tables.state()
@@ -414,9 +462,10 @@ class Engine:
             output.delete("tables")
         dist.barrier(group=control)
         written: list[dict[str, Any]] = []
-        if self.tables is not None:
-            with (output / "tables").writing() as folder:
-                written = self.tables.save(folder)
+        for tables in (self.tables, self.frozen):
+            if tables is not None:
+                with (output / "tables").writing() as folder:
+                    written += tables.save(folder)
         if rank == 0 and self.optimizer is not None:
             with output.writing() as folder:
                 self.task.save(folder, weights)

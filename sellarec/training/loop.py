@@ -29,7 +29,7 @@ from sellarec.training.engine import Engine, Workers, rank_queries, together
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.scoring import distinct, report_scored, split_slices
 from sellarec.training.stream import Order, whole_batches
-from sellarec.training.task import Task
+from sellarec.training.task import MeasuredTask, Task
 
 FIRST_LOSSES = 20
 
@@ -83,6 +83,8 @@ class Position:
     """(step, mean loss since the entry before)."""
     evaluations: list[tuple[int, dict[str, float | None]]] = field(default_factory=list)
     """(step, metrics on the valid split by name)."""
+    measured: dict[str, Any] | None = None
+    """What a `MeasuredTask` found before the first step."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -117,6 +119,8 @@ def _train(training: Training) -> None:
     steps = training.steps
     reporter = _Reporter(training, workers, steps, position.step)
     batches = split_slices(training.train, task, task.prepare, workers, position.step, steps)
+    if isinstance(task, MeasuredTask) and position.step == 0:
+        position.measured = engine.measure()
     saved = time.monotonic()
     stopped = selection is not None and position.evaluations_without >= selection.patience
     while position.step < steps and not stopped:
@@ -152,8 +156,11 @@ def _train(training: Training) -> None:
         with best.as_directory() as folder:
             engine.load_checkpoint(folder)
     engine.export(training.output)
+    measured = {}
+    if isinstance(task, MeasuredTask):
+        measured = {"measured": {"before": position.measured, "after": engine.measure()}}
     if workers.rank == 0:
-        training.output.write_json("training.json", _facts(training, engine, position))
+        training.output.write_json("training.json", _facts(training, engine, position) | measured)
 
 
 def _report_checkpoint(engine: Engine, position: Position, improved: bool) -> None:
@@ -183,7 +190,7 @@ def _facts(training: Training, engine: Engine, position: Position) -> dict[str, 
         "losses": position.losses,
         "evaluations": position.evaluations,
         "optimizers": optimizers,
-        "sharding": engine.tables.plan() if engine.tables is not None else [],
+        "sharding": engine.plan(),
         "workers": engine.workers.world_size,
         "device": str(engine.workers.device),
         **engine.task.facts(),

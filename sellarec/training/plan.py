@@ -69,6 +69,11 @@ def column_share(piece: range, worker: int, workers: int) -> range:
     return piece[start : start + COLUMNS * (least + (worker < more))]
 
 
+def optimizer_of(optimizer: Sparse | None, table: Table) -> Sparse | None:
+    """The optimizer that changes a table's rows: none does those of a frozen one."""
+    return None if table.frozen else optimizer
+
+
 def row_bytes(columns: Sequence[range], storage: Tables, optimizer: Sparse | None) -> tuple[int, int]:
     """Bytes of those columns of a row, and of what the optimizer keeps beside them (adam: with the gradient, which is dense)."""
     count = sum(map(len, columns))
@@ -91,7 +96,7 @@ def place(
         return [Placement(table, "column-wise") for table in tables]
     if storage.sharding == "auto":
         return _planned(tables, storage, workers, device)
-    size = {table.name: sum(row_bytes(whole(table), storage, optimizer)) * table.rows for table in tables}
+    size = {t.name: sum(row_bytes(whole(t), storage, optimizer_of(optimizer, t))) * t.rows for t in tables}
     held = [0] * workers
     placed = {}
     for name in sorted(size, key=lambda name: (-size[name], name)):
@@ -209,7 +214,7 @@ def describe(
     for placement in placements:
         table, fullest = placement.table, placement.worker or 0  # the first holds most of a table that is cut
         rows, columns = placement.rows(fullest, workers), placement.columns(fullest, workers)
-        weights, state = row_bytes(columns, storage, optimizer)
+        weights, state = row_bytes(columns, storage, optimizer_of(optimizer, table))
         lines.append(
             {
                 "table": table.name,
@@ -231,9 +236,14 @@ def describe(
 def worker_bytes(placements: Sequence[Placement], storage: Tables, optimizer: Sparse | None, workers: int) -> list[int]:
     """Bytes of tables and their optimizer on each worker."""
     return [
-        sum(p.rows(w, workers) * sum(row_bytes(p.columns(w, workers), storage, optimizer)) for p in placements)
+        sum(p.rows(w, workers) * _held_bytes(p, w, workers, storage, optimizer) for p in placements)
         for w in range(workers)
     ]
+
+
+def _held_bytes(placement: Placement, worker: int, workers: int, storage: Tables, optimizer: Sparse | None) -> int:
+    """Bytes of what a worker holds of a row, its optimizer's state included."""
+    return sum(row_bytes(placement.columns(worker, workers), storage, optimizer_of(optimizer, placement.table)))
 
 
 def check_fits(
@@ -253,7 +263,7 @@ def check_fits(
     if held[fullest] > room:
         sums = " + ".join(
             f"{p.table.name} {p.rows(fullest, workers):,} rows x "
-            f"{sum(row_bytes(p.columns(fullest, workers), storage, optimizer)):,} bytes"
+            f"{_held_bytes(p, fullest, workers, storage, optimizer):,} bytes"
             for p in placements
             if p.rows(fullest, workers)
         )

@@ -89,6 +89,8 @@ class Table:
     """Where the rows start from; None: normal with `init_std`, the same for any number of workers."""
     read_rows: int | None = None
     """How many rows `read` has, the first ones; the others are fresh. None: all."""
+    frozen: bool = False
+    """Whether its rows stay as they start, whatever the optimizer: they are looked up without a gradient."""
 
     @property
     def pieces(self) -> list[tuple[str, int, int]]:

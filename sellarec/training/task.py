@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pyarrow as pa
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class Task(Protocol):
         columns: columns of the interactions (or of whatever the stage streams) that are read.
         prepare: what the reading tasks do with rows to train on (draw negatives, make tokens); None where it is nothing.
         prepare_to_score: the same of rows to score; `prepare` where nothing else is said.
-        tables: embedding tables, which the loop shards over the workers.
+        tables: embedding tables, which the loop shards over the workers; it changes no row of those that are frozen.
         whole: features of whose tables each worker gets its share of the rows when training.
         graph: the graph over which rows of the tables `user` and `item` are smoothed; None for none.
         model: the dense part, which the loop shards with FSDP2; None where there is none.
@@ -106,6 +107,25 @@ class Task(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What the manifest should say of the model beside its settings."""
+
+
+@runtime_checkable
+class MeasuredTask(Protocol):
+    """What a task has beside that measures something of some items, before its first step and of the state that is kept.
+
+    Attributes:
+        measured: int64 [n], the items.
+    """
+
+    measured: np.ndarray
+
+    def measure(self, weights: dict[str, Tensor], vectors: dict[str, Tensor]) -> dict[str, Any]:
+        """What is found, as JSON takes it. One worker calls it.
+
+        Args:
+            weights: the trained dense weights, whole, by name in `model`.
+            vectors: by feature the items' vectors [n, D], of what `lookups` asks for where a batch has `item` alone.
+        """
 
 
 @runtime_checkable

@@ -1,8 +1,10 @@
 """Stage align: the collaborative loss plus the contrastive one, for every model; nothing else changes."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,9 +12,12 @@ from small import ITEMS, Alone, batch_of, leaves, make, prepared, some_rows, tog
 from torch import Tensor
 
 from sellarec.alignment.align import PROJECTION, AlignTask, build_align
-from sellarec.alignment.contrastive import symmetric_info_nce
+from sellarec.alignment.contrastive import Views, contrastive_loss
+from sellarec.alignment.measures import compare_views
+from sellarec.alignment.rows import LIKED
 from sellarec.collab.task import WEIGHTS
 from sellarec.config import Align
+from sellarec.training.table import Jagged
 
 torch.set_num_threads(1)
 
@@ -31,7 +36,7 @@ SETTINGS = Align(weight=0.4, temperature=0.3, hidden=6)
 def aligned(folder, settings: Align = SETTINGS, **collab: Any) -> AlignTask:
     task = make(folder, **collab)
     torch.manual_seed(9)
-    return build_align(task, WIDTH, lambda start, stop: VECTORS[start:stop], 4, settings)
+    return build_align(task, WIDTH, lambda start, stop: VECTORS[start:stop], 4, settings, np.arange(3))
 
 
 def train_rows(number: int = 6) -> Any:
@@ -49,7 +54,7 @@ def test_the_loss_is_the_collaborative_one_and_the_contrastive_one_of_the_same_r
     collab.network.load_state_dict(task.model.network.state_dict())
     weights = collab.row_weights(batch)
     views = task.model.projection(vectors["item"]), vectors["semantic"]
-    each = symmetric_info_nce(*views, batch["item"], *views, batch["item"], weights, 0.3)
+    each = contrastive_loss(Views(*views, batch["item"], *views, batch["item"], weights), SETTINGS)
     expected = collab.loss(None, batch, without, Alone()) + 0.4 * (each * weights).sum()
     found = task.loss(task.model, batch, vectors, Alone())
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -62,6 +67,103 @@ def test_the_loss_is_the_collaborative_one_and_the_contrastive_one_of_the_same_r
         assert weight.grad is not None and weight.grad.abs().sum() > 0
 
 
+SIDES = [("mf", "bce"), ("mf", "bpr"), ("svdpp", "softmax"), ("lightgcn", "bce"), ("sasrec", "bpr"), ("din", "bce")]
+
+
+@pytest.mark.parametrize(("name", "loss"), SIDES)
+def test_users_are_drawn_to_the_mean_of_what_they_liked(name, loss, tmp_path):
+    """By hand: the last two of a row's own history; rows without one have no term, and are nobody's negatives."""
+    settings = replace(SETTINGS, side="users", history=2)
+    task = aligned(tmp_path, settings, model=name, loss=loss)
+    rows = train_rows().set_column(1, "user", [[0, 4, 2, 0, 1, 3]])
+    batch = batch_of(task, rows)
+    vectors = vectors_of(task, batch)
+    assert "semantic" not in vectors
+    collab = make(tmp_path, model=name, loss=loss)
+    collab.network.load_state_dict(task.model.network.state_dict())
+    found = task.loss(task.model, batch, vectors, Alone())
+    without = {feature: value for feature, value in vectors.items() if feature != LIKED}
+    total = collab.loss(None, batch, without, Alone())
+    users, _ = collab.network(batch, without, collab.network.item(batch, without)[:, None])
+    liked = {0: [1, 2], 2: [3], 3: [1, 2], 5: [3]}
+    of_users = {0: 0, 2: 2, 3: 0, 5: 3}
+    counted = [row for row in liked if collab.row_weights(batch)[row] > 0]
+    left = torch.nn.functional.normalize(task.model.projection(users), dim=1)
+    means = torch.from_numpy(np.stack([VECTORS[liked.get(row, [0])].mean(0) for row in range(6)]))
+    right = torch.nn.functional.normalize(means, dim=1)
+    for row in counted:
+        others = [other for other in counted if of_users[other] != of_users[row]]
+        for scores in (left @ right.T / 0.3, right @ left.T / 0.3):
+            total = total + 0.4 / 2 * (scores[row, [row, *others]].logsumexp(0) - scores[row, row])
+    assert len(counted) == 4 and found.item() == pytest.approx(total.item(), rel=1e-5)
+    found.backward()
+    assert (leaves(vectors)[LIKED].grad.abs().sum(1) > 0).all()
+    assert leaves(vectors)["user"].grad.abs().sum() > 0
+
+
+def test_with_both_sides_the_losses_add_up(tmp_path):
+    found = {}
+    for side in ("items", "users", "both"):
+        task = aligned(tmp_path, replace(SETTINGS, side=side))
+        batch = batch_of(task, train_rows())
+        found[side] = task.loss(task.model, batch, vectors_of(task, batch), Alone()).item()
+    task = make(tmp_path)
+    batch = batch_of(task, train_rows())
+    collab = task.loss(None, batch, vectors_of(task, batch), Alone()).item()
+    assert found["both"] - collab == pytest.approx(found["items"] + found["users"] - 2 * collab, rel=1e-5)
+
+
+def test_without_any_history_there_is_no_loss_of_users(tmp_path):
+    task = aligned(tmp_path, replace(SETTINGS, side="users"))
+    rows = train_rows()
+    histories = pa.array([[]] * len(rows), pa.list_(pa.int64()))
+    batch = batch_of(task, rows.set_column(rows.column_names.index("history"), "history", histories))
+    vectors = vectors_of(task, batch)
+    found = task.loss(task.model, batch, vectors, Alone())
+    without = {name: value for name, value in vectors.items() if name != LIKED}
+    assert found.item() == task._collab.loss(task.model.network, batch, without, Alone()).item()
+    found.backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in task.model.projection.parameters())
+
+
+@pytest.mark.parametrize("side", ["users", "both"])
+@pytest.mark.parametrize(("name", "loss"), [("mf", "bce"), ("mf", "bpr"), ("sasrec", "softmax")])
+def test_what_collab_reads_of_rows_is_the_same_on_either_side(name, loss, side, tmp_path):
+    """Histories as it cuts them, negatives that leave out what is in them; scoring needs no liked items."""
+    task = aligned(tmp_path, replace(SETTINGS, side=side, history=1), model=name, loss=loss, history=2)
+    collab = make(tmp_path, model=name, loss=loss, history=2)
+    for step in (0, None):
+        ours, theirs = (batch_of(given, train_rows(), step) for given in (task, collab))
+        if step is not None:
+            assert ours.pop(LIKED).values.tolist() == [2, 3, 2, 3]
+        assert ours.keys() == theirs.keys()
+        for column, expected in theirs.items():
+            found = ours[column]
+            if isinstance(expected, Jagged):
+                assert torch.equal(found.lengths, expected.lengths)
+                found, expected = found.values, expected.values
+            assert torch.equal(found, expected), column
+        assert LIKED not in task.lookups(ours)
+
+
+def test_a_frozen_semantic_table_is_declared_so(tmp_path):
+    for semantic in ("trained", "frozen"):
+        task = aligned(tmp_path, replace(SETTINGS, semantic=semantic))
+        assert [table.frozen for table in task.tables] == [False, False, semantic == "frozen"]
+
+
+@pytest.mark.parametrize("side", ["items", "users"])
+def test_what_is_measured_is_what_is_aligned(side, tmp_path):
+    """The projected rows and the semantic ones of the items that are looked up; with whole weights, as the loop has them."""
+    task = aligned(tmp_path, replace(SETTINGS, side=side))
+    vectors = vectors_of(task, {"item": torch.tensor(task.measured)})
+    assert set(vectors) == {"item", "semantic"}
+    weights = {name: weight.detach().clone() for name, weight in task.model.named_parameters()}
+    views = task.model.projection(vectors["item"]).detach(), vectors["semantic"].detach()
+    with torch.no_grad():
+        assert task.measure(weights, vectors) == compare_views(*views)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_it_scores_as_the_collaborative_model_does(name, tmp_path):
     task, collab = aligned(tmp_path, model=name), make(tmp_path, model=name)
@@ -71,9 +173,13 @@ def test_it_scores_as_the_collaborative_model_does(name, tmp_path):
     torch.testing.assert_close(task.score(task.model, batch, vectors), collab.score(None, batch, vectors))
 
 
-@pytest.mark.parametrize(("name", "loss"), LOSSES)
-def test_it_doesnt_depend_on_how_rows_lie_on_workers(name, loss, tmp_path):
-    task = aligned(tmp_path, model=name, loss=loss)
+@pytest.mark.parametrize(
+    ("name", "loss", "options"),
+    [(name, loss, {}) for name, loss in LOSSES]
+    + [(name, loss, {"side": "both", "contrastive": "rince", "mask_equal": False}) for name, loss in SIDES],
+)
+def test_it_doesnt_depend_on_how_rows_lie_on_workers(name, loss, options, tmp_path):
+    task = aligned(tmp_path, replace(SETTINGS, **options), model=name, loss=loss)
     rows = train_rows(8).set_column(0, "row", [list(range(8))])
     table = prepared(task, rows.select([*task.columns, "weight"]))
 
@@ -109,6 +215,7 @@ def test_the_semantic_table_starts_from_the_distilled_vectors(tmp_path):
     assert semantic.read is not None and (semantic.read(2, 4) == VECTORS[2:4]).all()
     batch = batch_of(task, train_rows())
     assert set(task.lookups(batch)) == {"user", "item", "semantic"}
+    assert set(task.lookups({"item": batch["item"]})) == {"item", "semantic"}
     assert task.lookups(batch)["semantic"].tolist() == batch["item"].tolist()
 
 

@@ -1,4 +1,8 @@
-"""The contrastive loss: a plain InfoNCE where items differ, no false negatives, the same however rows lie on workers."""
+"""The contrastive losses: their formulas row by row, no false negatives, in blocks as at once, the same however rows lie on
+workers."""
+
+import itertools
+from math import exp, log
 
 import numpy as np
 import pytest
@@ -6,10 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sellarec.alignment.contrastive import symmetric_info_nce
+from sellarec.alignment.contrastive import Views, contrastive_loss
+from sellarec.config import Align
 
 torch.set_num_threads(1)
+
+KINDS = list(itertools.product(("info-nce", "rince"), ("both", "semantic-to-collab"), (True, False)))
 
 
 def draw(seed: int, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,8 +25,9 @@ def draw(seed: int, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(2))
 
 
-def loss(left, right, ids, weight, temperature, rows=slice(None)):
-    return symmetric_info_nce(left[rows], right[rows], ids[rows], left, right, ids, weight, temperature)
+def loss(left, right, ids, weight, temperature=0.3, rows=slice(None), **options):
+    views = Views(left[rows], right[rows], ids[rows], left, right, ids, weight)
+    return contrastive_loss(views, Align(temperature=temperature, **options))
 
 
 def plain(left, right, temperature):
@@ -26,6 +35,21 @@ def plain(left, right, temperature):
     target = torch.arange(len(left))
     one, other = (F.cross_entropy(x, target, reduction="none") for x in (logits, logits.T))
     return (one + other) / 2
+
+
+def by_hand(left, right, ids, weight, row, kind, direction, mask_equal, q=0.01, scale=0.1, temperature=0.3):
+    """The published formulas, of one row."""
+    cosines = F.normalize(right, dim=1) @ F.normalize(left, dim=1).T / temperature
+    values = []
+    for scores in (cosines, cosines.T)[: 2 if direction == "both" else 1]:
+        others = [j for j in range(len(ids)) if weight[j] and not (mask_equal and ids[j] == ids[row])]
+        positive = exp(scores[row, row])
+        negative = sum(exp(scores[row, j]) for j in others)
+        if kind == "rince":
+            values.append(-(positive**q) / q + (scale * (positive + negative)) ** q / q)
+        else:
+            values.append(-log(positive / (positive + negative if mask_equal else negative)))
+    return sum(values) / len(values)
 
 
 SEED, ROWS, TEMPERATURE = st.integers(0, 2**31), st.integers(1, 12), st.floats(0.05, 5)
@@ -36,6 +60,80 @@ def test_it_is_cross_entropy_over_the_batch_when_all_items_differ(seed, rows, te
     left, right = draw(seed, rows, 6)
     ours = loss(left, right, torch.arange(rows), torch.ones(rows), temperature)
     torch.testing.assert_close(ours, plain(left, right, temperature))
+
+
+@pytest.mark.parametrize(("kind", "direction", "mask_equal"), KINDS)
+@settings(max_examples=15)
+@given(SEED, st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=9), st.integers(1, 10))
+def test_each_row_has_the_loss_that_is_published(kind, direction, mask_equal, seed, drawn, block):
+    """In blocks of any size."""
+    items, weight = torch.tensor([item for item, _ in drawn]), torch.tensor([float(kept) for _, kept in drawn])
+    left, right = draw(seed, len(drawn), 5)
+    options = {"contrastive": kind, "direction": direction, "mask_equal": mask_equal}
+    ours = loss(left, right, items, weight, block=block, **options)
+    for row in weight.nonzero()[:, 0].tolist():
+        expected = by_hand(left, right, items, weight, row, kind, direction, mask_equal)
+        assert ours[row].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    if kind == "rince":
+        ours = loss(left, right, items, weight, block=block, rince_q=0.4, rince_lambda=0.7, **options)
+        for row in weight.nonzero()[:, 0].tolist():
+            expected = by_hand(left, right, items, weight, row, kind, direction, mask_equal, 0.4, 0.7)
+            assert ours[row].item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_rince_keeps_its_digits_at_a_small_power():
+    """Written down as published, each power is 100 and more, and of seven digits five are left."""
+    left, right = (x.float() for x in draw(0, 50, 16))
+    ids, weight = torch.arange(50), torch.ones(50)
+    options = {"contrastive": "rince", "rince_q": 0.001}
+    exact = loss(left.double(), right.double(), ids, weight.double(), 0.2, **options)
+    torch.testing.assert_close(loss(left, right, ids, weight, 0.2, **options).double(), exact, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(("kind", "direction", "mask_equal"), KINDS)
+def test_gradients_are_those_of_finite_differences(kind, direction, mask_equal):
+    left, right = (x.requires_grad_() for x in draw(3, 6, 4))
+    ids, weight = torch.tensor([0, 1, 1, 2, 3, 4]), torch.tensor([1.0, 1, 1, 1, 1, 0])
+    options = {"contrastive": kind, "direction": direction, "mask_equal": mask_equal, "rince_q": 0.3}
+    if kind == "info-nce":
+        del options["rince_q"]
+
+    def of(left, right):
+        return (loss(left, right, ids, weight, block=2, **options) * weight).sum()
+
+    assert torch.autograd.gradcheck(of, (left, right))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor has which an operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), more=None):
+        found = function(*arguments, **(more or {}))
+        for value in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return found
+
+
+@pytest.mark.parametrize("kind", ["info-nce", "rince"])
+def test_all_pairs_are_never_in_memory_at_once(kind):
+    """Neither forward nor backward; the same losses and gradients as at once."""
+    rows, width = 512, 4
+    left, right = (x.requires_grad_() for x in draw(0, rows, width))
+    ids, weight = torch.arange(rows) % 400, torch.ones(rows)
+    found = []
+    for block in (rows, 32):
+        with Largest() as largest:
+            losses = loss(left, right, ids, weight, block=block, contrastive=kind)
+            gradients = torch.autograd.grad(losses.sum(), (left, right))
+        found.append((largest.elements, losses, *gradients))
+    (at_once, *expected), (in_blocks, *ours) = found
+    assert at_once == rows * rows and in_blocks == rows * 32
+    torch.testing.assert_close(ours, expected)
 
 
 @given(SEED, st.lists(st.integers(0, 3), min_size=1, max_size=10))
@@ -62,16 +160,17 @@ def test_padding_is_nobodys_negative(seed, drawn):
 
 
 @settings(max_examples=40)
-@given(SEED, st.lists(st.integers(0, 4), min_size=4, max_size=12), st.integers(1, 4))
-def test_it_does_not_depend_on_how_rows_lie_on_workers(seed, items, workers):
+@given(SEED, st.lists(st.integers(0, 4), min_size=4, max_size=12), st.integers(1, 4), st.sampled_from(KINDS))
+def test_it_does_not_depend_on_how_rows_lie_on_workers(seed, items, workers, kind):
     """Losses, and the gradient of their sum, of workers that each see their rows and gather all the others'."""
     ids, weight = torch.tensor(items), torch.ones(len(items))
     weight[-1] = 0
+    options = dict(zip(("contrastive", "direction", "mask_equal"), kind, strict=True), block=5)
     left, right = (x.requires_grad_() for x in draw(seed, len(items), 4))
-    whole = loss(left, right, ids, weight, 0.5) * weight
+    whole = loss(left, right, ids, weight, 0.5, **options) * weight
     expected = torch.autograd.grad(whole.sum(), (left, right))
     pieces = [torch.from_numpy(x) for x in np.array_split(np.arange(len(items)), workers)]
-    parts = torch.cat([loss(left, right, ids, weight, 0.5, rows) for rows in pieces]) * weight
+    parts = torch.cat([loss(left, right, ids, weight, 0.5, rows, **options) for rows in pieces]) * weight
     torch.testing.assert_close(parts, whole)
     found = torch.autograd.grad(parts.sum(), (left, right))
     for ours, theirs in zip(found, expected, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sellarec.evaluation.report import BEST_ATTAINABLE, write_report
+from sellarec.evaluation.report import ALIGNMENT_MEASURES, BEST_ATTAINABLE, write_report
 from sellarec.evaluation.results import evaluate_scores
 
 VOID = {"meta", "br", "hr", "link", "img", "input"}
@@ -231,6 +231,32 @@ def test_models_without_pairs_or_best():
     page = Page(report(records=records))
     assert "difference" not in page.text and "Other rows" not in page.text
     assert BEST_ATTAINABLE not in page.text
+
+
+def aligned_stages(collab) -> list[dict]:
+    stages = make_stages()
+    of = next(stage for stage in stages if stage["stage"] == "collab")
+    measures = {name: 0.125 * number for number, name in enumerate(ALIGNMENT_MEASURES)}
+    alignment = {
+        "items": 1234,
+        "before": measures | {"uniformity_collab": None},
+        "after": {name: value + 0.01 for name, value in measures.items()},
+        "valid": {"align": {"auc": 0.7111, "uauc": None}, "collab": collab},
+    }
+    facts = {**of["manifest"]["facts"], "alignment": alignment}
+    return [*stages, {**of, "stage": "align", "manifest": {"seconds": 1.0, "facts": facts}}]
+
+
+def test_what_align_did_is_shown_with_its_price():
+    text = Page(report(stages=aligned_stages({"auc": 0.7222, "uauc": 0.6}))).text
+    assert "1,234 items of the train split before after" in text
+    assert "projected row and distilled vector 0.0000 0.0100" in text
+    assert "uniformity of projected rows – 0.1350" in text
+    assert "vectors that find their row among the first 10 0.7500 0.7600" in text
+    assert "AUC 0.7111 (collab 0.7222); UAUC – (collab 0.6000)." in text
+    alone = Page(report(stages=aligned_stages(None))).text
+    assert "AUC 0.7111; UAUC –; collab is not what it started from" in alone
+    assert "items of the train split before" not in Page(report()).text
 
 
 def test_the_input_stays_as_it_was():

@@ -54,7 +54,9 @@ def make(decoder, titles, tmp_path_factory):
     for name, rows in TABLES.items():
         save_table(start / "tables", name, rows, (2,))
 
-    def build(projection=None, trained=None, unseen_dropout=0.3, seed=1, model="mf", dense=None, dim=DIM) -> FuseTask:
+    def build(
+        projection=None, trained=None, unseen_dropout=0.3, seed=1, model="mf", dense=None, dim=DIM, **fuse
+    ) -> FuseTask:
         torch.manual_seed(7)
         log = small_log(start, USERS, ITEMS, np.ones(ITEMS, bool))
         settings = Collab(dim=dim, model=model, history=READ)
@@ -66,7 +68,7 @@ def make(decoder, titles, tmp_path_factory):
         semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=lambda low, high: TABLES["semantic"][low:high])
         return build_fuse(
             source, titles, PROMPT, "movie", folder / "adapter", collab, semantic, HIDDEN, projection, trained,
-            Fuse(unseen_dropout=unseen_dropout), seed,
+            Fuse(unseen_dropout=unseen_dropout, **fuse), seed,
         )  # fmt: skip
 
     return build
@@ -255,6 +257,11 @@ def test_the_tables_start_from_what_stages_before_made(task):
     assert all((table.read(1, 3) == TABLES[table.name][1:3]).all() for table in task.tables)
     batch = batch_of(task, rows(), None)
     assert set(task.lookups(batch)) == {feature for table in task.tables for feature in table.features}
+
+
+def test_the_distilled_vectors_may_stay_as_align_left_them(task, make):
+    assert not any(table.frozen for table in task.tables)
+    assert [table.name for table in make(semantic="frozen").tables if table.frozen] == ["semantic"]
 
 
 def test_the_frozen_language_model_has_no_dropout_while_the_projections_train(task):

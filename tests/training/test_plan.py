@@ -1,6 +1,7 @@
 """Which worker holds which rows, what the kernels can't do, and what the tables take."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -165,6 +166,18 @@ def test_bytes_of_a_row():
     assert row_bytes(columns, FLOAT32, optimizer("adam")) == (128, 3 * 128)
     assert row_bytes(columns, FLOAT32, optimizer("sgd")) == (128, 0)
     assert row_bytes(columns, FLOAT32, None) == (128, 0)
+
+
+def test_a_frozen_table_has_no_state_of_an_optimizer():
+    user, item = table("user", 10, 32), replace(table("item", 10, 32), frozen=True)
+    placements = place([user, item], FLOAT32, optimizer("adam"), 2, "cpu")
+    assert worker_bytes(placements, FLOAT32, optimizer("adam"), 2) == [5 * (4 * 128 + 128)] * 2
+    assert [line["optimizer bytes"] for line in describe(placements, FLOAT32, optimizer("adam"), 2)] == [5 * 3 * 128, 0]
+    with pytest.raises(UserError, match=r"item 5 rows x 128 bytes"):
+        check_fits(placements, FLOAT32, optimizer("adam"), 2, 1, "each")
+    other = table("other", 10, 16)  # with state it would take more than the frozen one
+    placed = place([user, item, other], Tables(sharding="table-wise"), optimizer("adam"), 2, "cpu")
+    assert {p.table.name: p.worker for p in placed} == {"user": 0, "other": 1, "item": 1}
 
 
 def test_a_plan_tells_what_the_fullest_worker_holds():
