@@ -18,8 +18,8 @@ from sellarec.language.scorer import PromptScorer, left_padded
 from sellarec.training.task import Batch, Peers, Task, Vectors
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""By what part of the largest logit those of the saved adapter may differ from those of the trained one, by the type of computing.
-Rounding differs where prompts are padded and batched otherwise."""
+"""By what part of the largest logit those of the saved adapter may differ from the trained one's, by the type of computing:
+rounding differs where prompts are padded and batched otherwise."""
 
 
 class TextTask(Task):
@@ -68,7 +68,8 @@ class TextTask(Task):
         logits = model(batch["tokens"], batch["mask"], {}, {})
         if folder is None:
             return
-        plain = PeftModel.from_pretrained(llms.load_model(self.source.folder(), self.source.storage), folder / "adapter")
+        base = llms.load_model(self.source.folder(), self.source.storage)
+        plain = PeftModel.from_pretrained(base, folder / "adapter")
         plain.to(logits.device).eval()
         for weight in plain.parameters():
             weight.data = weight.data.to(dtype)
@@ -78,9 +79,9 @@ class TextTask(Task):
         allowed = TOLERANCE[dtype] * logits.abs().max().item()
         if not difference <= allowed:
             raise UserError(
-                f"the adapter in {folder / 'adapter'}, loaded with PEFT {version('peft')}, gives other logits than the trained model: "
-                f"they differ by up to {difference:.3g}, of which {allowed:.3g} is allowed; it wasn't kept. Report this with the "
-                "output of jobs/env.py"
+                f"the adapter in {folder / 'adapter'}, loaded with PEFT {version('peft')}, gives other logits than the trained "
+                f"model: they differ by up to {difference:.3g}, and {allowed:.3g} is allowed for rounding. Whatever loads it would "
+                "score otherwise, so the stage ends here: report it with the output of jobs/env.py"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -120,6 +121,7 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
     folder = source.folder()
     model = llms.load_model(folder, source.storage)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    is_transposed = any(isinstance(module, Conv1D) for module in linear.values())  # as in GPT-2
     layers = {name.rpartition(".")[2] for name in linear}
     missing = sorted(set(settings.targets) - {ALL_LINEAR} - layers)
     if missing:
@@ -135,7 +137,7 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         target_modules=ALL_LINEAR if settings.targets == (ALL_LINEAR,) else list(settings.targets),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),  # PEFT says it for each layer otherwise
+        fan_in_fan_out=is_transposed,
         task_type="CAUSAL_LM",
     )
     model.config._name_or_path = source.name  # what the adapter's own config will say that it belongs to

@@ -37,9 +37,7 @@ def models(decoder, tmp_path_factory) -> dict[str, Path]:
     made = {
         "llama": LlamaForCausalLM(LlamaConfig(**common, **wide, max_position_embeddings=256)),
         "qwen2": Qwen2ForCausalLM(
-            Qwen2Config(
-                **common, **wide, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True
-            )
+            Qwen2Config(**common, **wide, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True)
         ),
         "gpt2": GPT2LMHeadModel(GPT2Config(**common, **NO_DROPOUT, n_embd=16, n_layer=2, n_head=2, n_positions=256)),
     }
