@@ -190,8 +190,8 @@ class Dense:
     beta2: float = 0.999
     """How much of the mean squared gradient of a dense weight each step keeps."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
-    """How the learning rates go on after the warm-up: down to 0 in a half cosine; as they are; or (wsd: warm-up, stable, decay) as
-    they are until the last steps, and there down to 0 in a line."""
+    """How the learning rates go on after the warm-up: down to 0 in a half cosine; as they are; or (wsd: warm-up, stable, decay)
+    as they are until the last steps, and there down to 0 in a line."""
     warmup: float = 0.05
     """Fraction of the steps over which the learning rates rise."""
     decay: float = 0.1
@@ -355,8 +355,8 @@ class Collab(Steps, Selection, Dense, Sparse):
     learning_rate: float = 1e-3
     """Peak learning rate of the dense weights, which sasrec, din and fism have."""
     schedule: Literal["cosine", "constant", "wsd"] = "constant"
-    """How the learning rates go on after the warm-up: down to 0 in a half cosine; as they are; or (wsd: warm-up, stable, decay) as
-    they are until the last steps, and there down to 0 in a line."""
+    """How the learning rates go on after the warm-up: down to 0 in a half cosine; as they are; or (wsd: warm-up, stable, decay)
+    as they are until the last steps, and there down to 0 in a line."""
     warmup: float = 0.0
     """Fraction of the steps over which the learning rates rise."""
     table_learning_rate: float = 0.2
@@ -816,8 +816,8 @@ def _check_dense(config: Config) -> None:
             )
         if settings.schedule == "wsd" and settings.warmup + settings.decay > 1:
             raise UserError(
-                f"{name}.warmup is {settings.warmup} and {name}.decay {settings.decay}: of the steps of schedule wsd they are two "
-                "fractions that don't overlap, so at most 1 together"
+                f"{name}.warmup is {settings.warmup} and {name}.decay {settings.decay}: of schedule wsd they are fractions of the "
+                "steps that don't overlap, at most 1 together"
             )
 
 

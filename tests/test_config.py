@@ -150,6 +150,12 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--pretrain.hidden 60 --pretrain.heads 4", ["pretrain.hidden", "60", "pretrain.heads", "4"]),
         ("--prompt.history 60", ["prompt.history", "60", "data.history_cap", "50"]),
         ("--data.split 0.5 0.2 0.2", ["data.split", "0.5", "0.2"]),
+        ("--adapt.decay 0.2", ["adapt.decay", "0.2", "adapt.schedule", "cosine"]),
+        ("--collab.decay 0.2", ["collab.decay", "0.2", "collab.schedule", "constant"]),
+        ("--fuse.schedule wsd --fuse.warmup 0.6 --fuse.decay 0.5", ["fuse.warmup", "0.6", "fuse.decay", "0.5"]),
+        ("--collab.beta2 0.9", ["collab.beta2", "0.9", "collab.model", "mf"]),
+        ("--adapt.targets q_proj all-linear", ["adapt.targets", "q_proj", "all-linear"]),
+        ("--adapt.targets", ["adapt.targets", "empty", "all-linear"]),
     ],
 )
 def test_contradictions_are_refused_naming_both(arguments, named):
@@ -178,6 +184,9 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path):
         "--align.weight inf",
         "--adapt.dropout 1",
         "--adapt.warmup 1.5",
+        "--adapt.beta2 1",
+        "--pretrain.beta2 -0.1",
+        "--adapt.decay 0 --adapt.schedule wsd",
         "--fuse.unseen-dropout 1.0",
         "--fuse.validate-every 0",
         "--prompt.history 0",

@@ -80,8 +80,8 @@ class TextTask(Task):
         if not difference <= allowed:
             raise UserError(
                 f"the adapter in {folder / 'adapter'}, loaded with PEFT {version('peft')}, gives other logits than the trained "
-                f"model: they differ by up to {difference:.3g}, and {allowed:.3g} is allowed for rounding. Whatever loads it would "
-                "score otherwise, so the stage ends here: report it with the output of jobs/env.py"
+                f"model: they differ by up to {difference:.3g}, and {allowed:.3g} is allowed for rounding. Whatever loads it "
+                "would score otherwise, so the stage ends here: report it with the output of jobs/env.py"
             )
 
     def facts(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from language_cases import BATCH, Case
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sellarec.config import Adapt, Fuse
 from sellarec.language import llm as llms
@@ -22,31 +21,6 @@ LOSS = {"rtol": 2e-5, "atol": 1e-6}
 GRADIENTS = {"rtol": 1e-3, "atol": 2e-6}
 WEIGHTS = {"rtol": 1e-3, "atol": 2e-4}
 """After STEPS steps of AdamW, which makes whole steps of the smallest gradients."""
-
-
-NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-
-
-@pytest.fixture(scope="module")
-def models(decoder, tmp_path_factory) -> dict[str, Path]:
-    """Small random models with the embedded decoder's tokenizer: untied, and (gpt2, qwen2) with tied embeddings."""
-    torch.manual_seed(3)
-    tokenizer = llms.load_tokenizer(decoder)
-    common: dict[str, Any] = {"vocab_size": len(tokenizer), "initializer_range": 0.2}
-    wide = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    made = {
-        "llama": LlamaForCausalLM(LlamaConfig(**common, **wide, max_position_embeddings=256)),
-        "qwen2": Qwen2ForCausalLM(
-            Qwen2Config(**common, **wide, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True)
-        ),
-        "gpt2": GPT2LMHeadModel(GPT2Config(**common, **NO_DROPOUT, n_embd=16, n_layer=2, n_head=2, n_positions=256)),
-    }
-    folders = {}
-    for name, model in made.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
-    return folders
 
 
 def adapt(**changes: Any) -> Adapt:
