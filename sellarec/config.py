@@ -816,8 +816,8 @@ def _check_dense(config: Config) -> None:
             )
         if settings.schedule == "wsd" and settings.warmup + settings.decay > 1:
             raise UserError(
-                f"{name}.warmup is {settings.warmup} and {name}.decay {settings.decay}: of schedule wsd they are fractions of the "
-                "steps that don't overlap, at most 1 together"
+                f"{name}.warmup is {settings.warmup} and {name}.decay {settings.decay}: of schedule wsd they are fractions of "
+                "the steps that don't overlap, at most 1 together"
             )
 
 

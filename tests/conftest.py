@@ -60,8 +60,8 @@ def decoder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def models(decoder, tmp_path_factory) -> dict[str, Path]:
-    """Small random models without dropout, with the embedded decoder's tokenizer: llama with an output layer of its own, qwen2 and
-    gpt2 with tied embeddings. Their tokenizer has no pad token."""
+    """Small random models without dropout, with the embedded decoder's tokenizer: llama with an output layer of its own, qwen2
+    and gpt2 with tied embeddings."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
