@@ -129,6 +129,9 @@ class Llm:
     """Revision of a hub id: a commit, branch or tag."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the language model (bfloat16 on GPUs; slow on CPUs). Trained weights stay float32."""
+    storage: Literal["float32", "bfloat16"] = "float32"
+    """Type that the frozen weights are held in: bfloat16 halves their memory and rounds them once, when they are loaded. What is
+    trained stays float32, and all is computed in `dtype`. Stage pretrain trains all of its weights, so it holds float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +187,15 @@ class Dense:
     """Peak learning rate of the dense weights."""
     weight_decay: float = 0.01
     """Weight decay of the dense weights."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the learning rates go on after the warm-up: down to 0 in a half cosine, or as they are."""
+    beta2: float = 0.999
+    """How much of the mean squared gradient of a dense weight each step keeps."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """How the learning rates go on after the warm-up: down to 0 in a half cosine; as they are; or (wsd: warm-up, stable, decay)
+    as they are until the last steps, and there down to 0 in a line."""
     warmup: float = 0.05
     """Fraction of the steps over which the learning rates rise."""
+    decay: float = 0.1
+    """Fraction of the steps, the last ones, over which the learning rates of schedule wsd fall."""
     clip: float = 1.0
     """Largest norm of the dense gradient, all weights together."""
 
@@ -230,7 +238,16 @@ class Language:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrain(Steps, Dense, Language):
+class Backpropagation(Language):
+    """What stages need beside, whose gradients go through the language model."""
+
+    checkpoint_activations: bool = runtime(False)
+    """Whether only the inputs of the decoder layers are kept for the backward pass, and a layer's activations are computed again
+    there: much less memory, for about a third more computing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Steps, Dense, Backpropagation):
     """The embedded decoder and its pre-training on the catalog's own text."""
 
     batch: int = 16
@@ -254,7 +271,7 @@ class Pretrain(Steps, Dense, Language):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapt(Steps, Selection, Dense, Language):
+class Adapt(Steps, Selection, Dense, Backpropagation):
     """LoRA tuning of the language model on text-only prompts."""
 
     epochs: float = 1.0
@@ -269,10 +286,14 @@ class Adapt(Steps, Selection, Dense, Language):
     """Rank of the LoRA matrices."""
     alpha: float = 32.0
     """LoRA scale: the update is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Whether it is multiplied by alpha / sqrt(rank) instead, so that its size does not shrink as the rank grows (rsLoRA)."""
+    dora: bool = False
+    """Whether the norm of each row of an adapted weight is trained by itself, and LoRA turns its direction (DoRA)."""
     dropout: float = 0.0
     """Dropout on the LoRA path."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers that get LoRA matrices."""
+    """Names of the linear layers that get LoRA matrices; `all-linear`: every one but the output layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +354,9 @@ class Collab(Steps, Selection, Dense, Sparse):
     their mean)."""
     learning_rate: float = 1e-3
     """Peak learning rate of the dense weights, which sasrec, din and fism have."""
-    schedule: Literal["cosine", "constant"] = "constant"
-    """How the learning rates go on after the warm-up: down to 0 in a half cosine, or as they are."""
+    schedule: Literal["cosine", "constant", "wsd"] = "constant"
+    """How the learning rates go on after the warm-up: down to 0 in a half cosine; as they are; or (wsd: warm-up, stable, decay)
+    as they are until the last steps, and there down to 0 in a line."""
     warmup: float = 0.0
     """Fraction of the steps over which the learning rates rise."""
     table_learning_rate: float = 0.2
@@ -393,7 +415,7 @@ class Align(Steps, Selection, Dense, Sparse):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fuse(Steps, Selection, Dense, Sparse, Language):
+class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     """Hybrid projection: three tokens (user, item, distilled item) in the prompt of the frozen, adapted model."""
 
     epochs: float = 2.0
@@ -799,6 +821,8 @@ def check(config: Config) -> None:
     if not 0 <= config.adapt.dropout < 1:
         raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
     _check_align(config)
+    _check_dense(config)
+    _check_adapt(config)
 
 
 def _check_align(config: Config) -> None:
@@ -821,6 +845,38 @@ def _check_align(config: Config) -> None:
             f"align.history is {align.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
             "data.history_cap or lower align.history"
         )
+
+
+def _check_dense(config: Config) -> None:
+    for section in dataclasses.fields(config):
+        settings = getattr(config, section.name)
+        if not isinstance(settings, Dense):
+            continue
+        name = section.name
+        if settings.beta2 >= 1:
+            raise UserError(f"{name}.beta2 is {settings.beta2}: a share from 0 to below 1 is needed")
+        if settings.schedule != "wsd" and settings.decay != Dense.decay:
+            raise UserError(
+                f"{name}.decay is {settings.decay}, but {name}.schedule is {settings.schedule}, for which it means nothing: "
+                "leave out one of the two"
+            )
+        if settings.schedule == "wsd" and settings.warmup + settings.decay > 1:
+            raise UserError(
+                f"{name}.warmup is {settings.warmup} and {name}.decay {settings.decay}: of schedule wsd they are fractions of "
+                "the steps that don't overlap, at most 1 together"
+            )
+
+
+def _check_adapt(config: Config) -> None:
+    targets = config.adapt.targets
+    if not targets:
+        raise UserError("adapt.targets is empty: give names of linear layers, or all-linear")
+    if ALL_LINEAR in targets and len(targets) > 1:
+        raise UserError(f"adapt.targets is {', '.join(targets)}: {ALL_LINEAR} takes every layer, so it stands alone")
+
+
+ALL_LINEAR = "all-linear"
+"""Of `adapt.targets`: every linear layer but the output layer."""
 
 
 def _check_collab(config: Config) -> None:
@@ -914,7 +970,7 @@ def _check_collab(config: Config) -> None:
 SAMPLED = ("bpr", "softmax")
 """Losses of `collab` that rank a target above negatives."""
 
-DENSE_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "clip")
+DENSE_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "beta2", "clip")
 """Settings of `collab` that models with dense weights read."""
 
 MODEL_SETTINGS = ("user_rows", "layers", "heads", "hidden", "dropout", "history", *DENSE_SETTINGS)
@@ -1015,6 +1071,6 @@ _LOWEST: dict[str, float] = {
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
     **dict.fromkeys(("negatives_per_row", "block"), 1),
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
-    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "memory_per_worker"), 1e-6),
+    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker"), 1e-6),
     "seed": 0,
 }

@@ -152,8 +152,9 @@ class Run:
 
         if self.config.llm.model == EMBEDDED:
             mark = self.marks["pretrain"]
-            return LlmSource(str(self.artifact("pretrain").local() / "model"), None, f"pretrain-{mark}")
-        return self.given_llm
+            folder = str(self.artifact("pretrain").local() / "model")
+            return LlmSource(folder, None, f"pretrain-{mark}", self.config.llm.storage)
+        return dataclasses.replace(self.given_llm, storage=self.config.llm.storage)
 
     @cached_property
     def given_llm(self) -> Any:

@@ -56,3 +56,32 @@ def decoder(tmp_path_factory) -> Path:
     settings = Pretrain(vocabulary=400, context=256, hidden=16, layers=2, heads=2)
     build_decoder(TITLES * 3, words, settings, 0, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def models(decoder, tmp_path_factory) -> dict[str, Path]:
+    """Small random models without dropout, with the embedded decoder's tokenizer: llama with an output layer of its own, qwen2
+    and gpt2 with tied embeddings."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    from sellarec.language.llm import load_tokenizer
+
+    torch.manual_seed(3)
+    tokenizer = load_tokenizer(decoder)
+    common: dict = {"vocab_size": len(tokenizer), "initializer_range": 0.2}
+    wide: dict = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    wide |= {"max_position_embeddings": 256}
+    narrow: dict = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256}
+    narrow |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    made = {
+        "llama": LlamaForCausalLM(LlamaConfig(**common, **wide)),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**common, **wide, num_key_value_heads=1, tie_word_embeddings=True)),
+        "gpt2": GPT2LMHeadModel(GPT2Config(**common, **narrow)),
+    }
+    folders = {}
+    for name, model in made.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders

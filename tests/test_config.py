@@ -154,6 +154,12 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--align.rince-lambda 0.5", ["align.rince_lambda", "0.5", "align.contrastive", "info-nce"]),
         ("--align.history 5", ["align.history", "5", "align.side", "items"]),
         ("--align.side both --data.history-cap 20", ["align.history", "50", "data.history_cap", "20"]),
+        ("--adapt.decay 0.2", ["adapt.decay", "0.2", "adapt.schedule", "cosine"]),
+        ("--collab.decay 0.2", ["collab.decay", "0.2", "collab.schedule", "constant"]),
+        ("--fuse.schedule wsd --fuse.warmup 0.6 --fuse.decay 0.5", ["fuse.warmup", "0.6", "fuse.decay", "0.5"]),
+        ("--collab.beta2 0.9", ["collab.beta2", "0.9", "collab.model", "mf"]),
+        ("--adapt.targets q_proj all-linear", ["adapt.targets", "q_proj", "all-linear"]),
+        ("--adapt.targets", ["adapt.targets", "empty", "all-linear"]),
     ],
 )
 def test_contradictions_are_refused_naming_both(arguments, named):
@@ -185,6 +191,9 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path):
         "--align.rince-lambda 1.5 --align.contrastive rince",
         "--adapt.dropout 1",
         "--adapt.warmup 1.5",
+        "--adapt.beta2 1",
+        "--pretrain.beta2 -0.1",
+        "--adapt.decay 0 --adapt.schedule wsd",
         "--fuse.unseen-dropout 1.0",
         "--fuse.validate-every 0",
         "--prompt.history 0",

@@ -132,7 +132,7 @@ def build_fuse(
         trained: file of trained projections.
     """  # fmt: skip
     folder = source.folder()
-    model = llms.load_model(folder)
+    model = llms.load_model(folder, source.storage)
     prompts = make_prompts(folder, titles, prompt, noun, model, "fused")
     embeddings = model.get_input_embeddings().weight
     norm = embeddings.detach().float().norm(dim=1).mean().item()

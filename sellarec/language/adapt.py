@@ -1,5 +1,6 @@
 """Stage adapt: LoRA tuning of the language model on text-only prompts (TALLRec; SeLLa-Rec's first stage)."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sellarec.config import Adapt, Prompt
+from sellarec.config import ALL_LINEAR, Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.prompts import Prompts
 from sellarec.language.scorer import PromptScorer, left_padded
 from sellarec.training.task import Batch, Peers, Task, Vectors
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""By what part of the largest logit those of the saved adapter may differ from the trained one's, by the type of computing:
+rounding differs where prompts are padded and batched otherwise."""
 
 
 class TextTask(Task):
@@ -26,7 +31,8 @@ class TextTask(Task):
 
     columns = ("row", "item", "label", "history")
 
-    def __init__(self, model: nn.Module, prompts: Prompts) -> None:
+    def __init__(self, source: llms.LlmSource, model: nn.Module, prompts: Prompts) -> None:
+        self.source = source
         self.model = PromptScorer(model)
         self.blocks = self.model.blocks
         self.prompts = prompts
@@ -54,6 +60,30 @@ class TextTask(Task):
         state = {name.removeprefix(prefix): value for name, value in weights.items()}
         self.model.llm.save_pretrained(folder / "adapter", state_dict=state)
 
+    @torch.no_grad()
+    def check_saved(self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype) -> None:
+        """Logits of each prompt's last position, against those of PEFT's own loading, without padding, on one device."""
+        from peft import PeftModel
+
+        logits = model(batch["tokens"], batch["mask"], {}, {})
+        if folder is None:
+            return
+        base = llms.load_model(self.source.folder(), self.source.storage)
+        plain = PeftModel.from_pretrained(base, folder / "adapter")
+        plain.to(logits.device).eval()
+        for weight in plain.parameters():
+            weight.data = weight.data.to(dtype)
+        prompts = (tokens[mask][None] for tokens, mask in zip(batch["tokens"], batch["mask"], strict=True))
+        again = torch.stack([plain(input_ids=tokens, use_cache=False).logits[0, -1].float() for tokens in prompts])
+        difference = (again - logits).abs().max().item()
+        allowed = TOLERANCE[dtype] * logits.abs().max().item()
+        if not difference <= allowed:
+            raise UserError(
+                f"the adapter in {folder / 'adapter'}, loaded with PEFT {version('peft')}, gives other logits than the trained "
+                f"model: they differ by up to {difference:.3g}, and {allowed:.3g} is allowed for rounding. Whatever loads it "
+                "would score otherwise, so the stage ends here: report it with the output of jobs/env.py"
+            )
+
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         everything = sum(weight.numel() for weight in self.model.parameters())
@@ -80,17 +110,20 @@ def make_prompts(folder: Path, titles: list[str], settings: Prompt, noun: str, m
 
 
 def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, settings: Adapt) -> TextTask:
-    """The task of training a fresh adapter.
+    """The task of training a fresh adapter: LoRA (arXiv 2106.09685), as rsLoRA (2312.03732) or DoRA (2402.09353) where asked for.
 
     Raises:
         UserError: the model has no layer of the names in adapt.targets, or cannot be loaded.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     folder = source.folder()
-    model = llms.load_model(folder)
-    layers = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    missing = sorted(set(settings.targets) - layers)
+    model = llms.load_model(folder, source.storage)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    is_transposed = any(isinstance(module, Conv1D) for module in linear.values())  # as in GPT-2
+    layers = {name.rpartition(".")[2] for name in linear}
+    missing = sorted(set(settings.targets) - {ALL_LINEAR} - layers)
     if missing:
         raise UserError(
             f"adapt.targets names {', '.join(missing)}, but the linear layers of {source.name} are {', '.join(sorted(layers))}"
@@ -101,16 +134,19 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         bias="none",
-        target_modules=list(settings.targets),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        target_modules=ALL_LINEAR if settings.targets == (ALL_LINEAR,) else list(settings.targets),
+        fan_in_fan_out=is_transposed,
         task_type="CAUSAL_LM",
     )
     model.config._name_or_path = source.name  # what the adapter's own config will say that it belongs to
-    return TextTask(get_peft_model(model, lora), prompts)
+    return TextTask(source, get_peft_model(model, lora), prompts)
 
 
 def build_adapted(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, adapter: Path) -> TextTask:
     """The task of scoring with a trained adapter."""
     folder = source.folder()
-    model = llms.load_model(folder)
+    model = llms.load_model(folder, source.storage)
     prompts = make_prompts(folder, titles, prompt, noun, model, "text")
-    return TextTask(llms.with_adapter(model, adapter), prompts)
+    return TextTask(source, llms.with_adapter(model, adapter), prompts)

@@ -37,7 +37,8 @@ class ItemEncoder:
     ) -> None:
         torch.set_num_threads(threads)
         folder = source.folder()
-        model = llms.with_adapter(llms.load_model(folder), adapter)
+        model = llms.with_adapter(llms.load_model(folder, source.storage), adapter)
+        llms.compute_in(model, torch.float32)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self._tokenizer = llms.load_tokenizer(folder)

@@ -22,11 +22,13 @@ class LlmSource:
 
     Attributes:
         identity: what fingerprints take for the model: hashes of its files, or the hub's commit.
+        storage: type that its frozen weights are held in, float32 or bfloat16.
     """
 
     name: str
     revision: str | None
     identity: str
+    storage: str = "float32"
 
     def folder(self) -> Path:
         """The local folder with the model; a hub id is downloaded once a machine."""
@@ -103,8 +105,11 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         raise UserError(f"the tokenizer in {folder} can't be read ({reason}): save it there anew") from error
 
 
-def load_model(folder: Path) -> "PreTrainedModel":
-    """The causal model of a folder, in float32.
+def load_model(folder: Path, storage: str = "float32") -> "PreTrainedModel":
+    """The causal model of a folder.
+
+    Args:
+        storage: type of its weights, float32 or bfloat16, whatever they were saved in.
 
     Raises:
         UserError: the folder holds something else than a causal language model, or its weights don't fit its config.
@@ -133,7 +138,7 @@ def load_model(folder: Path) -> "PreTrainedModel":
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32,
+            dtype=getattr(torch, storage),
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
@@ -171,6 +176,28 @@ def decoder_layers(model: Any) -> list[Any]:
     """The model's decoder layers: what FSDP2 gathers one at a time."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def compute_in(model: Any, dtype: Any) -> None:
+    """Have layers that hold their weights in another type cast them while they run, as FSDP2 does where weights are sharded.
+
+    For inference only. No more than one layer's weights are held in `dtype` at a time.
+    """
+
+    def cast(module: Any, arguments: Any) -> None:
+        held[module] = {name: weight.data for name, weight in module.named_parameters(recurse=False)}
+        for weight in module.parameters(recurse=False):
+            weight.data = weight.data.to(dtype)
+
+    def restore(module: Any, arguments: Any, output: Any) -> None:
+        for name, data in held.pop(module).items():
+            module.get_parameter(name).data = data
+
+    held: dict[Any, dict[str, Any]] = {}
+    for module in model.modules():
+        if any(weight.dtype != dtype for weight in module.parameters(recurse=False)):
+            module.register_forward_pre_hook(cast)
+            module.register_forward_hook(restore)
 
 
 def with_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":

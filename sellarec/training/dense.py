@@ -1,6 +1,7 @@
 """Dense modules under FSDP2, on a (replicate, shard) mesh, with gradients summed over workers."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 
 MIN_BLOCK_BYTES = 256 << 10
 """A smaller block is gathered with the root: a collective of its own would cost more time than its memory is worth."""
@@ -18,6 +20,9 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, d
 
     Gradients are summed, not averaged: with a loss divided by the global count, any number of workers takes the same
     step. On gloo the divide factor alone fails, so the sum is forced too.
+
+    Frozen weights may be stored in another type than the trained ones, which share one: each is cast to `dtype` as it is
+    gathered, and only gradients are reduced together.
     """
     mesh = init_device_mesh(device.type, (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -27,6 +32,16 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, d
     for module in [*large, model]:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
+    """Have each block keep its inputs alone for the backward pass, which computes it again. To be called before `shard`.
+
+    It is the block's `forward` that is wrapped, inside the hooks that FSDP2 puts around the call: by the time that it is computed
+    again, its weights were gathered for the backward pass. Dropout draws the same again.
+    """
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

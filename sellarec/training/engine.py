@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from sellarec.artifacts import Place
-from sellarec.config import Dense, Language, Sparse, Tables
+from sellarec.config import Backpropagation, Dense, Language, Sparse, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.ranking import TopList, UserMetrics, merge, top_k, user_metrics
 from sellarec.training import dense
@@ -33,7 +33,7 @@ from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import Jagged, index
 from sellarec.training.tables import ShardedTables
-from sellarec.training.task import INITIAL, WHOLE, Batch, MeasuredTask, RankingTask, Task, Vectors
+from sellarec.training.task import INITIAL, WHOLE, Batch, CheckedTask, MeasuredTask, RankingTask, Task, Vectors
 
 KINDS: tuple[Kind, ...] = ("user", "item")
 """Tables whose rows a graph smooths, in the order of its rows."""
@@ -152,6 +152,7 @@ class Engine:
     def __init__(self, task: Task, workers: Workers, seed: int, settings: Any, storage: Tables, dtype: str) -> None:
         self.task, self.workers = task, workers
         self.settings = settings
+        self.dtype: torch.dtype = getattr(torch, dtype)
         # micro-batches are for language models, whose layers are `blocks`; others would only be slowed down by them
         self.micro_batch = settings.micro_batch if isinstance(settings, Language) and task.blocks else None
         # frozen tables are kept apart: optimizers would take their rows with those of the others
@@ -178,12 +179,15 @@ class Engine:
         self.optimizer = None
         if task.model is not None:
             task.model.to(workers.device)
-            dense.shard(task.model, task.blocks, workers.device, getattr(torch, dtype))
+            if isinstance(settings, Backpropagation) and settings.checkpoint_activations:
+                dense.checkpoint_activations(task.blocks)
+            dense.shard(task.model, task.blocks, workers.device, self.dtype)
             task.model.train(isinstance(settings, Dense))
             if isinstance(settings, Dense):
                 self.optimizer = DENSE_OPTIMIZERS[settings.optimizer](
                     dense.trainable(task.model),
                     lr=settings.learning_rate,
+                    betas=(0.9, settings.beta2),
                     weight_decay=settings.weight_decay,
                     fused=True,  # one kernel for all parameters: a fifth of a small model's step otherwise
                 )
@@ -476,6 +480,22 @@ class Engine:
                 parts = [part for of_worker in gathered for part in of_worker]
                 (output / "tables").write_json(f"{table.name}.json", index(table, parts))
 
+    @torch.no_grad()
+    def check_export(self, rows: pa.Table, output: Place) -> None:
+        """Have worker 0 load what `export` has written, as other programs do, and compare it with the trained model.
+
+        Args:
+            rows: some prepared rows of this worker's.
+
+        Raises:
+            UserError: on worker 0: the two don't agree.
+        """
+        task = self.task
+        assert isinstance(task, CheckedTask) and task.model is not None
+        with self._scoring():
+            batch = self._to_device(task.collate(rows, None))
+            task.check_saved(task.model, batch, output.local() if self.workers.rank == 0 else None, self.dtype)
+
 
 def rank_queries(
     engine: Engine, batches: Sequence[pa.Table], cutoffs: Sequence[int], report: Callable[[int], None]
@@ -491,10 +511,13 @@ def rank_queries(
 
 
 def learning_rate_factor(settings: Dense, step: int, steps: int) -> float:
-    """What the learning rates are multiplied by at a step: a linear warm-up, then constant, or a cosine to 0."""
+    """What the learning rates are multiplied by at a step: a linear warm-up, then constant, a cosine to 0, or constant and in the
+    last steps a line to 0 (Hu et al., "MiniCPM", arXiv 2404.06395; the line: Hägele et al., arXiv 2405.18392)."""
     warmup = max(1, round(settings.warmup * steps))
     if step < warmup:
         return (step + 1) / warmup
     if settings.schedule == "constant":
         return 1.0
+    if settings.schedule == "wsd":
+        return min(1.0, (steps - step) / max(1, round(settings.decay * steps)))
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed as dist
@@ -29,9 +30,12 @@ from sellarec.training.engine import Engine, Workers, rank_queries, together
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.scoring import distinct, report_scored, split_slices
 from sellarec.training.stream import Order, whole_batches
-from sellarec.training.task import MeasuredTask, Task
+from sellarec.training.task import CheckedTask, MeasuredTask, Task
 
 FIRST_LOSSES = 20
+
+CHECKED_ROWS = 8
+"""Rows of the valid split by which a saved model is compared with the trained one, of each worker."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,8 @@ def _train(training: Training) -> None:
     measured = {}
     if isinstance(task, MeasuredTask):
         measured = {"measured": {"before": position.measured, "after": engine.measure()}}
+    if isinstance(task, CheckedTask) and valid:
+        engine.check_export(valid.some(), training.output)
     if workers.rank == 0:
         training.output.write_json("training.json", _facts(training, engine, position) | measured)
 
@@ -221,6 +227,10 @@ class _Valid:
             everything = np.concatenate(gathered, axis=1)
             everything = everything[:, everything[3] > 0]
             self._truth = everything[:, np.argsort(everything[0])]
+
+    def some(self) -> pa.Table:
+        """The first rows of this worker's."""
+        return self._rows[0].slice(0, CHECKED_ROWS)
 
     def _score(self, engine: Engine) -> dict[str, float]:
         """The metrics, on worker 0."""

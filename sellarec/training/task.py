@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor, nn
 
 from sellarec.training.stream import Prepare
@@ -140,3 +141,16 @@ class RankingTask(Protocol):
 
     def products(self, users: Tensor, items: Tensor) -> Tensor:
         """The scores of all pairs: [b, D] and [m, D] -> [b, m]."""
+
+
+@runtime_checkable
+class CheckedTask(Protocol):
+    """What a task has beside, whose saved weights are for other programs too: once saved, they are loaded as those load them."""
+
+    def check_saved(self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype) -> None:
+        """Compare the trained model with what `save` has written into `folder`. All workers call it, each with some rows, and all
+        but one with None, as they only take part in running the sharded model, which computes in `dtype`.
+
+        Raises:
+            UserError: the two don't agree.
+        """

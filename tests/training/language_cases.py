@@ -1,0 +1,196 @@
+"""Training stages of the language model as each worker of a test does, without Ray."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from engine_cases import SEED, workers_of
+from small import save_table, small_log
+
+from sellarec.artifacts import Place
+from sellarec.collab.task import build_collab
+from sellarec.config import Adapt, Collab, Fuse, Prompt, Tables
+from sellarec.errors import UserError
+from sellarec.fusion.fuse import build_fuse
+from sellarec.language import llm as llms
+from sellarec.language.adapt import TextTask, build_adapt
+from sellarec.training import dense
+from sellarec.training.engine import Engine
+from sellarec.training.table import Table
+from sellarec.training.task import Task
+
+BATCH, STEPS = 6, 4
+ITEMS = 10
+PROMPT = Prompt(template="compact")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage that is trained for STEPS steps.
+
+    Attributes:
+        model: folder of the language model.
+        adapter: what stage adapt has saved, for fuse.
+        min_block: smaller blocks are gathered with the root (bytes).
+        folder: what is exported goes there.
+    """
+
+    model: Path
+    titles: list[str]
+    settings: Adapt | Fuse
+    storage: str = "float32"
+    dtype: str = "float32"
+    min_block: int = 0
+    adapter: Path | None = None
+    folder: Path | None = None
+
+
+def rows_of(step: int) -> pa.Table:
+    """The global batch of a step: prompts of different lengths."""
+    generator = np.random.default_rng(step)
+    histories = [generator.integers(0, ITEMS, size).tolist() for size in generator.integers(0, 5, BATCH)]
+    ids = generator.integers(0, ITEMS, (2, BATCH))
+    return pa.table(
+        {
+            "row": np.arange(BATCH) + BATCH * step,
+            "user": ids[0],
+            "item": ids[1],
+            "label": pa.array(generator.integers(0, 2, BATCH), pa.int8()),
+            "history": pa.array(histories, pa.list_(pa.int64())),
+            "user_seen": np.ones(BATCH, bool),
+            "item_seen": np.ones(BATCH, bool),
+            "weight": np.ones(BATCH, np.float32),
+        }
+    )
+
+
+def rate_at(step: int) -> float:
+    return (1.0, 0.5, 2.0, 1.5)[step]
+
+
+def prepared(task: Task, step: int, rank: int = 0, world_size: int = 1) -> pa.Table:
+    rows = task.prepare(rows_of(step), 0, np.full(BATCH, step))
+    share = BATCH // world_size
+    return rows.slice(rank * share, share)
+
+
+def redraw(model: torch.nn.Module) -> None:
+    """Weights to train from, the same however the frozen ones are stored, of which none is idle (LoRA starts with zeros)."""
+    generator = torch.Generator().manual_seed(SEED)
+    for name, weight in sorted(model.named_parameters()):
+        if weight.requires_grad:
+            drawn = torch.randn(weight.shape, generator=generator)
+            weight.data = 1 + 0.1 * drawn if "magnitude" in name else 0.1 * drawn
+
+
+def adapt_task(case: Case) -> TextTask:
+    source = llms.LlmSource(str(case.model), None, "", case.storage)
+    task = build_adapt(source, case.titles, PROMPT, "movie", case.settings)
+    redraw(task.model)
+    return task
+
+
+def fuse_task(case: Case, folder: Path) -> Task:
+    """With matrix factorisation of as many users as items, whose tables are in `folder`."""
+    torch.manual_seed(SEED)
+    source = llms.LlmSource(str(case.model), None, "", case.storage)
+    collab = build_collab(small_log(folder, ITEMS, ITEMS, np.ones(ITEMS, bool)), Collab(dim=4), folder)
+    width = llms.load_model(case.model).config.hidden_size
+    rows = np.random.default_rng(9).standard_normal((ITEMS, width)).astype(np.float32)
+    semantic = Table("semantic", ITEMS, width, ("semantic",), read=lambda low, high: rows[low:high])
+    return build_fuse(
+        source, case.titles, PROMPT, "movie", case.adapter, collab, semantic, 6, None, None, case.settings, SEED
+    )  # fmt: skip
+
+
+def save_tables(folder: Path) -> None:
+    for number, name in enumerate(("user", "item")):
+        save_table(folder / "tables", name, np.random.default_rng(number).standard_normal((ITEMS, 4)), (2,))
+
+
+def train(case: Case, tables: Path | None = None) -> dict[str, Any]:
+    """What a worker finds: the losses; whole gradients of each step, before clipping has any effect, and at last the weights; the
+    types of the optimizer's state, and the bytes of frozen weights that it holds."""
+    dense.MIN_BLOCK_BYTES = case.min_block
+    workers = workers_of()
+    task = adapt_task(case) if tables is None else fuse_task(case, tables)
+    engine = Engine(task, workers, SEED, case.settings, Tables(), case.dtype)
+    gradients: list[dict[str, np.ndarray]] = []
+    trained = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append({name: weight.grad.full_tensor().numpy() for name, weight in trained.items()})
+    )
+    losses = []
+    for step in range(STEPS):
+        torch.manual_seed(step)  # dropout, as the loop seeds it
+        losses.append(engine.step(prepared(task, step, workers.rank, workers.world_size), step, rate_at(step)))
+    moments = [state for of_weight in engine.optimizer.state.values() for state in of_weight.values()]
+    frozen = [weight for weight in task.model.parameters() if not weight.requires_grad]
+    found = {
+        "losses": losses,
+        "gradients": gradients,
+        "weights": {name: weight.full_tensor().detach().numpy() for name, weight in trained.items()},
+        "moments": {str(moment.dtype) for moment in moments},
+        "frozen_bytes": sum(weight.to_local().nbytes for weight in frozen),
+        "scores": engine.score([prepared(task, 0, workers.rank, workers.world_size)], lambda _: None),
+    }
+    if case.folder is not None:
+        output = Place.of(str(case.folder))
+        engine.export(output)
+        found["checked"] = check(engine, task, output)
+        if workers.rank == 0:
+            _spoil(case.folder / "adapter" / "adapter_model.safetensors")
+        dist.barrier(group=workers.control)
+        found["spoilt"] = check(engine, task, output)
+    return found
+
+
+def check(engine: Engine, task: Task, output: Place) -> str | None:
+    """What the check of the export says on this worker."""
+    try:
+        engine.check_export(prepared(task, 0, engine.workers.rank, engine.workers.world_size), output)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _spoil(file: Path) -> None:
+    """Change one tensor by a little."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    name = sorted(name for name in weights if "lora_B" in name)[0]
+    save_file(weights | {name: weights[name] * 1.2}, file, metadata={"format": "pt"})
+
+
+def train_plainly(case: Case) -> dict[str, Any]:
+    """The same by plain torch in one process, in float32, on the whole batch at once; stored weights are rounded beforehand."""
+    task = adapt_task(Case(case.model, case.titles, case.settings))
+    settings, storage = case.settings, getattr(torch, case.storage)
+    for weight in task.model.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(storage).float()
+    trained = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, settings.beta2)
+    )
+    task.model.train()
+    losses, gradients = [], []
+    for step in range(STEPS):
+        batch = task.collate(prepared(task, step), step)
+        loss = task.loss(task.model, batch, {}, None) / BATCH
+        loss.backward()
+        gradients.append({name: weight.grad.numpy().copy() for name, weight in trained.items()})
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * rate_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    task.model.eval()
+    with torch.no_grad():
+        scores = task.score(task.model, task.collate(prepared(task, 0), None), {}).numpy()
+    weights = {name: weight.detach().numpy() for name, weight in trained.items()}
+    return {"losses": losses, "gradients": gradients, "weights": weights, "scores": scores}

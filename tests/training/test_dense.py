@@ -1,0 +1,191 @@
+"""Stages that train through the language model, step for step: one to three workers under FSDP2 against plain torch."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import language_cases
+import numpy as np
+import pytest
+import torch
+from language_cases import BATCH, Case
+
+from sellarec.config import Adapt, Fuse
+from sellarec.language import llm as llms
+
+torch.set_num_threads(1)
+
+LOSS = {"rtol": 2e-5, "atol": 1e-6}
+GRADIENTS = {"rtol": 1e-3, "atol": 2e-6}
+WEIGHTS = {"rtol": 1e-3, "atol": 2e-4}
+"""After STEPS steps of AdamW, which makes whole steps of the smallest gradients."""
+
+
+def adapt(**changes: Any) -> Adapt:
+    usual: dict[str, Any] = {"rank": 3, "alpha": 4, "targets": ("q_proj", "down_proj"), "micro_batch": 2, "clip": 1e3}
+    return Adapt(**usual | {"learning_rate": 0.01, "beta2": 0.95} | changes)
+
+
+GPT2 = {"targets": ("c_attn", "c_proj")}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama": ("llama", {}, {}),
+    "rslora, all-linear": ("llama", {"rslora": True, "targets": ("all-linear",)}, {}),
+    "dora": ("llama", {"dora": True}, {}),
+    "bfloat16": ("llama", {}, {"storage": "bfloat16"}),
+    "bfloat16, gathered with the root": ("qwen2", {}, {"storage": "bfloat16", "min_block": 1 << 20}),
+    "bfloat16, dora, checkpointed": (
+        "qwen2",
+        {"dora": True, "checkpoint_activations": True},
+        {"storage": "bfloat16"},
+    ),
+    "checkpointed": ("llama", {"checkpoint_activations": True}, {}),
+    "gpt2": ("gpt2", GPT2, {}),
+    "gpt2, dora, bfloat16, checkpointed": (
+        "gpt2",
+        GPT2 | {"dora": True, "checkpoint_activations": True},
+        {"storage": "bfloat16"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What plain torch finds of each case, made once."""
+    return {}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, models, titles, plain, tmp_path, name, workers):
+    """Losses, gradients and weights of each step; scores; and what was saved gives the same logits when PEFT loads it."""
+    model, settings, changes = CASES[name]
+    case = Case(models[model], titles, adapt(**settings), **changes)
+    if name not in plain:
+        plain[name] = language_cases.train_plainly(case)
+    twin = plain[name]
+    found = gloo.call(workers, language_cases.train, replace(case, folder=tmp_path))
+    for worker in found:
+        np.testing.assert_allclose(worker["losses"], twin["losses"], err_msg="losses", **LOSS)
+        assert worker["moments"] == {"torch.float32"}
+        for step, gradients in enumerate(twin["gradients"]):
+            assert set(worker["gradients"][step]) == set(gradients)
+            for weight, gradient in gradients.items():
+                told = f"gradient of {weight} in step {step}"
+                np.testing.assert_allclose(worker["gradients"][step][weight], gradient, err_msg=told, **GRADIENTS)
+        for weight, value in twin["weights"].items():
+            assert worker["weights"][weight].dtype == np.float32
+            np.testing.assert_allclose(worker["weights"][weight], value, err_msg=weight, **WEIGHTS)
+    np.testing.assert_allclose(found[0]["scores"]["score"], twin["scores"], rtol=1e-3, atol=2e-3)
+    assert all(worker["checked"] is None for worker in found), found[0]["checked"]
+    assert "gives other logits than the trained model" in found[0]["spoilt"]
+    assert all(worker["spoilt"] is None for worker in found[1:])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_frozen_weights_in_bfloat16_take_half_the_memory(gloo, models, titles, workers):
+    case = Case(models["llama"], titles, adapt())
+    full, half = (
+        gloo.call(workers, language_cases.train, replace(case, storage=storage)) for storage in ("float32", "bfloat16")
+    )
+    for one, other in zip(full, half, strict=True):
+        assert other["frozen_bytes"] * 2 == one["frozen_bytes"]
+    total = sum(weight.nbytes for weight in llms.load_model(models["llama"]).parameters())
+    assert sum(worker["frozen_bytes"] for worker in full) == total
+
+
+@pytest.mark.distributed
+def test_all_in_bfloat16_trains_float32_weights(gloo, models, titles):
+    case = Case(models["llama"], titles, adapt(dora=True), "bfloat16", "bfloat16")
+    found = gloo.call(2, language_cases.train, case)
+    twin = language_cases.train_plainly(case)
+    np.testing.assert_allclose(found[0]["losses"], twin["losses"], rtol=0.05)
+    assert found[0]["moments"] == {"torch.float32"}
+    assert found[0]["losses"] != pytest.approx(twin["losses"], rel=1e-5), "computed in bfloat16"
+    assert all(weight.dtype == np.float32 for weight in found[0]["weights"].values())
+
+
+@pytest.mark.distributed
+def test_a_layer_that_is_computed_again_draws_the_same_dropout(gloo, models, titles):
+    case = Case(models["llama"], titles, adapt(dropout=0.4))
+    again = replace(case, settings=adapt(dropout=0.4, checkpoint_activations=True))
+    without, kept, checkpointed = (
+        gloo.call(2, language_cases.train, run)[0] for run in (replace(case, settings=adapt()), case, again)
+    )
+    assert kept["losses"] == checkpointed["losses"] and kept["losses"] != without["losses"]
+    for name, value in kept["weights"].items():
+        np.testing.assert_array_equal(checkpointed["weights"][name], value, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def adapter(models, titles, tmp_path_factory) -> Path:
+    """An adapter of qwen2, with DoRA."""
+    task = language_cases.adapt_task(Case(models["qwen2"], titles, adapt(dora=True)))
+    folder = tmp_path_factory.mktemp("adapt")
+    task.save(folder, {name: weight.detach() for name, weight in task.model.named_parameters() if weight.requires_grad})
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def rounded(models, tmp_path_factory) -> Path:
+    """qwen2 with weights that bfloat16 can hold, saved in float32."""
+    folder = tmp_path_factory.mktemp("rounded")
+    model = llms.load_model(models["qwen2"], "bfloat16").float()
+    model.save_pretrained(folder)
+    llms.load_tokenizer(models["qwen2"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_fuse_takes_the_same_steps_with_stored_bfloat16_and_checkpointed(
+    gloo, models, rounded, titles, adapter, plain, tmp_path_factory, workers
+):
+    """The language model is frozen there, and stays in evaluation mode; gradients go through it to projections and tables."""
+    if "fuse" not in plain:
+        folder = tmp_path_factory.mktemp("tables")
+        language_cases.save_tables(folder)
+        settings = Fuse(micro_batch=BATCH, clip=1e3, unseen_dropout=0.3)
+        case = Case(rounded, titles, settings, adapter=adapter)
+        plain["fuse"] = folder, gloo.call(1, language_cases.train, case, folder)[0]
+    folder, twin = plain["fuse"]
+    settings = Fuse(micro_batch=2, clip=1e3, unseen_dropout=0.3, checkpoint_activations=True)
+    case = Case(models["qwen2"], titles, settings, storage="bfloat16", adapter=adapter)
+    for worker in gloo.call(workers, language_cases.train, case, folder):
+        np.testing.assert_allclose(worker["losses"], twin["losses"], **LOSS)
+        for name, value in twin["weights"].items():
+            np.testing.assert_allclose(worker["weights"][name], value, err_msg=name, **WEIGHTS)
+    assert twin["losses"][0] != twin["losses"][-1]
+
+
+PEAK = """
+import resource, sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from sellarec.language.llm import decoder_layers
+from sellarec.training import dense
+torch.manual_seed(0)
+torch.set_num_threads(1)
+config = LlamaConfig(vocab_size=64, hidden_size=128, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4)
+model = LlamaForCausalLM(config).train()
+if sys.argv[1] == "checkpointed":
+    dense.checkpoint_activations(decoder_layers(model))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tokens = torch.arange(16 * 128).reshape(16, 128) % 64
+loss = model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits.square().sum()
+loss.backward()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(loss.item(), model.model.layers[0].self_attn.q_proj.weight.grad.norm().item(), peak << 10)
+"""
+
+
+def test_checkpointed_activations_take_a_fraction_of_the_memory():
+    """The most that a step of one process adds to its memory: 8 layers' activations, or their inputs and one layer's."""
+    found = {}
+    for how in ("kept", "checkpointed"):
+        done = subprocess.run([sys.executable, "-c", PEAK, how], capture_output=True, text=True, check=True)
+        found[how] = [float(value) for value in done.stdout.split()]
+    assert found["checkpointed"][:2] == pytest.approx(found["kept"][:2], rel=1e-5)
+    assert found["checkpointed"][2] < 0.45 * found["kept"][2], found
