@@ -1,4 +1,7 @@
-"""Evaluate a trained collaborative model: AUC and UAUC of a split's rows, rankings for its users. `--help` lists all settings."""
+"""Evaluate a trained collaborative model, or an exported recommender: AUC and UAUC of a split's rows, rankings for its users.
+
+`--help` lists all settings.
+"""
 
 import json
 import sys

@@ -620,12 +620,13 @@ def parse_prepare(arguments: Sequence[str]) -> Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Score a split's rows with a trained collaborative model, and rank items for its users."""
+    """Score a split's rows with a trained collaborative model or an exported recommender, and rank items for its users."""
 
     artifact: Path
-    """Folder of the model: WORKSPACE/artifacts/collab-... or align-..."""
+    """Folder of the model: WORKSPACE/artifacts/collab-... or align-..., or what jobs/export.py wrote."""
     data: Path
-    """Folder of a prepared log: that of jobs/prepare.py, or WORKSPACE/artifacts/prepare-..."""
+    """Folder of a prepared log: that of jobs/prepare.py, or WORKSPACE/artifacts/prepare-... An export may be evaluated on any:
+    users and items are matched by the source's ids."""
     out: Path
     """File for the records (JSON, as results.json)."""
     ranking: str = "none"
@@ -636,7 +637,7 @@ class Evaluation:
     split: Literal["valid", "test"] = "test"
     """Split that is evaluated."""
     workers: int = 2
-    """Processes that share the tables and the work."""
+    """Processes that share the tables and the work; an export is scored with by one."""
     batch: int = 512
     """Rows scored, or users ranked for, at once, all workers together."""
     replicates: int = 1000

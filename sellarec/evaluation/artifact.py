@@ -1,7 +1,12 @@
-"""Evaluating a trained collaborative model by its artifact: scores of the rows of a split, and rankings for its users."""
+"""Evaluating a trained collaborative model by its artifact, or a recommender by its export: scores of the rows of a split, and
+rankings for its users.
+"""
 
 import dataclasses
 import json
+import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place
+from sellarec.collab.rows import flat, lists
 from sellarec.collab.task import build_collab
 from sellarec.config import Config, Evaluation, parse
 from sellarec.data.log import Log, read_log
@@ -19,8 +25,9 @@ from sellarec.errors import UserError
 from sellarec.evaluation.queries import PROTOCOL, write_candidates, write_queries
 from sellarec.evaluation.ranking import UserMetrics, ranking_records, user_metrics
 from sellarec.evaluation.results import evaluate_scores
+from sellarec.serving.recommender import EXPORT, UNKNOWN, Recommender, read_export
 from sellarec.training.launch import check_room, connect, run_workers
-from sellarec.training.progress import Console
+from sellarec.training.progress import PROGRESS_SECONDS, Console
 from sellarec.training.scoring import Scoring, score_worker
 from sellarec.training.stream import Order, row_groups
 
@@ -54,12 +61,14 @@ def read_trained(folder: Path) -> Trained:
 
 
 def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
-    """Score and rank, on a worker group of its own; gives the records of results.json.
+    """Score and rank, an artifact on a worker group of its own, an export in this process; gives the records of results.json.
 
     Raises:
         UserError: no artifact or log, a model of another log, a ranking that the model can't make.
         StageFailed: the workers failed.
     """
+    if (settings.artifact / EXPORT).is_file():
+        return _evaluate_export(settings)
     trained, log, console = read_trained(settings.artifact), read_log(settings.data), Console()
     collab = dataclasses.replace(trained.config.collab, train_on="rows")
     build = partial(build_collab, log, collab, settings.artifact.absolute())
@@ -111,25 +120,79 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
                 return pq.read_table(where.local() / "scores.parquet")[name].to_numpy()
 
             records = _of_rows(log, settings, name, scored(paths, place))
-            measured = partial(
-                ranking_records, split=settings.split, seed=settings.seed, replicates=settings.replicates
-            )
             if settings.ranking == FULL:
                 ranked = pq.read_table(place.local() / f"{name}.parquet")
                 values = {c: ranked[c].to_numpy() for c in ranked.column_names if c != "user"}
                 metrics = UserMetrics(ranked["user"].to_numpy(), values)
-                records += measured({name: metrics}, protocol=PROTOCOL[settings.split])
+                records += _ranking_records(settings, name, metrics, PROTOCOL[settings.split])
             elif wanted is not None:
                 file = folder / "candidates.parquet"
                 metrics = _of_candidates(file, wanted, scored([str(file)], place / "candidates"), settings.cutoffs)
-                protocol = f"ranking of the relevant items among {drawn} drawn uniformly"
-                records += measured({name: metrics}, protocol=protocol)
+                records += _ranking_records(settings, name, metrics, _among(drawn))
         return records
     finally:
         import ray
 
         ray.shutdown()
         beside.delete(work)
+
+
+def _evaluate_export(settings: Evaluation) -> list[dict[str, Any]]:
+    if settings.ranking == FULL:
+        raise UserError(
+            f"{settings.artifact} is an export, whose language model takes a prompt for each item, so the whole catalog isn't "
+            "ranked with it: take --ranking candidates:100, or none"
+        )
+    if settings.workers not in (1, Evaluation.workers):
+        raise UserError(
+            f"--workers is {settings.workers}, but {settings.artifact} is an export, which one process scores with: leave it out"
+        )
+    log, console, name = read_log(settings.data), Console(), "sella-rec"
+    recommender = read_export(settings.artifact, None, None)
+    known = _Known(
+        users=recommender.users.find(log.users(["external_id"])["external_id"].combine_chunks()),
+        items=recommender.items.find(log.items(["external_id"])["external_id"].combine_chunks()),
+    )
+    for kind, found in (("users", known.users), ("items", known.items)):
+        unknown = int((found == UNKNOWN).sum())
+        console.line(f"evaluate  {unknown:,} of the log's {len(found):,} {kind} are unknown to the export")
+    score = partial(_score_rows, recommender, known, settings.batch, console)
+    records = _of_rows(log, settings, name, score(log.split_paths(settings.split)))
+    if settings.ranking != NONE:
+        drawn = int(settings.ranking.partition(":")[2])
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "candidates.parquet"
+            wanted = write_candidates(log, settings.split, drawn, settings.seed, file)
+            metrics = _of_candidates(file, wanted, score([file]), settings.cutoffs)
+        records += _ranking_records(settings, name, metrics, _among(drawn))
+    return records
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the dense ids of a log are in an export: int64 [users] and [items], UNKNOWN where it has none."""
+
+    users: np.ndarray
+    items: np.ndarray
+
+
+def _score_rows(
+    recommender: Recommender, known: _Known, batch: int, console: Console, paths: Sequence[Path]
+) -> np.ndarray:
+    """float32 [rows]: scores of the rows of some files of the log, with the histories that the rows have."""
+    total, done, told = sum(pq.read_metadata(path).num_rows for path in paths), 0, time.monotonic()
+    found = [np.zeros(0, np.float32)]
+    for path in paths:
+        for rows in pq.ParquetFile(path).iter_batches(batch, columns=["user", "item", "history"]):
+            table = pa.Table.from_batches([rows])
+            values, lengths = flat(table["history"])
+            users, items = known.users[table["user"].to_numpy()], known.items[table["item"].to_numpy()]
+            found.append(recommender.score_rows(users, items, lists(known.items[values], lengths)))
+            done += len(rows)
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                console.line(f"evaluate  {done:,}/{total:,} rows scored")
+    return np.concatenate(found)
 
 
 def _ignore(record: dict[str, Any]) -> None:
@@ -145,6 +208,16 @@ def _of_rows(log: Log, settings: Evaluation, name: str, scores: np.ndarray) -> l
         log.split(settings.split), {name: scores}, pairs=[], split=settings.split, seed=settings.seed, protocol="pointwise",
         replicates=settings.replicates,
     )  # fmt: skip
+
+
+def _ranking_records(settings: Evaluation, name: str, metrics: UserMetrics, protocol: str) -> list[dict[str, Any]]:
+    return ranking_records(
+        {name: metrics}, split=settings.split, seed=settings.seed, replicates=settings.replicates, protocol=protocol
+    )
+
+
+def _among(drawn: int) -> str:
+    return f"ranking of the relevant items among {drawn} drawn uniformly"
 
 
 def _of_candidates(path: Path, wanted: pa.Table, scores: np.ndarray, cutoffs: tuple[int, ...]) -> UserMetrics:

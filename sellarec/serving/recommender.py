@@ -1,0 +1,345 @@
+"""An export in use: scores of users and items by the source's own ids, in one process, and what carried a score.
+
+Rows of tables are read by id as they are asked for, so a table may be larger than memory; the titles and 17 bytes for each id
+are held. Scores are made by stage fuse's task, as stage evaluate makes them.
+
+Shapes: n pairs of a user and an item, I items of the catalog, H titles of a history.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from sellarec.alignment.align import PROJECTION
+from sellarec.collab.rows import flat, lists
+from sellarec.collab.task import build_collab
+from sellarec.config import parse
+from sellarec.data.keys import keys_of
+from sellarec.data.log import Log, read_log
+from sellarec.errors import UserError
+from sellarec.fusion.fuse import FuseTask, build_fuse
+from sellarec.language.adapt import TextTask, make_prompts
+from sellarec.language.llm import LlmSource, check_folder, find_llm
+from sellarec.language.prompts import SOFT
+from sellarec.training.table import Jagged, SavedTable, Table
+from sellarec.training.task import Batch, Task, Vectors
+
+EXPORT = "export.json"
+"""File that says what an export is. It is written last."""
+
+FORMAT = 1
+"""Raised when an export is laid out otherwise."""
+
+CATALOG, HISTORIES, MODEL = "catalog", "histories", "model"
+"""Folders of an export: a log of users and items alone; users' last positives; the base model."""
+
+UNKNOWN = -1
+"""What stands for a user or item that the export doesn't have."""
+
+Id = str | int
+"""A user or item as the source names it; numbers are taken as their digits."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of n pairs, and what was unknown.
+
+    Attributes:
+        scores: float32 [n], the log-odds of a positive.
+        unknown_user, unknown_item: bool [n]: the export has no such id, so it counts as one without a row, history or title.
+        unknown_history: int64 [n]: how many items of the history the export doesn't have; they are left out.
+    """
+
+    scores: np.ndarray
+    unknown_user: np.ndarray
+    unknown_item: np.ndarray
+    unknown_history: np.ndarray
+
+
+class Ids:
+    """Dense ids by the source's own, through 64-bit keys: 16 bytes an id."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        keys = [keys_of(pq.read_table(file, columns=["external_id"])["external_id"].combine_chunks()) for file in files]
+        found = np.concatenate(keys)
+        self._order = np.argsort(found)
+        self._keys = found[self._order]
+
+    def find(self, ids: pa.Array) -> np.ndarray:
+        """int64 [n], of strings [n]; UNKNOWN where there is no such id."""
+        keys = keys_of(ids)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[place] == keys, self._order[place], UNKNOWN)
+
+
+class Recommender:
+    """A trained SeLLa-Rec recommender; `sellarec.load` gives one.
+
+    Args:
+        folder: the export.
+        log: its catalog.
+        task: stage fuse's task, whose prompts know one title more than the catalog has: that of an unknown item, an empty one,
+            as items without a title have it.
+        text_task: the text-only task on the same language model.
+        chunk: pairs whose rows are looked up at once.
+        micro_batch: pairs that go through the language model at once.
+        dtype: compute type, as `llm.dtype`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log: Log,
+        task: FuseTask,
+        text_task: TextTask,
+        chunk: int,
+        micro_batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._folder, self._task, self._text_task = folder, task, text_task
+        self._chunk, self._micro_batch, self._dtype, self._device = chunk, micro_batch, dtype, device
+        self.users, self.items = Ids(log.paths("users")), Ids(log.paths("items"))
+        self._seen = {
+            "user": log.users(["seen"])["seen"].to_numpy(),
+            "item": log.items(["seen"])["seen"].to_numpy(),
+        }
+        self._tables = {
+            feature: SavedTable(folder / "tables", table.name) for table in task.tables for feature in table.features
+        }
+        task.model.to(device, dtype).eval()
+
+    def score(
+        self, users: Sequence[Id], items: Sequence[Id], histories: Sequence[Sequence[Id]] | None = None
+    ) -> Scores:
+        """Scores of pairs (users[k], items[k]).
+
+        An id that the export doesn't have is scored as the stages treat a user or item without a train row, and flagged.
+
+        Args:
+            histories: of each pair the items that the user liked, the most recent one last; None takes each user's last
+                positives as the export has them.
+
+        Raises:
+            UserError: the lengths differ, or no histories are given and the export has none.
+        """
+        user, item, (values, lengths) = self._find(users, items, histories)
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        return Scores(
+            scores=self.score_rows(user, item, lists(values, lengths)),
+            unknown_user=user == UNKNOWN,
+            unknown_item=item == UNKNOWN,
+            unknown_history=np.bincount(row[values == UNKNOWN], minlength=len(lengths)),
+        )
+
+    def score_rows(self, user: np.ndarray, item: np.ndarray, histories: pa.ListArray) -> np.ndarray:
+        """float32 [n]: the scores of dense ids int64 [n] and lists of them, UNKNOWN where the export has none."""
+        return self._score(self._task, user, item, histories)
+
+    def explain(self, user: Id, item: Id, history: Sequence[Id] | None = None) -> dict[str, Any]:
+        """How much each soft token carried the score of a pair.
+
+        A token is replaced by the one that a row of zeros gives, which is what stands for a user or item without a row; what
+        the score loses by that is the token's part. The parts of tokens that tell the same don't add up to the score.
+
+        Returns:
+            score: the log-odds; tokens: by name (user, item, semantic), what the score loses without it; text_only: the score
+            of the adapted language model on the prompt without soft tokens; unknown_user and unknown_item.
+        """
+        users, items, found = self._find([user], [item], None if history is None else [history])
+        shown = lists(*found)
+        score = float(self.score_rows(users, items, shown)[0])
+        parts = {}
+        for place, name in enumerate(SOFT):
+
+            def without(module: Any, rows: tuple[Tensor, ...], place: int = place) -> tuple[Tensor, ...]:
+                return tuple(torch.zeros_like(row) if at == place else row for at, row in enumerate(rows))
+
+            handle = self._task.model.projection.register_forward_pre_hook(without)
+            try:
+                parts[name] = score - float(self.score_rows(users, items, shown)[0])
+            finally:
+                handle.remove()
+        return {
+            "score": score,
+            "tokens": parts,
+            "text_only": float(self._score(self._text_task, users, items, shown)[0]),
+            "unknown_user": bool(users[0] == UNKNOWN),
+            "unknown_item": bool(items[0] == UNKNOWN),
+        }
+
+    def _find(
+        self, users: Sequence[Id], items: Sequence[Id], histories: Sequence[Sequence[Id]] | None
+    ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """Dense ids of n users and n items, and of their histories' items one after the other, with how many each has."""
+        if len(users) != len(items) or (histories is not None and len(histories) != len(users)):
+            given = "" if histories is None else f", {len(histories)} histories"
+            raise UserError(f"{len(users)} users, {len(items)} items{given}: as many of each are needed")
+        user, item = self.users.find(_strings(users)), self.items.find(_strings(items))
+        if histories is None:
+            return user, item, self._last_positives(user)
+        values = self.items.find(_strings([one for history in histories for one in history]))
+        return user, item, (values, np.array([len(history) for history in histories], np.int64))
+
+    @torch.no_grad()
+    def _score(self, task: Task, user: np.ndarray, item: np.ndarray, histories: pa.ListArray) -> np.ndarray:
+        values, lengths = flat(pa.chunked_array([histories]))
+        known = values != UNKNOWN
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        rows = pa.table(
+            {
+                "row": np.arange(len(user)),
+                "user": np.where(user == UNKNOWN, len(self._seen["user"]), user),
+                "item": np.where(item == UNKNOWN, len(self._seen["item"]), item),
+                "label": np.zeros(len(user), np.int8),
+                "history": lists(values[known], np.bincount(row[known], minlength=len(lengths))),
+                "user_seen": _seen(self._seen["user"], user),
+                "item_seen": _seen(self._seen["item"], item),
+                "weight": np.ones(len(user), np.float32),
+            }
+        )
+        scores = np.empty(len(user), np.float32)
+        for start in range(0, len(rows), self._chunk):
+            part = rows.slice(start, self._chunk)
+            assert task.prepare_to_score is not None
+            part = task.prepare_to_score(part, 0, np.zeros(len(part), np.int64))
+            # by length, so that little is padded
+            part = part.take(np.argsort(pc.list_value_length(part["tokens"]).to_numpy(), kind="stable"))
+            batch = task.collate(part, None)
+            batch, vectors = self._ready(batch), self._ready(self._look_up(task.lookups(batch)))
+            found = []
+            for first in range(0, len(part), self._micro_batch):
+                some = slice(first, min(first + self._micro_batch, len(part)))
+                of_batch, of_vectors = (
+                    {name: value[some] for name, value in all_.items()} for all_ in (batch, vectors)
+                )
+                found.append(task.score(task.model, of_batch, of_vectors))
+            scores[part["row"].to_numpy()] = torch.cat(found).float().cpu().numpy()
+        return scores
+
+    def _look_up(self, ids: Batch) -> Vectors:
+        """By feature the rows of ids; zeros for those that the table doesn't have."""
+        found: Vectors = {}
+        for name, asked in ids.items():
+            table = self._tables[name]
+            wanted = (asked.values if isinstance(asked, Jagged) else asked).numpy()
+            facts = table.facts
+            known = wanted < facts["rows"]
+            rows = np.zeros((len(wanted), facts["columns"]), np.float32)
+            rows[known] = table.rows(wanted[known])
+            vectors = torch.from_numpy(rows)
+            found[name] = Jagged(vectors, asked.lengths) if isinstance(asked, Jagged) else vectors
+        return found
+
+    def _ready(self, found: dict[str, Any]) -> dict[str, Any]:
+        """On the device, and numbers in the compute type, as FSDP2 gives them to a model."""
+
+        def of(tensor: Tensor) -> Tensor:
+            return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
+
+        return {
+            name: Jagged(of(value.values), of(value.lengths)) if isinstance(value, Jagged) else of(value)
+            for name, value in found.items()
+        }
+
+    def _last_positives(self, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each of n users the items of the last positives one after the other, and int64 [n], how many they are."""
+        folder = self._folder / HISTORIES
+        if not folder.is_dir():
+            raise UserError(f"{self._folder} was written without histories: give the histories of the users to score")
+        wanted, place = np.unique(user, return_inverse=True)
+        column = pyarrow.dataset.field("user")
+        low, high = int(wanted.min(initial=0)), int(wanted.max(initial=0))
+        # the bounds skip row groups by their statistics
+        table = pyarrow.dataset.dataset(folder, format="parquet").to_table(
+            filter=(column >= low) & (column <= high) & column.isin(wanted)
+        )
+        by_user = dict(zip(table["user"].to_pylist(), table["item"].to_pylist(), strict=True))
+        empty: list[int] = []
+        found = [np.array(by_user.get(one, empty), np.int64) for one in wanted.tolist()]
+        shown = [found[at] for at in place]
+        return np.concatenate([*shown, np.zeros(0, np.int64)]), np.array([len(one) for one in shown], np.int64)
+
+
+def read_export(folder: Path, llm: str | None, device: str | None) -> Recommender:
+    """See `sellarec.load`."""
+    try:
+        facts = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no whole export: its {EXPORT} can't be read ({error})") from error
+    if facts["format"] != FORMAT:
+        raise UserError(
+            f"{folder} is an export of format {facts['format']}, but this version of sellarec reads {FORMAT}: export again"
+        )
+    source = _base_model(folder, facts["base_model"], llm)
+    config = parse([str(folder / "config.yaml")], program="sellarec.load")
+    log = read_log(folder / CATALOG)
+    titles, noun = [*log.items(["title"])["title"].to_pylist(), ""], log.facts["noun"]
+    saved = SavedTable(folder / "tables", "semantic")
+    task = build_fuse(
+        source=source,
+        titles=titles,
+        prompt=config.prompt,
+        noun=noun,
+        adapter=folder / "adapter",
+        collab=build_collab(log, replace(config.collab, train_on="rows"), folder),
+        semantic=Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read),
+        hidden=config.align.hidden,
+        projection=None,
+        trained=folder / PROJECTION,
+        settings=config.fuse,
+        seed=config.seed,
+    )
+    adapted = task.model.scorer.llm
+    text_task = TextTask(adapted, make_prompts(source.folder(), titles, config.prompt, noun, adapted, "text"))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, config.llm.dtype)
+    return Recommender(folder, log, task, text_task, config.evaluate.batch, config.evaluate.micro_batch, dtype, where)
+
+
+def _base_model(folder: Path, facts: dict[str, Any], llm: str | None) -> LlmSource:
+    """The language model that the adapter and the projections belong to.
+
+    Raises:
+        UserError: it isn't found, or another one lies there.
+    """
+    if facts["copied"]:
+        if llm is not None:
+            raise UserError(f"llm is {llm}, but {folder} holds its base model itself: leave llm out")
+        check_folder(folder / MODEL)
+        return LlmSource(str(folder / MODEL), None, facts["identity"])
+    if facts["revision"] is not None:
+        if llm is not None:
+            raise UserError(
+                f"llm is {llm}, but the base model of {folder} is {facts['identity']} of the Hugging Face hub: leave llm out"
+            )
+        return LlmSource(facts["name"], facts["revision"], facts["identity"])
+    source = find_llm(llm or facts["name"], None)
+    if source.identity != facts["identity"]:
+        raise UserError(
+            f"{source.name} isn't the base model that {folder} was made with ({facts['name']}): its files differ; name that "
+            "model's folder with llm=..."
+        )
+    return source
+
+
+def _strings(ids: Sequence[Id]) -> pa.Array:
+    return pa.array([str(one) for one in ids], pa.string())
+
+
+def _seen(seen: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """bool [n]: whether dense ids int64 [n] have a train row; unknown ones have none."""
+    found = np.zeros(len(ids), bool)
+    known = ids != UNKNOWN
+    found[known] = seen[ids[known]]
+    return found

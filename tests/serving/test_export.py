@@ -1,0 +1,512 @@
+"""An export scores as the stages do, in a fresh process without Ray; half a one is never taken for a whole one."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import prepared
+import pyarrow as pa
+import pytest
+import small
+import torch
+from safetensors.torch import load_file, save_file
+
+import sellarec
+from sellarec.artifacts import Place, Store, fingerprint
+from sellarec.collab.task import build_collab
+from sellarec.config import Adapt, Align, Collab, Config, Data, Evaluate, Fuse, Llm, Prompt, to_yaml
+from sellarec.data.log import Log
+from sellarec.errors import UserError
+from sellarec.evaluation.artifact import evaluate_artifact
+from sellarec.evaluation.results import evaluate_scores
+from sellarec.fusion.fuse import FuseTask, build_fuse
+from sellarec.language import llm as llms
+from sellarec.language.adapt import build_adapt, build_adapted
+from sellarec.serving.export import export_run
+from sellarec.training.table import Table
+from sellarec.training.task import INITIAL
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[2]
+USERS, DIM, WIDTH, HIDDEN = 12, 4, 16, 6
+MODELS = ("mf", "svdpp", "sasrec", "din", "lightgcn")
+
+
+@dataclasses.dataclass
+class Workspace:
+    """A run as jobs/train.py leaves one, made by hand, and its stage fuse's task."""
+
+    folder: Path
+    log: Log
+    task: FuseTask
+    source: llms.LlmSource
+    config: Config
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs/small"
+
+    def artifact(self, stage: str) -> Path:
+        return self.folder / "artifacts" / json.loads((self.run / "artifacts.json").read_text())[stage]
+
+    def test_rows(self) -> pa.Table:
+        test = self.log.split("test")
+        return test.append_column("weight", pa.array(np.ones(len(test), np.float32)))
+
+
+def interactions(titles: list[str]) -> pa.Table:
+    """Users "0" ... and items "i0" ... in time; user 11 and the last item are first seen in the test split, and user 12 likes
+    nothing."""
+    generator = np.random.default_rng(1)
+    lines = []
+    for time in range(150):
+        late = time >= 120
+        user, item = generator.integers(USERS - (not late)), generator.integers(len(titles) - (not late))
+        lines.append((f"{user}", f"i{item}", int(generator.random() < 0.6), time, "test" if late else "train"))
+    lines += [(f"{USERS - 1}", f"i{len(titles) - 1}", 1, 150, "test"), (f"{USERS - 1}", "i0", 0, 151, "test")]
+    lines += [(f"{USERS}", "i0", 0, 5.5, "train"), ("0", "i1", 1, 119.5, "valid"), ("0", "i2", 0, 119.6, "valid")]
+    lines = list({line[:2]: line for line in lines}.values())
+    columns = zip(*sorted(lines, key=lambda line: line[3]), strict=True)
+    table = pa.table(dict(zip(("user", "item", "label", "timestamp", "split"), map(list, columns), strict=True)))
+    return table.set_column(3, "timestamp", pa.array((10 * table["timestamp"].to_numpy()).astype(np.int64)))
+
+
+def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str]) -> Workspace:
+    titles = [*titles[:-1], ""]  # the last item, which has no train row, has no title either
+    items = pa.table({"item": [f"i{number}" for number in range(len(titles))], "title": titles})
+    store = Store(Place.of(str(folder)))
+    marks: dict[str, str] = {}
+
+    def place(stage: str) -> Path:
+        marks[stage] = fingerprint({"stage": stage, "model": model})
+        found = store.place(stage, marks[stage]).folder
+        found.mkdir(parents=True)
+        return found
+
+    def finish(stage: str, facts: dict[str, Any], **more: Any) -> None:
+        manifest = {"fingerprint": marks[stage], "inputs": {}, "versions": {}, "facts": facts, **more}
+        store.place(stage, marks[stage]).write_json("manifest.json", manifest)
+
+    log = prepared.prepare_into(
+        place("prepare"), prepared.source_of(interactions(titles), items), prepared.rules(split="given")
+    )
+    finish("prepare", log.facts)
+    rows, by_id = log.items(["external_id", "title"]), dict(zip(items["item"].to_pylist(), titles, strict=True))
+    assert [by_id[name] for name in rows["external_id"].to_pylist()] == rows["title"].to_pylist()
+    titles = rows["title"].to_pylist()
+
+    config = Config(
+        name="small",
+        data=Data(source="log", path="somewhere"),
+        llm=Llm(model=str(decoder)),
+        prompt=Prompt(template="compact", history=3),
+        adapt=Adapt(rank=2),
+        collab=Collab(model=model, dim=DIM, **{} if model in ("mf", "lightgcn") else {"history": 3}),
+        align=Align(hidden=HIDDEN),
+        fuse=Fuse(max_steps=1),
+        evaluate=Evaluate(batch=16, micro_batch=4, replicates=20),
+    )
+    source = llms.find_llm(str(decoder), None)
+    torch.manual_seed(5)
+    adapt = build_adapt(source, titles, config.prompt, log.facts["noun"], config.adapt)
+    weights = {name: weight.detach() for name, weight in adapt.model.named_parameters() if weight.requires_grad}
+    for weight in weights.values():
+        torch.nn.init.normal_(weight, std=0.05)
+    adapter = place("adapt") / "adapter"
+    adapt.save(adapter.parent, weights)
+    finish("adapt", {"steps": 3, "kept_step": 2})
+
+    fuse, generator = place("fuse"), np.random.default_rng(3)
+    fresh = build_collab(log, config.collab, None)
+    count = len(titles)
+    last_item = rows["external_id"].to_pylist().index(f"i{count - 1}")
+    semantic = generator.standard_normal((count, WIDTH)).astype(np.float32)
+    semantic[last_item] = 0
+    small.save_table(fuse / "tables", "semantic", semantic, (4,))
+    for table in fresh.tables:
+        small.save_table(
+            fuse / "tables", table.name, generator.standard_normal((table.rows, table.dim)).astype(np.float32), (3,)
+        )
+    if fresh.network.has_weights:
+        fresh.save(fuse, {name: weight.detach() for name, weight in fresh.network.named_parameters()})
+
+    def build(trained: Path | None) -> FuseTask:
+        table = Table("semantic", count, WIDTH, ("semantic",), read=lambda start, stop: semantic[start:stop])
+        return build_fuse(
+            source, titles, config.prompt, log.facts["noun"], adapter, build_collab(log, config.collab, fuse), table,
+            HIDDEN, None, trained, config.fuse, 1,
+        )  # fmt: skip
+
+    torch.manual_seed(6)
+    task = build(None)
+    task.save(
+        fuse, {f"projection.{name}": weight.detach() for name, weight in task.model.projection.named_parameters()}
+    )
+    task = build(fuse / "projection.safetensors")
+    task.model.eval()
+    finish("fuse", {"steps": 1, "kept_step": 1, "template": "compact"}, llm=source.identity)
+    workspace = Workspace(folder, log, task, source, config)
+    test = workspace.test_rows()
+    records = evaluate_scores(
+        test, {"sella-rec": stage_scores(workspace, test)}, pairs=[], seed=1, protocol="pointwise", replicates=20
+    )
+    evaluate = place("evaluate")
+    finish("evaluate", {}, inputs={stage: marks[stage] for stage in ("prepare", "adapt", "fuse")})
+    (evaluate / "results.json").write_text(json.dumps(records))
+    run = Place.of(str(workspace.run))
+    run.write_json("artifacts.json", {stage: f"{stage}-{mark}" for stage, mark in marks.items()})
+    run.write_text("config.yaml", to_yaml(config))
+    return workspace
+
+
+def vectors_of(workspace: Workspace, batch: dict[str, Any]) -> dict[str, Any]:
+    """Rows as the engine looks them up; LightGCN's smoothed by its formula on a dense matrix."""
+    task, log = workspace.task, workspace.log
+    with torch.no_grad():
+        vectors = small.vectors_of(task, batch)
+    if task.graph is None:
+        return vectors
+    users, items = (torch.from_numpy(read_all(task, name)) for name in ("user", "item"))
+    train = log.split("train")
+    adjacency = torch.zeros(len(users) + len(items), len(users) + len(items))
+    for user, item, label in zip(*(train[name].to_pylist() for name in ("user", "item", "label")), strict=True):
+        if label:
+            adjacency[user, len(users) + item] = adjacency[len(users) + item, user] = 1
+    degree = adjacency.sum(1).clamp(min=1).rsqrt()
+    matrix = degree[:, None] * adjacency * degree
+    rows = torch.cat([users, items])
+    layers = [rows[:, :-1]]
+    for _ in range(workspace.config.collab.layers):
+        layers.append(matrix @ layers[-1])
+    smoothed = torch.cat([torch.stack(layers).mean(0), rows[:, -1:]], dim=1)
+    vectors |= {"user": smoothed[batch["user"]], "item": smoothed[len(users) + batch["item"]]}
+    return {name: found for name, found in vectors.items() if not name.startswith(INITIAL)}
+
+
+def read_all(task: FuseTask, name: str) -> np.ndarray:
+    (table,) = (table for table in task.tables if table.name == name)
+    assert table.read is not None
+    return table.read(0, table.rows)
+
+
+@torch.no_grad()
+def stage_scores(workspace: Workspace, rows: pa.Table, **batch: torch.Tensor) -> np.ndarray:
+    """Scores of stage fuse's task itself, all rows at once; some of the batch may be given otherwise."""
+    found = small.batch_of(workspace.task, rows, None)
+    vectors = vectors_of(workspace, found)
+    return workspace.task.score(workspace.task.model, found | batch, vectors).numpy()
+
+
+def named(workspace: Workspace, rows: pa.Table) -> tuple[list[str], list[str], list[list[str]]]:
+    """Users, items and histories of rows by the source's ids."""
+    users, items = (
+        table.column("external_id").to_pylist()
+        for table in (workspace.log.users(["external_id"]), workspace.log.items(["external_id"]))
+    )
+    return (
+        [users[user] for user in rows["user"].to_pylist()],
+        [items[item] for item in rows["item"].to_pylist()],
+        [[items[item] for item in history] for history in rows["history"].to_pylist()],
+    )
+
+
+@pytest.fixture(scope="module")
+def made(decoder, titles, tmp_path_factory):
+    """By model, the run and its export."""
+    found: dict[str, tuple[Workspace, Path]] = {}
+
+    def make(model: str = "mf") -> tuple[Workspace, Path]:
+        if model not in found:
+            folder = tmp_path_factory.mktemp(model)
+            workspace = make_workspace(folder / "workspace", model, decoder, titles)
+            export_run(str(workspace.run), folder / "export", histories=True, with_model=False)
+            found[model] = workspace, folder / "export"
+        return found[model]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def recommender(made):
+    return sellarec.load(made()[1])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_scores_are_those_of_the_stages(made, model):
+    workspace, export = made(model)
+    rows = workspace.test_rows()
+    expected = stage_scores(workspace, rows)
+    found = sellarec.load(export).score(*named(workspace, rows))
+    assert found.scores.dtype == np.float32 and expected.std() > 0.01
+    np.testing.assert_allclose(found.scores, expected, atol=1e-5)
+    assert not (found.unknown_user.any() or found.unknown_item.any() or found.unknown_history.any())
+
+
+def test_without_histories_the_last_positives_of_all_splits_are_taken(made, recommender):
+    workspace, _ = made()
+    rows = pa.concat_tables([workspace.log.split(name) for name in ("train", "valid", "test")])
+    users = sorted(set(rows["user"].to_pylist()))
+    liked = {user: [] for user in users}
+    for user, item, label in zip(*(rows[name].to_pylist() for name in ("user", "item", "label")), strict=True):
+        if label:
+            liked[user].append(item)
+    assert max(map(len, liked.values())) > workspace.log.facts["history_cap"] and not all(liked.values())
+    names, ids = (
+        workspace.log.users(["external_id"])["external_id"],
+        workspace.log.items(["external_id"])["external_id"],
+    )
+    histories = [[ids[item].as_py() for item in liked[user]] for user in users]
+    named_users = [names[user].as_py() for user in users] + [names[users[0]].as_py()]
+    items = ["i3"] * len(named_users)
+    found = recommender.score(named_users, items)
+    expected = recommender.score(named_users, items, [*histories, histories[0]])
+    assert np.ptp(expected.scores) > 0.01
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-6)
+
+
+def test_no_pairs_have_no_scores(recommender):
+    assert recommender.score([], []).scores.shape == (0,)
+    assert recommender.score([], [], []).scores.shape == (0,)
+
+
+def test_unknown_ids_are_scored_as_unseen_ones_and_flagged(made, recommender):
+    """The last user and item have no train row, the item no title and a distilled vector of zeros: all that is unknown of an
+    unknown one."""
+    workspace, _ = made()
+    unseen_user, unseen_item = f"{USERS - 1}", f"i{len(workspace.log.items()) - 1}"
+    assert [table.filter(pa.compute.equal(table["external_id"], name))["seen"].to_pylist() for table, name in (
+        (workspace.log.users(), unseen_user), (workspace.log.items(), unseen_item)
+    )] == [[False], [False]]  # fmt: skip
+    history = ["i1", "i4"]
+    known = recommender.score([unseen_user, "1", unseen_user], ["i2", unseen_item, unseen_item], [history] * 3)
+    unknown = recommender.score(["nobody", "1", ""], ["i2", "nothing", "i"], [history] * 3)
+    np.testing.assert_allclose(unknown.scores, known.scores, atol=1e-6)
+    assert np.ptp(known.scores) > 0.01
+    assert unknown.unknown_user.tolist() == [True, False, True] and unknown.unknown_item.tolist() == [False, True, True]
+    assert not known.unknown_user.any() and not known.unknown_item.any()
+    with_more = recommender.score(["1"], ["i2"], [["i1", "nothing", "i4", "nobody"]])
+    assert with_more.unknown_history.tolist() == [2]
+    np.testing.assert_allclose(with_more.scores, recommender.score(["1"], ["i2"], [history]).scores, atol=1e-6)
+    # without a history in the export
+    assert recommender.score(["nobody"], ["i2"]).scores == pytest.approx(
+        recommender.score(["nobody"], ["i2"], [[]]).scores, abs=1e-6
+    )
+
+
+def test_numbers_are_ids_by_their_digits(recommender):
+    found = recommender.score([1, 99], ["i2"] * 2)
+    assert found.unknown_user.tolist() == [False, True]
+    assert found.scores[0] == pytest.approx(recommender.score(["1"], ["i2"]).scores[0], abs=1e-6)
+
+
+def test_explanations_are_what_the_score_loses(made, recommender):
+    workspace, _ = made()
+    rows = workspace.test_rows().slice(0, 1)
+    ((user,), (item,), (history,)) = named(workspace, rows)
+    (whole,) = stage_scores(workspace, rows)
+    found = recommender.explain(user, item, history)
+    assert (
+        rows["user_seen"][0].as_py()
+        and rows["item_seen"][0].as_py()
+        and set(found["tokens"]) == {"user", "item", "semantic"}
+    )
+    zero = torch.zeros(1)
+    assert found["score"] == pytest.approx(whole, abs=1e-5)
+    assert found["tokens"]["user"] == pytest.approx(whole - stage_scores(workspace, rows, user_seen=zero)[0], abs=1e-5)
+    assert found["tokens"]["item"] == pytest.approx(whole - stage_scores(workspace, rows, item_seen=zero)[0], abs=1e-5)
+    batch = small.batch_of(workspace.task, rows, None)
+    vectors = vectors_of(workspace, batch)
+    with torch.no_grad():
+        vectors["semantic"] = torch.zeros_like(vectors["semantic"])
+        without = workspace.task.score(workspace.task.model, batch, vectors).item()
+    assert found["tokens"]["semantic"] == pytest.approx(whole - without, abs=1e-5)
+    assert all(abs(part) > 1e-4 for part in found["tokens"].values())
+    titles = workspace.log.items(["title"])["title"].to_pylist()
+    adapter = workspace.artifact("adapt") / "adapter"
+    text_task = build_adapted(workspace.source, titles, workspace.config.prompt, workspace.log.facts["noun"], adapter)
+    with torch.no_grad():
+        text_only = text_task.score(text_task.model, small.batch_of(text_task, rows, None), {}).item()
+    assert found["text_only"] == pytest.approx(text_only, abs=1e-5)
+    # nothing is left on the model
+    assert recommender.score([user], [item], [history]).scores[0] == pytest.approx(whole, abs=1e-5)
+    unknown = recommender.explain("nobody", item, [])
+    assert unknown["unknown_user"] and not unknown["unknown_item"] and unknown["tokens"]["user"] == 0
+
+
+def test_the_export_is_evaluated_as_the_run_was(made, tmp_path):
+    from sellarec.config import Evaluation
+
+    workspace, export = made()
+    settings = Evaluation(artifact=export, data=workspace.log.directory, out=tmp_path / "out.json", replicates=20)
+    expected = json.loads((workspace.artifact("evaluate") / "results.json").read_text())
+    found = evaluate_artifact(settings)
+    assert [{**record, **dict.fromkeys(("value", "low", "high"))} for record in found] == [
+        {**record, **dict.fromkeys(("value", "low", "high"))} for record in expected
+    ]
+    for name in ("value", "low", "high"):
+        assert [record[name] for record in found] == pytest.approx([record[name] for record in expected], abs=1e-6)
+    ranked = evaluate_artifact(dataclasses.replace(settings, ranking="candidates:2", cutoffs=(1,)))
+    assert {record["metric"] for record in ranked} > {"auc", "uauc", "ndcg@1"}
+    for changes, words in (({"ranking": "full"}, "whole catalog isn't ranked"), ({"workers": 3}, "--workers is 3")):
+        with pytest.raises(UserError, match=words):
+            evaluate_artifact(dataclasses.replace(settings, **changes))
+
+
+def test_the_export_is_evaluated_on_another_log_by_the_sources_ids(made, tmp_path, titles):
+    """The same rows, prepared so that users and items are numbered otherwise, with an item that the export doesn't have."""
+    from sellarec.config import Evaluation
+
+    workspace, export = made()
+    table = interactions(titles)
+    more = pa.table({"user": ["7"], "item": ["i99"], "label": [1], "timestamp": [-1], "split": ["train"]}, table.schema)
+    other = prepared.prepare_into(
+        tmp_path / "log", prepared.source_of(pa.concat_tables([more, table])), prepared.rules(split="given")
+    )
+    assert other.users()["external_id"].to_pylist() != workspace.log.users()["external_id"].to_pylist()
+    settings = Evaluation(artifact=export, data=other.directory, out=tmp_path / "out.json", replicates=20)
+    (value,) = (r["value"] for r in evaluate_artifact(settings) if (r["metric"], r["rows"]) == ("auc", "all"))
+    expected = json.loads((workspace.artifact("evaluate") / "results.json").read_text())
+    (before,) = (r["value"] for r in expected if (r["metric"], r["rows"]) == ("auc", "all"))
+    assert value == pytest.approx(before, abs=0.02)  # one history is longer by an item that is unknown, and left out
+
+
+def test_what_is_written(made):
+    workspace, export = made()
+    base = json.loads((export / "export.json").read_text())["base_model"]
+    assert base == {
+        "name": workspace.source.name,
+        "revision": None,
+        "identity": workspace.source.identity,
+        "copied": False,
+    }
+    assert not (export / "model").exists() and (export / "adapter/adapter_model.safetensors").is_file()
+    for name in ("user", "item", "semantic"):
+        assert len(list((export / "tables").glob(f"{name}-*.safetensors"))) == 2
+    card = (export / "README.md").read_text()
+    for words in (
+        "sella-rec",
+        workspace.source.identity,
+        "| fuse | 1 | 1 |",
+        "13 users",
+        "licences of their own",
+        "AUC all",
+    ):
+        assert words in card
+
+
+def test_a_copied_base_model_is_used(made, tmp_path):
+    workspace, _ = made()
+    export_run(str(workspace.run), tmp_path / "whole", histories=False, with_model=True)
+    rows = workspace.test_rows()
+    model = load_file(tmp_path / "whole/model/model.safetensors")
+    assert model.keys() == load_file(Path(workspace.source.name) / "model.safetensors").keys()
+    recommender = sellarec.load(tmp_path / "whole")
+    found = recommender.score(*named(workspace, rows)).scores
+    np.testing.assert_allclose(found, stage_scores(workspace, rows), atol=1e-5)
+    with pytest.raises(UserError, match="written without histories"):
+        recommender.score(["1"], ["i1"])
+    with pytest.raises(UserError, match="holds its base model itself"):
+        sellarec.load(tmp_path / "whole", llm=workspace.source.name)
+
+
+def test_another_base_model_is_refused(made, tmp_path, decoder):
+    _, export = made()
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in decoder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    assert sellarec.load(export, llm=str(other)).score(["1"], ["i1"]).scores.shape == (1,)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight * 1.01 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="isn't the base model that"):
+        sellarec.load(export, llm=str(other))
+
+
+def test_lengths_that_differ_are_refused(recommender):
+    with pytest.raises(UserError, match="2 users, 1 items: as many"):
+        recommender.score(["1", "2"], ["i1"])
+    with pytest.raises(UserError, match="1 users, 1 items, 2 histories"):
+        recommender.score(["1"], ["i1"], [[], []])
+
+
+def copy_run(workspace: Workspace, folder: Path) -> Path:
+    import shutil
+
+    shutil.copytree(workspace.folder, folder)
+    return folder / "runs/small"
+
+
+def test_what_cannot_be_exported_is_refused(made, tmp_path):
+    workspace, export = made()
+    with pytest.raises(UserError, match="is there already"):
+        export_run(str(workspace.run), export, histories=True, with_model=False)
+    with pytest.raises(UserError, match="is no run's folder"):
+        export_run(str(tmp_path), tmp_path / "out", histories=True, with_model=False)
+    run = copy_run(workspace, tmp_path / "copy")
+    marks = json.loads((run / "artifacts.json").read_text())
+    (run / "artifacts.json").write_text(json.dumps({**marks, "fuse": "fuse-0123456789abcdef"}))
+    (run / "../../artifacts/fuse-0123456789abcdef").mkdir()
+    with pytest.raises(UserError, match="no artifact of fuse:"):
+        export_run(str(run), tmp_path / "out", histories=True, with_model=False)
+    (run / "../../artifacts/fuse-0123456789abcdef/manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="run stage evaluate again"):
+        export_run(str(run), tmp_path / "out", histories=True, with_model=False)
+    (run / "artifacts.json").write_text(json.dumps({stage: marks[stage] for stage in ("prepare", "adapt")}))
+    with pytest.raises(UserError, match="no artifact of fuse, evaluate:"):
+        export_run(str(run), tmp_path / "out", histories=True, with_model=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_fails_leaves_nothing(made, tmp_path):
+    workspace, _ = made()
+    run = copy_run(workspace, tmp_path / "copy")
+    fuse = tmp_path / "copy/artifacts" / json.loads((run / "artifacts.json").read_text())["fuse"]
+    next((fuse / "tables").glob("semantic-*")).unlink()
+    with pytest.raises(FileNotFoundError):
+        export_run(str(run), tmp_path / "exports/out", histories=True, with_model=False)
+    assert list((tmp_path / "exports").iterdir()) == []
+
+
+def test_half_an_export_is_refused(made, tmp_path):
+    import shutil
+
+    _, export = made()
+    shutil.copytree(export, tmp_path / "half")
+    (tmp_path / "half/export.json").unlink()
+    with pytest.raises(UserError, match="holds no whole export"):
+        sellarec.load(tmp_path / "half")
+    (tmp_path / "half/export.json").write_text(json.dumps({"format": 0}))
+    with pytest.raises(UserError, match="is an export of format 0"):
+        sellarec.load(tmp_path / "half")
+
+
+def test_in_a_fresh_process(made):
+    """The package alone loads nothing; scoring starts neither Ray nor process groups."""
+    _, export = made()
+    program = """
+import sys, sellarec
+assert not {"torch", "numpy", "pyarrow", "ray"} & set(sys.modules)
+found = sellarec.load(sys.argv[1]).score(users=["1", "2"], items=["i1", "i2"], histories=None)
+import torch.distributed
+assert "ray" not in sys.modules and "torchrec" not in sys.modules and not torch.distributed.is_initialized()
+print(*found.scores.tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", program, export], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = sellarec.load(export).score(["1", "2"], ["i1", "i2"]).scores
+    assert [float(text) for text in done.stdout.split()] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_the_job(made, tmp_path):
+    workspace, _ = made()
+    command = [sys.executable, ROOT / "jobs/export.py", workspace.run, "--out", tmp_path / "out", "--no-histories"]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sellarec.load(" in done.stdout and not (tmp_path / "out/histories").exists()
+    again = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.startswith("error: ") and len(again.stderr.splitlines()) == 1
