@@ -457,7 +457,9 @@ def test_settings_of_alignment_that_go_together_are_taken():
         "--align.contrastive rince --align.rince-q 0.5 --align.rince-lambda 1 --align.direction semantic-to-collab"
     )
     assert parse([*published.split(), "--align.mask-equal", "False"]).align.rince_q == 0.5
-    users = parse(["--align.side", "users", "--align.history", "5", "--data.history-cap", "20", "--align.semantic", "frozen"])
+    users = parse(
+        ["--align.side", "users", "--align.history", "5", "--data.history-cap", "20", "--align.semantic", "frozen"]
+    )
     assert (users.align.side, users.align.history, users.align.semantic) == ("users", 5, "frozen")
     assert parse(["--align.side", "both", "--collab", "sasrec", "--collab.history", "7"]).align.history == 50
 

@@ -3,12 +3,14 @@
 Shapes: b rows of one worker, B rows of all workers, m of them that are gone through at once, H columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from sellarec.config import Align
 from sellarec.training.task import Peers
@@ -89,22 +91,44 @@ def log_sum_exp(rows: Tensor, others: Tensor, views: Views, settings: Align) -> 
     Goes through `block` others at a time, and through each again in the backward pass, so that of all pairs never more than
     [b, block] are in memory. Without a negative it is the dtype's lowest number: finite, so that gradients are.
     """
-    parts = (part.split(settings.block) for part in (others, views.all_ids, views.all_weight))
-    found = [
-        checkpoint(
-            _block, rows, *part, views.ids, settings.mask_equal, settings.temperature,
-            use_reentrant=False, preserve_rng_state=False,
-        )
-        for part in zip(*parts, strict=True)
-    ]  # fmt: skip
-    return torch.logsumexp(torch.stack(found), dim=0)
+    return _LogSumExp.apply(rows, others, views, settings)
 
 
-def _block(
-    rows: Tensor, others: Tensor, ids: Tensor, weight: Tensor, own_ids: Tensor, mask_equal: bool, temperature: float
-) -> Tensor:
-    excluded = weight == 0
-    if mask_equal:
-        excluded = excluded | (own_ids[:, None] == ids)
-    scores = rows @ others.T / temperature
-    return torch.logsumexp(scores.masked_fill(excluded, torch.finfo(scores.dtype).min), dim=1)
+class _LogSumExp(torch.autograd.Function):
+    """`log_sum_exp`. One buffer serves all blocks: many large tensors that come and go leave gaps in the memory of CPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, others: Tensor, views: Views, settings: Align) -> Tensor:
+        total = rows.new_full((len(rows),), torch.finfo(rows.dtype).min)
+        for scores, _ in _blocks(rows, others, views, settings):
+            highest = scores.amax(1)
+            total = torch.logaddexp(total, highest + scores.sub_(highest[:, None]).exp_().sum(1).log())
+        ctx.views, ctx.settings = views, settings  # of the views ids and weights are read, which have no gradient
+        ctx.save_for_backward(rows, others, total)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows, others, total = ctx.saved_tensors
+        of_rows, of_others = torch.zeros_like(rows), torch.empty_like(others)
+        for scores, part in _blocks(rows, others, ctx.views, ctx.settings):
+            # of a row without negatives nothing depends on the total, so its gradient is 0
+            shares = scores.sub_(total[:, None]).exp_().mul_(gradient[:, None] / ctx.settings.temperature)
+            of_rows.addmm_(shares, others[part])
+            torch.mm(shares.T, rows, out=of_others[part])
+        return of_rows, of_others, None, None
+
+
+def _blocks(rows: Tensor, others: Tensor, views: Views, settings: Align) -> Iterator[tuple[Tensor, slice]]:
+    """<rows_i, others_j> / t for some others, [b, m], with the lowest number where j is no negative of i; and which others.
+    All are written into the same memory."""
+    buffer = rows.new_empty(len(rows) * min(settings.block, len(others)))
+    for start in range(0, len(others), settings.block):
+        part = slice(start, min(start + settings.block, len(others)))
+        scores = buffer[: len(rows) * (part.stop - start)].view(len(rows), -1)
+        torch.mm(rows, others[part].T, out=scores)
+        excluded = views.all_weight[part] == 0
+        if settings.mask_equal:
+            excluded = excluded | (views.ids[:, None] == views.all_ids[part])
+        yield scores.div_(settings.temperature).masked_fill_(excluded, torch.finfo(scores.dtype).min), part

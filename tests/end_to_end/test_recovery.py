@@ -112,6 +112,7 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
     assert facts[0]["evaluations"] == facts[1]["evaluations"]
     assert facts[0]["kept_step"] == facts[1]["kept_step"]
     assert facts[0]["first_losses"] == facts[1]["first_losses"]
+    assert facts[0].get("measured") == facts[1].get("measured")
     files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
     assert files == sorted(path.relative_to(second) for path in second.rglob("*.safetensors"))
     assert files

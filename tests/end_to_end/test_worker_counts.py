@@ -112,6 +112,8 @@ def test_what_the_run_leaves(runs: Runs) -> None:
     for name in ("results.json", "report.html", "config.yaml", "artifacts.json"):
         assert (folder / name).is_file()
     assert list((folder / "tensorboard").glob("events.*"))
+    assert (main_job.artifact(workspace, "run", "align") / "alignment.json").is_file()
+    assert "items find their vector first" in printed and "rows that find" in (folder / "report.html").read_text()
     assert "https://" not in (folder / "report.html").read_text()
     for words in ("sella-rec", "best attainable", "report.html", "results.json", "tensorboard --logdir"):
         assert words in printed
