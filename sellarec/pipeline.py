@@ -91,6 +91,8 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         if config.data.source != "world":
             data = {name: value for name, value in data.items() if not name.startswith("world.")}
         return {"data": data}
+    if stage == "pretrain":
+        del settings["llm"]["storage"]  # no weight is frozen there
     return {**settings, "seed": config.seed}
 
 

@@ -62,18 +62,21 @@ class TextTask(Task):
 
     @torch.no_grad()
     def check_saved(self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype) -> None:
-        """Logits of each prompt's last position, against those of PEFT's own loading, without padding, on one device."""
+        """Logits of each prompt's last position, against those of PEFT's own loading: without padding, and on the CPU, where the
+        worker has held the whole model before."""
         from peft import PeftModel
 
         logits = model(batch["tokens"], batch["mask"], {}, {})
         if folder is None:
             return
         base = llms.load_model(self.source.folder(), self.source.storage)
-        plain = PeftModel.from_pretrained(base, folder / "adapter")
-        plain.to(logits.device).eval()
+        plain = PeftModel.from_pretrained(base, folder / "adapter").eval()
         for weight in plain.parameters():
-            weight.data = weight.data.to(dtype)
-        prompts = (tokens[mask][None] for tokens, mask in zip(batch["tokens"], batch["mask"], strict=True))
+            if weight.itemsize > dtype.itemsize:
+                weight.data = weight.data.to(dtype)
+        llms.compute_in(plain, dtype)
+        logits, every_token, every_mask = logits.cpu(), batch["tokens"].cpu(), batch["mask"].cpu()
+        prompts = (tokens[mask][None] for tokens, mask in zip(every_token, every_mask, strict=True))
         again = torch.stack([plain(input_ids=tokens, use_cache=False).logits[0, -1].float() for tokens in prompts])
         difference = (again - logits).abs().max().item()
         allowed = TOLERANCE[dtype] * logits.abs().max().item()

@@ -34,7 +34,7 @@ from sellarec.training.task import CheckedTask, MeasuredTask, Task
 
 FIRST_LOSSES = 20
 
-CHECKED_ROWS = 8
+CHECKED_ROWS = 4
 """Rows of the valid split by which a saved model is compared with the trained one, of each worker."""
 
 

@@ -15,13 +15,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sellarec.config import Adapt, Pretrain
+from sellarec.config import Adapt, Config, Llm, Pretrain
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.adapt import TextTask, build_adapt, build_adapted
 from sellarec.language.distil import ItemEncoder
 from sellarec.language.pretrain import build_decoder
 from sellarec.language.templates import templates
+from sellarec.pipeline import settings_of
 
 torch.set_num_threads(1)
 
@@ -169,6 +170,12 @@ def test_stored_bfloat16_rounds_the_frozen_weights_and_nothing_else(models, titl
         assert torch.equal(weight.to(torch.bfloat16), other), name
     buffers = dict(full.named_buffers())
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in half.named_buffers())
+
+
+def test_how_frozen_weights_are_stored_has_no_part_in_pretraining():
+    half, full = Config(llm=Llm(storage="bfloat16")), Config()
+    assert settings_of("pretrain", half) == settings_of("pretrain", full)
+    assert all(settings_of(stage, half) != settings_of(stage, full) for stage in ("adapt", "fuse", "evaluate"))
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ class Case:
         adapter: what stage adapt has saved, for fuse.
         min_block: smaller blocks are gathered with the root (bytes).
         folder: what is exported goes there.
+        checkpoint: where the state is saved before step `save_at`, or loaded from before step `start_at`.
     """
 
     model: Path
@@ -47,6 +48,9 @@ class Case:
     min_block: int = 0
     adapter: Path | None = None
     folder: Path | None = None
+    checkpoint: Path | None = None
+    save_at: int | None = None
+    start_at: int = 0
 
 
 def rows_of(step: int) -> pa.Table:
@@ -124,8 +128,12 @@ def train(case: Case, tables: Path | None = None) -> dict[str, Any]:
     engine.optimizer.register_step_pre_hook(
         lambda *_: gradients.append({name: weight.grad.full_tensor().numpy() for name, weight in trained.items()})
     )
+    if case.start_at:
+        engine.load_checkpoint(str(case.checkpoint))
     losses = []
-    for step in range(STEPS):
+    for step in range(case.start_at, STEPS):
+        if step == case.save_at:
+            engine.save_checkpoint(str(case.checkpoint))
         torch.manual_seed(step)  # dropout, as the loop seeds it
         losses.append(engine.step(prepared(task, step, workers.rank, workers.world_size), step, rate_at(step)))
     moments = [state for of_weight in engine.optimizer.state.values() for state in of_weight.values()]
