@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -375,6 +376,13 @@ class Distil(Language):
 
     text: Literal["title", "text"] = "title"
     """What the language model reads of an item: its title, or its longer text."""
+    prompt: str = "{Noun}: {text}"
+    """What stands around that text: {text} is the text, {noun} and {Noun} what an item is called."""
+    layer: int = -1
+    """Which of the hidden states is taken: 0 the input embeddings, 1 the first layer's, ...; -1 the last layer's after the final
+    normalisation, -2 the one before, ..."""
+    pooling: Literal["last", "mean"] = "last"
+    """Of a text's tokens the last one's state, or the mean of all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -824,6 +832,7 @@ def check(config: Config) -> None:
     _check_align(config)
     _check_dense(config)
     _check_adapt(config)
+    _check_distil(config)
 
 
 def _check_align(config: Config) -> None:
@@ -878,6 +887,31 @@ def _check_adapt(config: Config) -> None:
 
 ALL_LINEAR = "all-linear"
 """Of `adapt.targets`: every linear layer but the output layer."""
+
+
+def _check_distil(config: Config) -> None:
+    prompt = config.distil.prompt
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
+    except ValueError as error:
+        raise UserError(f"distil.prompt is '{prompt}', whose braces don't close ({error}): write {{text}}") from error
+    unknown = [name for name in fields if name not in ("text", "noun", "Noun")]
+    if unknown or fields.count("text") != 1:
+        raise UserError(
+            f"distil.prompt is '{prompt}', with the fields {', '.join(fields) or 'none'}: {{text}} once is needed, {{noun}} and "
+            "{Noun} are allowed"
+        )
+    if config.llm.model == EMBEDDED:
+        check_layer(config.distil.layer, config.pretrain.layers, "the embedded model (pretrain.layers)")
+
+
+def check_layer(layer: int, layers: int, model: str) -> None:
+    """Raises UserError where a model of so many layers has no hidden states of distil.layer."""
+    if not -layers - 1 <= layer <= layers:
+        raise UserError(
+            f"distil.layer is {layer}, but {model} has {layers} layers: {-layers - 1} to {layers} is needed, where 0 is the "
+            "input embeddings"
+        )
 
 
 def _check_collab(config: Config) -> None:
@@ -1071,6 +1105,7 @@ _LOWEST: dict[str, float] = {
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
     **dict.fromkeys(("negatives_per_row", "block"), 1),
+    "layer": -MAX_INTEGER,
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
     **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker"), 1e-6),
     "seed": 0,

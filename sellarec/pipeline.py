@@ -20,7 +20,17 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
-from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, result_settings, to_yaml
+from sellarec.config import (
+    EMBEDDED,
+    STAGES,
+    Config,
+    Language,
+    Selection,
+    Sparse,
+    check_layer,
+    result_settings,
+    to_yaml,
+)
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
@@ -212,6 +222,7 @@ def _run(this: Run) -> None:
     wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.llm.model == EMBEDDED)
     this.store.check_writable()
     _check_sharding(this, wanted)
+    _check_layer(this, wanted)
     if wanted != ("prepare",) and not os.environ.get("RAY_ADDRESS"):
         check_room(config.workers)
     settings = _check_name(this, _origins(this, wanted))
@@ -516,6 +527,15 @@ def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
             check_sharding(this.config.tables, settings if isinstance(settings, Sparse) else None, stage)
 
 
+def _check_layer(this: Run, wanted: Sequence[str]) -> None:
+    """Raises UserError where the model that --llm names has no hidden states of distil.layer."""
+    from sellarec.language.llm import decoder_depth
+
+    layer = this.config.distil.layer
+    if "distil" in wanted and this.config.llm.model != EMBEDDED and layer != -1:
+        check_layer(layer, decoder_depth(this.llm()), this.config.llm.model)
+
+
 def _check_labels(this: Run, stages: Sequence[str]) -> None:
     """Raises UserError where a stage can't be trained, or selected, for want of rows of one label."""
     facts = this.log().facts
@@ -662,14 +682,14 @@ def _distil(this: Run) -> dict[str, Any]:
         "distil",
         this.console,
         items=[str(path) for path in log.paths("items")],
-        text=config.distil.text,
+        settings=config.distil,
         source=this.llm(),
         adapter=this.artifact("adapt").local() / "adapter",
         noun=log.facts["noun"],
-        batch=config.distil.micro_batch,
         workers=config.workers,
         gpus=this.gpus(),
         output=this.artifact("distil"),
+        mark=this.marks["distil"],
     )
 
 
@@ -678,7 +698,7 @@ def _align(this: Run) -> dict[str, Any]:
     from sellarec.language.distil import SavedVectors
 
     config, log = this.config, this.log()
-    vectors = SavedVectors(this.artifact("distil").local() / "vectors")
+    vectors = SavedVectors(this.artifact("distil").local(), this.marks["distil"])
     if vectors.width % 4:
         raise UserError(f"the language model is {vectors.width} wide, but the table kernels need a multiple of 4")
     origin = this.artifact("collab") if config.align.init == "collab" else None

@@ -1,12 +1,16 @@
-"""Stage distil: one semantic vector per item, the adapted model's last hidden state at the item's last token.
+"""Stage distil: one semantic vector per item, a hidden state of the adapted model that reads the item's text.
 
-Ray Data batch inference over the catalog; vectors stay float32.
+Ray Data batch inference over the catalog; vectors stay float32. They are written a part at a time, and a distillation that was
+killed goes on after the parts that stand.
+
+Shapes: b texts, T tokens, H width of the model.
 """
 
+import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +19,8 @@ import pyarrow.parquet as pq
 import torch
 
 from sellarec.artifacts import Place
+from sellarec.config import Distil
+from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.scorer import base_model
 from sellarec.training.progress import PROGRESS_SECONDS
@@ -23,117 +29,201 @@ MAX_TOKENS = 64
 """Longest text that is read of an item (tokens), as published."""
 
 BLOCK_ROWS = 4096
-"""Items that an actor takes at a time."""
+"""Items that an actor takes at a time, and sorts by length."""
 
 PART_ROWS = 65_536
-"""Items of a file of vectors."""
+"""Items of a file of vectors: what a distillation that was killed begins anew at most."""
+
+WRITTEN = "vectors.json"
+"""File beside the vectors: of which fingerprint they are, how many parts and items are written, and the width."""
 
 
 class ItemEncoder:
-    """An actor's model: texts in, vectors out."""
+    """The adapted model as an encoder: texts in, vectors out.
+
+    Args:
+        threads: of this process; None leaves them as they are.
+    """
 
     def __init__(
-        self, source: llms.LlmSource, adapter: Path, noun: str, threads: int, board: Any, catalog: int
+        self, source: llms.LlmSource, adapter: Path, noun: str, settings: Distil, threads: int | None = None
     ) -> None:
-        torch.set_num_threads(threads)
+        if threads is not None:
+            torch.set_num_threads(threads)
         folder = source.folder()
         model = llms.with_adapter(llms.load_model(folder, source.storage), adapter)
         llms.compute_in(model, torch.float32)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self._tokenizer = llms.load_tokenizer(folder)
-        self._noun = noun.capitalize()
-        self._board, self._catalog, self._told = board, catalog, time.monotonic()
+        self._noun, self._settings = noun, settings
         self._limit = min(MAX_TOKENS, llms.context_length(model.config))
 
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """float32 [b, H]. Texts go through the model in the order of their lengths, so that little is padded."""
+        form, noun = self._settings.prompt, self._noun
+        read = [form.format(noun=noun, Noun=noun.capitalize(), text=text) for text in texts]
+        ids = [tokens[: self._limit] for tokens in self._tokenizer(read)["input_ids"]]
+        order = np.argsort([len(tokens) for tokens in ids], kind="stable")
+        vectors: np.ndarray | None = None
+        for start in range(0, len(ids), self._settings.micro_batch):
+            some = order[start : start + self._settings.micro_batch]
+            found = self._states([ids[place] for place in some])
+            if vectors is None:
+                vectors = np.empty((len(ids), found.shape[1]), np.float32)
+            vectors[some] = found
+        assert vectors is not None
+        return vectors
+
     @torch.no_grad()
-    def __call__(self, items: pa.Table) -> pa.Table:
-        """Columns item, text -> item, vector (fixed-size list of H float32)."""
-        if time.monotonic() - self._told > PROGRESS_SECONDS:
-            self._told = time.monotonic()
-            # blocks are encoded nearly in order, so the first item of this one tells how far the catalog is
-            self._board.put.remote({"stage": "distil", "done": items["item"][0].as_py(), "items": self._catalog})
-        texts = [f"{self._noun}: {text}" for text in items["text"].to_pylist()]
-        ids = [tokens[: self._limit] for tokens in self._tokenizer(texts)["input_ids"]]
+    def _states(self, ids: list[list[int]]) -> np.ndarray:
+        """[b, H], of b texts in tokens."""
         longest = max(len(tokens) for tokens in ids)
         tokens = torch.zeros(len(ids), longest, dtype=torch.long)
         mask = torch.zeros(len(ids), longest, dtype=torch.long)
         for row, text in enumerate(ids):
             tokens[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
+        tokens, mask = tokens.to(self._device), mask.to(self._device)
+        layer = self._settings.layer
         decoder = base_model(self._model).base_model
-        states = decoder(input_ids=tokens.to(self._device), attention_mask=mask.to(self._device)).last_hidden_state
-        last = states[torch.arange(len(ids)), mask.sum(1) - 1].float().cpu().numpy()
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(last.reshape(-1)), last.shape[1])
+        output = decoder(input_ids=tokens, attention_mask=mask, output_hidden_states=layer != -1)
+        states = (output.last_hidden_state if layer == -1 else output.hidden_states[layer]).float()
+        return pool(states, mask, self._settings.pooling).cpu().numpy()
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: Literal["last", "mean"]) -> torch.Tensor:
+    """float [b, T, H], and int64 [b, T], 1 where there is a token and 0 after them -> [b, H]."""
+    if pooling == "last":
+        return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+    return (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+class Actor:
+    """An encoder that takes blocks of Ray Data, and tells the board how far the catalog is."""
+
+    def __init__(self, board: Any, catalog: int, *encoder: Any) -> None:
+        self._encoder = ItemEncoder(*encoder)
+        self._board, self._catalog, self._told = board, catalog, time.monotonic()
+
+    def __call__(self, items: pa.Table) -> pa.Table:
+        """Columns item, text -> item, vector (fixed-size list of H float32)."""
+        if time.monotonic() - self._told > PROGRESS_SECONDS:
+            self._told = time.monotonic()
+            # blocks are encoded nearly in order, so the first item of this one tells how far the catalog is
+            self._board.put.remote({"stage": "distil", "done": items["item"][0].as_py(), "items": self._catalog})
+        found = self._encoder.encode(items["text"].to_pylist())
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1])
         return pa.table({"item": items["item"], "vector": vectors})
 
 
 def distil(
     items: list[str],
-    text: str,
+    settings: Distil,
     source: llms.LlmSource,
     adapter: Path,
     noun: str,
-    batch: int,
     workers: int,
     gpus: bool,
     output: Place,
+    mark: str,
     board: Any,
+    part_rows: int = PART_ROWS,
 ) -> dict[str, Any]:
-    """Encode the whole catalog with `workers` actors and write `vectors/part-*.parquet`, in item order.
+    """Encode the catalog with `workers` actors and write `vectors/part-*.parquet`, in item order.
+
+    Parts that stand already under the same fingerprint are kept, and the items after them are encoded.
 
     Args:
         items: the log's files of items, in order.
-        text: the column that is read, title or text.
+        mark: fingerprint of the stage, which stands for the model, the adapter, the items and the settings.
         board: actor that takes progress records.
+        part_rows: items of a part.
 
     Returns:
-        Facts for the manifest: items and width.
+        Facts for the manifest: items and width, and how many items stood already.
 
     Raises:
         RuntimeError: a vector is not finite, or the items aren't exactly those of the catalog.
     """  # fmt: skip
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
     catalog = sum(pq.read_metadata(path).num_rows for path in items)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    dataset = ray.data.read_parquet(items, columns=["item", text]).rename_columns(["item", "text"])
-    vectors = dataset.repartition(max(1, -(-catalog // BLOCK_ROWS))).map_batches(
-        ItemEncoder,
-        fn_constructor_args=(source, adapter, noun, threads, board, catalog),
-        batch_size=batch,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_gpus=1 if gpus else None,
-    )
-    done, width, part = 0, 0, 0
+    written = output.read_json(WRITTEN)
+    if written is None or written["fingerprint"] != mark:
+        # what lies there is of nothing that is known
+        output.delete("vectors")
+        written = {"fingerprint": mark, "parts": 0, "items": 0, "width": 0}
+    first = written["items"]
+    if first < catalog:
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        left = pyarrow.dataset.field("item") >= first
+        dataset = ray.data.read_parquet(items, columns=["item", settings.text], filter=left)
+        vectors = (
+            dataset.rename_columns(["item", "text"])
+            .repartition(max(1, -(-(catalog - first) // BLOCK_ROWS)))
+            .map_batches(
+                Actor,
+                fn_constructor_args=(board, catalog, source, adapter, noun, settings, threads),
+                batch_size=BLOCK_ROWS,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=workers),
+                num_gpus=1 if gpus else None,
+            )
+        )
+        for table in vectors.iter_batches(batch_size=part_rows, batch_format="pyarrow"):
+            written = _write_part(table, written, output)
+    if written["items"] != catalog:
+        raise RuntimeError(f"distil: {written['items']} items have vectors, but the catalog has {catalog}")
+    return {"items": catalog, "width": written["width"], "items_that_stood": first}
+
+
+def _write_part(table: pa.Table, written: dict[str, Any], output: Place) -> dict[str, Any]:
+    """Write the next part whole, and then that it is there; gives what is written now."""
+    done, width = written["items"], table.schema.field("vector").type.list_size
+    if not np.array_equal(table["item"].to_numpy(), np.arange(done, done + len(table))):
+        raise RuntimeError(f"distil: items {done} to {done + len(table)} came back in another order")
+    flat = table["vector"].combine_chunks().flatten().to_numpy()
+    if not np.isfinite(flat).all():
+        bad = done + int(np.flatnonzero(~np.isfinite(flat).reshape(-1, width).all(1))[0])
+        raise RuntimeError(f"distil: the vector of item {bad} is not finite")
     with (output / "vectors").writing() as folder:
-        for table in vectors.iter_batches(batch_size=PART_ROWS, batch_format="pyarrow"):
-            expected = np.arange(done, done + len(table))
-            if not np.array_equal(table["item"].to_numpy(), expected):
-                raise RuntimeError(f"distil: items {done} to {done + len(table)} came back in another order")
-            width = table.schema.field("vector").type.list_size
-            flat = table["vector"].combine_chunks().flatten().to_numpy()
-            if not np.isfinite(flat).all():
-                bad = done + int(np.flatnonzero(~np.isfinite(flat).reshape(-1, width).all(1))[0])
-                raise RuntimeError(f"distil: the vector of item {bad} is not finite")
-            pq.write_table(table, folder / f"part-{part:05d}.parquet")
-            done, part = done + len(table), part + 1
-    return {"items": done, "width": width}
+        name = f"part-{written['parts']:05d}.parquet"
+        # a name that no reader takes, until it is whole
+        pq.write_table(table, folder / f".{name}")
+        (folder / f".{name}").replace(folder / name)
+    written = {**written, "parts": written["parts"] + 1, "items": done + len(table), "width": width}
+    output.write_json(WRITTEN, written)
+    return written
 
 
 class SavedVectors:
-    """Distilled vectors of an artifact: `read(start, stop)` gives float32 [stop - start, H]."""
+    """Distilled vectors of an artifact: `read(start, stop)` gives float32 [stop - start, H].
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        folder: the artifact's.
+        mark: the fingerprint that they should have.
 
-    @property
-    def width(self) -> int:
-        return pyarrow.dataset.dataset(self._folder).schema.field("vector").type.list_size
+    Raises:
+        UserError: the vectors are of another fingerprint, that is of another model, adapter or catalog, or not all there.
+    """
+
+    def __init__(self, folder: Path, mark: str) -> None:
+        self._folder = folder / "vectors"
+        if not (folder / WRITTEN).is_file():
+            raise UserError(f"{folder} holds no {WRITTEN}: delete it, and run stage distil again")
+        written = json.loads((folder / WRITTEN).read_text())
+        dataset = pyarrow.dataset.dataset(self._folder)
+        self.width: int = dataset.schema.field("vector").type.list_size
+        found = {"fingerprint": written["fingerprint"], "items": dataset.count_rows(), "width": self.width}
+        if found != {"fingerprint": mark, "items": written["items"], "width": written["width"]}:
+            raise UserError(
+                f"{folder} should hold {written['items']} vectors of {written['width']} numbers and of fingerprint {mark}, but "
+                f"holds {found['items']} of {found['width']} and of {found['fingerprint']}: delete it, and run stage distil again"
+            )
 
     def read(self, start: int, stop: int) -> np.ndarray:
         field = pyarrow.dataset.field("item")

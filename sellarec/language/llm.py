@@ -116,16 +116,13 @@ def load_model(folder: Path, storage: str = "float32") -> "PreTrainedModel":
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto import modeling_auto
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder}/config.json is no model's config ({str(error).splitlines()[0]})") from error
+    config = _read_config(folder)
     architecture = (getattr(config, "architectures", None) or ["?"])[0]
     names = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_MAPPING_NAMES)
     fitting = [name.get(config.model_type) for name in names]  # with its output layer, or without where that is tied
@@ -170,6 +167,24 @@ def context_length(config: Any) -> int:
             f"a model of type {config.model_type} has no max_position_embeddings: take one with position ids (Llama, Qwen, ...)"
         )
     return length
+
+
+def decoder_depth(source: LlmSource) -> int:
+    """How many decoder layers a model has, by its config alone; of a hub id nothing else is downloaded.
+
+    Raises:
+        UserError: its config can't be read.
+    """
+    return _read_config(source.name, source.revision).num_hidden_layers
+
+
+def _read_config(name: str | Path, revision: str | None = None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{name}/config.json is no model's config ({str(error).splitlines()[0]})") from error
 
 
 def decoder_layers(model: Any) -> list[Any]:

@@ -220,10 +220,13 @@ class Recommender:
             found = []
             for first in range(0, len(part), self._micro_batch):
                 some = slice(first, min(first + self._micro_batch, len(part)))
-                of_batch, of_vectors = (
-                    {name: value[some] for name, value in all_.items()} for all_ in (batch, vectors)
+                found.append(
+                    task.score(
+                        task.model,
+                        {name: value[some] for name, value in batch.items()},
+                        {name: value[some] for name, value in vectors.items()},
+                    )
                 )
-                found.append(task.score(task.model, of_batch, of_vectors))
             scores[part["row"].to_numpy()] = torch.cat(found).float().cpu().numpy()
         return scores
 

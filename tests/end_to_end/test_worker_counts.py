@@ -2,12 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import main_job
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
+import sellarec
+from sellarec.data.log import read_log
+from sellarec.serving.export import export_run
 
 pytestmark = pytest.mark.ray
 
@@ -131,6 +137,33 @@ def test_standing_artifacts_are_not_made_again(runs: Runs, tmp_path: Path) -> No
     printed = main_job.train(*arguments, log=tmp_path / "log")
     assert printed.count("stands already") == 8
     assert before == {path: path.stat().st_mtime_ns for path in (workspace / "artifacts").rglob("manifest.json")}
+
+
+def test_an_export_scores_as_the_run_did(runs: Runs, tmp_path: Path) -> None:
+    """In this process, without Ray: the scores of stage evaluate; and by jobs/evaluate.py, its metrics."""
+    workspace = runs[2][0]
+    log = main_job.artifact(workspace, "run", "prepare")
+    export_run(str(workspace / "runs/run"), tmp_path / "export", histories=True, with_model=False)
+    test = read_log(log).split("test")
+    ids = {name: read_log(log).users() if name == "user" else read_log(log).items() for name in ("user", "item")}
+    users, items = (ids[name]["external_id"].take(test[name]).to_pylist() for name in ("user", "item"))
+    names = ids["item"]["external_id"].to_pylist()
+    histories = [[names[item] for item in history] for history in test["history"].to_pylist()]
+    found = sellarec.load(tmp_path / "export").score(users, items, histories)
+    scores = pq.read_table(main_job.artifact(workspace, "run", "evaluate") / "scores.parquet")
+    np.testing.assert_allclose(found.scores, scores["sella-rec"].to_numpy(), atol=1e-5)
+
+    settings = ["--artifact", tmp_path / "export", "--data", log, "--out", tmp_path / "out.json", "--replicates", "50"]
+    command = [sys.executable, main_job.ROOT / "jobs/evaluate.py", *settings]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=main_job.ROOT)
+    assert done.returncode == 0, done.stderr
+    expected = [r for r in main_job.read_json(workspace / "runs/run/results.json") if r["model"] == "sella-rec"]
+    measured = main_job.read_json(tmp_path / "out.json")
+    assert [(r["rows"], r["metric"], r["count"]) for r in measured] == [
+        (r["rows"], r["metric"], r["count"]) for r in expected
+    ]
+    for one, other in zip(expected, measured, strict=True):
+        assert other["value"] == pytest.approx(one["value"], abs=1e-4), one
 
 
 def test_a_name_belongs_to_one_config(runs: Runs, tmp_path: Path) -> None:

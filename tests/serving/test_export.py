@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -435,8 +436,6 @@ def test_lengths_that_differ_are_refused(recommender):
 
 
 def copy_run(workspace: Workspace, folder: Path) -> Path:
-    import shutil
-
     shutil.copytree(workspace.folder, folder)
     return folder / "runs/small"
 
@@ -462,6 +461,16 @@ def test_what_cannot_be_exported_is_refused(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_model_that_has_changed_since_the_run_is_refused(made, tmp_path):
+    workspace, _ = made()
+    run = copy_run(workspace, tmp_path / "copy")
+    fuse = tmp_path / "copy/artifacts" / json.loads((run / "artifacts.json").read_text())["fuse"]
+    manifest = json.loads((fuse / "manifest.json").read_text())
+    (fuse / "manifest.json").write_text(json.dumps({**manifest, "llm": "0" * 64}))
+    with pytest.raises(UserError, match="aren't those that the run was made with"):
+        export_run(str(run), tmp_path / "out", histories=True, with_model=False)
+
+
 def test_an_export_that_fails_leaves_nothing(made, tmp_path):
     workspace, _ = made()
     run = copy_run(workspace, tmp_path / "copy")
@@ -472,9 +481,18 @@ def test_an_export_that_fails_leaves_nothing(made, tmp_path):
     assert list((tmp_path / "exports").iterdir()) == []
 
 
-def test_half_an_export_is_refused(made, tmp_path):
-    import shutil
+def test_in_bfloat16(made, tmp_path):
+    workspace, export = made("sasrec")
+    shutil.copytree(export, tmp_path / "export")
+    config = (export / "config.yaml").read_text()
+    (tmp_path / "export/config.yaml").write_text(config.replace("  dtype: float32", "  dtype: bfloat16", 1))
+    rows = workspace.test_rows()
+    recommender = sellarec.load(tmp_path / "export")
+    found, expected = recommender.score(*named(workspace, rows)).scores, stage_scores(workspace, rows)
+    assert 0 < np.abs(found - expected).max() < 0.2 and np.corrcoef(found, expected)[0, 1] > 0.995
 
+
+def test_half_an_export_is_refused(made, tmp_path):
     _, export = made()
     shutil.copytree(export, tmp_path / "half")
     (tmp_path / "half/export.json").unlink()

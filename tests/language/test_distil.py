@@ -1,0 +1,192 @@
+"""Stage distil: the vector of each text is what the model gives for it alone; what stands is kept; other vectors are refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from sellarec.artifacts import Place
+from sellarec.config import Adapt, Config, Distil, Llm, Pretrain, Prompt, check
+from sellarec.errors import UserError
+from sellarec.language import llm as llms
+from sellarec.language.adapt import build_adapt
+from sellarec.language.distil import WRITTEN, ItemEncoder, SavedVectors, distil
+from sellarec.language.scorer import base_model
+from sellarec.training.progress import Console, ProgressBoard
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def adapter(decoder, titles, tmp_path_factory) -> Path:
+    """An adapter that isn't fresh."""
+    torch.manual_seed(5)
+    adapt = build_adapt(llms.find_llm(str(decoder), None), titles, Prompt(template="compact"), "movie", Adapt(rank=2))
+    weights = {name: weight.detach() for name, weight in adapt.model.named_parameters() if weight.requires_grad}
+    for weight in weights.values():
+        torch.nn.init.normal_(weight, std=0.05)
+    folder = tmp_path_factory.mktemp("adapt")
+    adapt.save(folder, weights)
+    return folder / "adapter"
+
+
+def alone(decoder: Path, adapter: Path, text: str, layer: int) -> np.ndarray:
+    """Hidden states [T, H] of one text, without padding."""
+    model = llms.with_adapter(llms.load_model(decoder), adapter)
+    ids = llms.load_tokenizer(decoder)(text)["input_ids"][:64]
+    with torch.no_grad():
+        output = base_model(model).base_model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+    return output.hidden_states[layer][0].numpy()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("layer", [-1, 2, 1, 0, -3])
+def test_vectors_are_those_of_each_text_alone(decoder, adapter, titles, layer, pooling):
+    settings = Distil(layer=layer, pooling=pooling, prompt="a {noun}, {Noun}: {text}!", micro_batch=3)
+    found = ItemEncoder(llms.find_llm(str(decoder), None), adapter, "movie", settings).encode(titles)
+    assert found.dtype == np.float32 and found.shape == (len(titles), 16)
+    for title, vector in zip(titles, found, strict=True):
+        states = alone(decoder, adapter, f"a movie, Movie: {title}!", layer)
+        np.testing.assert_allclose(vector, states[-1] if pooling == "last" else states.mean(0), atol=1e-5)
+    # the final normalisation is in the last layer's states
+    if layer == 2:
+        last = ItemEncoder(
+            llms.find_llm(str(decoder), None), adapter, "movie", Distil(pooling=pooling, prompt=settings.prompt)
+        )
+        np.testing.assert_allclose(last.encode(titles), found, atol=1e-5)
+
+
+def test_the_default_is_the_last_state_of_noun_and_title(decoder, adapter, titles):
+    found = ItemEncoder(llms.find_llm(str(decoder), None), adapter, "movie", Distil()).encode(titles)
+    for title, vector in zip(titles, found, strict=True):
+        np.testing.assert_allclose(vector, alone(decoder, adapter, f"Movie: {title}", -1)[-1], atol=1e-5)
+
+
+def test_little_is_padded(decoder, adapter):
+    """Short and long texts by turns: in micro-batches by length, no short text is padded to a long one's length."""
+    encoder = ItemEncoder(llms.find_llm(str(decoder), None), adapter, "movie", Distil(micro_batch=4))
+    shapes = []
+    handle = base_model(encoder._model).base_model.register_forward_pre_hook(
+        lambda module, arguments, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    encoder.encode(["x", "the silent sailor and the golden whale of the very long winter"] * 8)
+    handle.remove()
+    lengths = [length for _, length in shapes]
+    assert [rows for rows, _ in shapes] == [4, 4, 4, 4]
+    assert lengths[0] == lengths[1] < lengths[2] == lengths[3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt": "{noun}"}, "{text} once is needed"),
+        ({"prompt": "{text} {text}"}, "{text} once is needed"),
+        ({"prompt": "{text} {title}"}, "with the fields text, title"),
+        ({"prompt": "{text"}, "braces don't close"),
+        ({"layer": 4}, "distil.layer is 4, but the embedded model (pretrain.layers) has 3 layers: -4 to 3"),
+        ({"layer": -5}, "distil.layer is -5"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, words):
+    with pytest.raises(UserError) as refusal:
+        check(Config(distil=Distil(**changes)))
+    assert words in str(refusal.value)
+
+
+def test_layers_of_the_embedded_model_are_taken():
+    for layer in (-4, 0, 3):
+        check(Config(distil=Distil(layer=layer)))
+    check(Config(distil=Distil(layer=5), pretrain=Pretrain(layers=5)))
+
+
+def test_a_layer_that_the_given_model_lacks_is_refused_before_any_stage(decoder, tmp_path):
+    from sellarec.pipeline import Run, run
+
+    config = Config(distil=Distil(layer=3), llm=Llm(model=str(decoder)), workspace=str(tmp_path), name="run", workers=1)
+    with pytest.raises(UserError, match=r"distil.layer is 3, but .* has 2 layers: -3 to 2"):
+        run(Run.of(config))
+    assert not (tmp_path / "runs").exists()
+
+
+def write_vectors(folder: Path, vectors: np.ndarray, mark: str, width: int | None = None) -> None:
+    (folder / "vectors").mkdir(parents=True)
+    for number, part in enumerate(np.array_split(np.arange(len(vectors)), 2)):
+        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[part].reshape(-1)), vectors.shape[1])
+        pq.write_table(pa.table({"item": part, "vector": column}), folder / f"vectors/part-{number:05d}.parquet")
+    facts = {"fingerprint": mark, "parts": 2, "items": len(vectors), "width": width or vectors.shape[1]}
+    (folder / WRITTEN).write_text(json.dumps(facts))
+
+
+def test_vectors_of_another_model_or_width_or_number_are_refused(tmp_path):
+    vectors = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+    write_vectors(tmp_path / "good", vectors, "mark")
+    saved = SavedVectors(tmp_path / "good", "mark")
+    np.testing.assert_array_equal(saved.read(3, 8), vectors[3:8])
+    with pytest.raises(UserError, match="and of other: delete it") as refusal:
+        write_vectors(tmp_path / "other", vectors, "other")
+        SavedVectors(tmp_path / "other", "mark")
+    assert "of fingerprint mark" in str(refusal.value)
+    with pytest.raises(UserError, match=r"9 vectors of 8 numbers .* holds 9 of 4"):
+        write_vectors(tmp_path / "width", vectors, "mark", width=8)
+        SavedVectors(tmp_path / "width", "mark")
+    (tmp_path / "good/vectors/part-00001.parquet").unlink()
+    with pytest.raises(UserError, match=r"should hold 9 vectors .* holds 5 of 4"):
+        SavedVectors(tmp_path / "good", "mark")
+    (tmp_path / "good" / WRITTEN).unlink()
+    with pytest.raises(UserError, match=f"holds no {WRITTEN}"):
+        SavedVectors(tmp_path / "good", "mark")
+
+
+@pytest.mark.ray
+def test_what_stands_is_kept(decoder, adapter, titles, tmp_path, monkeypatch):
+    """After parts of a killed distillation, half a file among them, the rest is encoded; parts of another fingerprint go."""
+    import ray
+
+    from sellarec.training.launch import connect
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "items").mkdir()
+    texts = [f"{title} {number}" for number in range(25) for title in titles]
+    files = []
+    for number, part in enumerate(np.array_split(np.arange(len(texts)), 2)):
+        files.append(str(tmp_path / f"items/part-{number:05d}.parquet"))
+        pq.write_table(
+            pa.table({"item": part, "title": [texts[place] for place in part]}), files[-1], row_group_size=50
+        )
+    connect(1, Console())
+    try:
+        board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+        output = Place.of(str(tmp_path / "distil"))
+        source = llms.find_llm(str(decoder), None)
+
+        def run(mark: str) -> dict:
+            return distil(files, Distil(), source, adapter, "movie", 1, False, output, mark, board, part_rows=60)
+
+        assert run("mark") == {"items": 250, "width": 16, "items_that_stood": 0}
+        folder = tmp_path / "distil"
+        parts = sorted((folder / "vectors").iterdir())
+        assert [pq.read_metadata(part).num_rows for part in parts] == [60, 60, 60, 60, 10]
+        vectors = SavedVectors(folder, "mark").read(0, 250)
+        expected = ItemEncoder(source, adapter, "movie", Distil()).encode(texts)
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+        # as a kill leaves it: two parts told of, one more that isn't, half of a fourth
+        for part in parts[3:]:
+            part.unlink()
+        (folder / "vectors/.part-00003.parquet").write_bytes(b"PAR1")
+        (folder / WRITTEN).write_text(json.dumps({"fingerprint": "mark", "parts": 2, "items": 120, "width": 16}))
+        stood = {part: part.stat().st_mtime_ns for part in parts[:2]}
+        assert run("mark") == {"items": 250, "width": 16, "items_that_stood": 120}
+        assert stood == {part: part.stat().st_mtime_ns for part in parts[:2]}
+        np.testing.assert_allclose(SavedVectors(folder, "mark").read(0, 250), vectors, atol=1e-5)
+        assert run("mark")["items_that_stood"] == 250
+
+        assert run("another")["items_that_stood"] == 0
+        assert all(part.stat().st_mtime_ns > time for part, time in stood.items())
+        SavedVectors(folder, "another")
+    finally:
+        ray.shutdown()
