@@ -22,6 +22,7 @@ import yaml
 
 from sellarec.data.sources.tables import Columns
 from sellarec.errors import UserError
+from sellarec.language.templates import is_file, read_templates
 
 STAGES = ("prepare", "pretrain", "adapt", "collab", "distil", "align", "fuse", "evaluate")
 EMBEDDED = "embedded"
@@ -135,8 +136,12 @@ class Llm:
 class Prompt:
     """How a row becomes a prompt."""
 
-    template: Literal["auto", "full", "compact"] = "auto"
-    """Instruction: `full` as published, `compact` for short contexts; `auto` takes `full` where it fits."""
+    template: str = "auto"
+    """Its words: a name in sellarec/templates (`full`; `compact` for short contexts; `sella` and `collm` as published), or a
+    .yaml file in their form. `auto` takes `full` where it fits with some history, else `compact`."""
+    chat: Literal["auto", "plain", "model"] = "auto"
+    """Whether the language model's own chat template wraps the turns (model) or their texts stand line by line (plain); auto:
+    model where the template has roles and the tokenizer has a chat template."""
     history: int = 10
     """Most recent positives whose titles are shown (items); fewer where they don't fit."""
     max_tokens: int = 256
@@ -530,6 +535,10 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
     )
     if config.name is None:
         config = dataclasses.replace(config, name="-".join(names))
+    if is_file(config.prompt.template):
+        # workers, which read it too, are in another folder
+        path = str(Path(config.prompt.template).expanduser().absolute())
+        config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, template=path))
     check(config)
     return config
 
@@ -775,6 +784,17 @@ def check(config: Config) -> None:
         raise UserError(f"fuse.unseen_dropout is {config.fuse.unseen_dropout}: a share from 0 to below 1 is needed")
     if not 0 <= config.adapt.dropout < 1:
         raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
+    _check_prompt(config)
+
+
+def _check_prompt(config: Config) -> None:
+    prompt = config.prompt
+    read_templates(prompt.template)
+    if prompt.chat == "model" and config.llm.model == EMBEDDED:
+        raise UserError(
+            f"prompt.chat is model, but llm.model is {EMBEDDED}, whose tokenizer has no chat template: take prompt.chat "
+            "plain, or give --llm a model that was tuned for chats"
+        )
 
 
 def _check_collab(config: Config) -> None:
