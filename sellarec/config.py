@@ -270,6 +270,10 @@ class Adapt(Steps, Selection, Dense, Language):
     """Rows of the global batch of one optimizer step, all workers together."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
+    loss: Literal["answer", "answer-tokens", "sequence"] = "answer"
+    """answer: the logistic loss of the score, which sets the two answers against each other; answer-tokens: next-token
+    cross-entropy over the vocabulary on the answer; sequence: on the whole prompt and the answer, as published. A mean over rows,
+    or tokens."""
     rank: int = 16
     """Rank of the LoRA matrices."""
     alpha: float = 32.0
@@ -390,6 +394,10 @@ class Fuse(Steps, Selection, Dense, Sparse, Language):
     """Peak learning rate of AdamW over the projections."""
     table_learning_rate: float = 0.1
     """Learning rate of the tables."""
+    loss: Literal["answer", "answer-tokens", "sequence"] = "answer"
+    """answer: the logistic loss of the score, which sets the two answers against each other; answer-tokens: next-token
+    cross-entropy over the vocabulary on the answer; sequence: on the whole prompt and the answer, as published. A mean over rows,
+    or tokens."""
     warm_start: bool = True
     """Start the collaborative projection from the one that align trained, else from random weights."""
     unseen_dropout: float = 0.35

@@ -352,7 +352,8 @@ class Prompts:
         slots: dict[str, int] = {}
         for part, place in zip(self.segments.parts, self._places, strict=True):
             if part == "title":
-                pieces.append(tuple(column[items] for column in self._title))
+                starts, lengths = self._title
+                pieces.append((starts[items], lengths[items]))
             elif part == "history":
                 pieces.append((self._none[0], np.where(shown == 0, self._none[1], 0)))
                 for k in reversed(range(chosen.shape[1])):
@@ -370,7 +371,8 @@ class Prompts:
                     slots[part] = len(pieces)
                 pieces.append(place)
         if labels is not None:
-            pieces.append(tuple(np.where(labels > 0, yes, no) for yes, no in zip(self._yes, self._no, strict=True)))
+            (yes, yes_length), (no, no_length) = self._yes, self._no
+            pieces.append((np.where(labels > 0, yes, no), np.where(labels > 0, yes_length, no_length)))
         starts, lengths = (
             np.stack([np.broadcast_to(column, len(items)) for column in columns], axis=1)
             for columns in zip(*pieces, strict=True)
