@@ -569,8 +569,20 @@ def _pretrain(this: Run) -> dict[str, Any]:
     with this.artifact("pretrain").writing() as folder:
         build_decoder(log.items(["text"])["text"].to_pylist(), words, settings, this.config.seed, folder / "initial")
     initial = this.artifact("pretrain") / "initial"
+    _check_prompts(this, initial.local())
     order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
     return _train(this, "pretrain", partial(_build_pretrain, initial, settings), order)
+
+
+def _check_prompts(this: Run, folder: Path) -> None:
+    """Raises UserError where prompts don't fit the context of the model that pre-training is about to make."""
+    from sellarec.language.llm import load_tokenizer
+    from sellarec.language.prompts import Prompts
+
+    log, config = this.log(), this.config
+    answers = {config.adapt.loss, config.fuse.loss} != {"answer"}
+    tokenizer, context = load_tokenizer(folder), config.pretrain.context
+    Prompts(tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers)
 
 
 def _build_pretrain(initial: Place, settings: Any) -> Any:
