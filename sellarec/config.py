@@ -23,6 +23,7 @@ import yaml
 
 from sellarec.data.sources.tables import Columns
 from sellarec.errors import UserError
+from sellarec.language.templates import is_file, read_templates
 
 STAGES = ("prepare", "pretrain", "adapt", "collab", "distil", "align", "fuse", "evaluate")
 EMBEDDED = "embedded"
@@ -139,8 +140,12 @@ class Llm:
 class Prompt:
     """How a row becomes a prompt."""
 
-    template: Literal["auto", "full", "compact"] = "auto"
-    """Instruction: `full` as published, `compact` for short contexts; `auto` takes `full` where it fits."""
+    template: str = "auto"
+    """Its words: a name in sellarec/templates (`full`; `compact` for short contexts; `sella` and `collm` as published), or a
+    .yaml file in their form. `auto` takes `full` where it fits with some history, else `compact`."""
+    chat: Literal["auto", "plain", "model"] = "auto"
+    """Whether the language model's own chat template wraps the turns (model) or their texts stand line by line (plain); auto:
+    model where the template has roles and the tokenizer has a chat template."""
     history: int = 10
     """Most recent positives whose titles are shown (items); fewer where they don't fit."""
     max_tokens: int = 256
@@ -283,6 +288,10 @@ class Adapt(Steps, Selection, Dense, Backpropagation):
     """Rows of the global batch of one optimizer step, all workers together."""
     learning_rate: float = 3e-3
     """Peak learning rate of AdamW."""
+    loss: Literal["answer", "answer-tokens", "sequence"] = "answer"
+    """answer: the logistic loss of the score, which sets the two answers against each other; answer-tokens: next-token
+    cross-entropy over the vocabulary on the answer; sequence: on the whole prompt and the answer, as published. A mean over rows,
+    or tokens."""
     rank: int = 16
     """Rank of the LoRA matrices."""
     alpha: float = 32.0
@@ -436,6 +445,10 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     """Peak learning rate of AdamW over the projections."""
     table_learning_rate: float = 0.1
     """Learning rate of the tables."""
+    loss: Literal["answer", "answer-tokens", "sequence"] = "answer"
+    """answer: the logistic loss of the score, which sets the two answers against each other; answer-tokens: next-token
+    cross-entropy over the vocabulary on the answer; sequence: on the whole prompt and the answer, as published. A mean over rows,
+    or tokens."""
     warm_start: bool = True
     """Start the collaborative projection from the one that align trained, else from random weights."""
     unseen_dropout: float = 0.35
@@ -583,6 +596,10 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
     )
     if config.name is None:
         config = dataclasses.replace(config, name="-".join(names))
+    if is_file(config.prompt.template):
+        # workers, which read it too, are in another folder
+        path = str(Path(config.prompt.template).expanduser().absolute())
+        config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, template=path))
     check(config)
     return config
 
@@ -833,6 +850,7 @@ def check(config: Config) -> None:
     _check_dense(config)
     _check_adapt(config)
     _check_distil(config)
+    _check_prompt(config)
 
 
 def _check_align(config: Config) -> None:
@@ -911,6 +929,16 @@ def check_layer(layer: int, layers: int, model: str) -> None:
         raise UserError(
             f"distil.layer is {layer}, but {model} has {layers} layers: {-layers - 1} to {layers} is needed, where 0 is the "
             "input embeddings"
+        )
+
+
+def _check_prompt(config: Config) -> None:
+    prompt = config.prompt
+    read_templates(prompt.template)
+    if prompt.chat == "model" and config.llm.model == EMBEDDED:
+        raise UserError(
+            f"prompt.chat is model, but llm.model is {EMBEDDED}, whose tokenizer has no chat template: take prompt.chat "
+            "plain, or give --llm a model that was tuned for chats"
         )
 
 

@@ -37,7 +37,7 @@ from sellarec.data.prepare import check_expected, discard_work, in_words, prepar
 from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, UserError
-from sellarec.language.templates import templates
+from sellarec.language.templates import AUTO, is_file, read_template, read_templates
 from sellarec.training.launch import Cluster, check_room, connect, room_for_tables, run_task, run_workers, train
 from sellarec.training.progress import Console, duration
 
@@ -258,6 +258,8 @@ def _run(this: Run) -> None:
 def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
     """What --llm and --data stand for, by content: a wrong one is refused before any stage runs."""
     origins: dict[str, Any] = {}
+    template = this.config.prompt.template
+    origins["prompt.template"] = f"{template} ({_template_mark(template)})" if is_file(template) else template
     if {"adapt", "distil", "fuse", "evaluate"} & set(wanted):
         origins["llm"] = EMBEDDED if this.config.llm.model == EMBEDDED else this.llm().identity
     if "prepare" in wanted and this.config.data.source != "world":
@@ -327,11 +329,23 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
         facts |= this.given_vectors
         if config.collab.init_from is not None:
             facts["init_from"] = this.collab_start[1]
-    if stage in ("pretrain", "adapt", "fuse", "evaluate"):
-        facts["templates"] = fingerprint(templates())
+    if stage == "pretrain":
+        facts["words"] = fingerprint({"words": _template_words(config.prompt.template)})
+    if stage in ("adapt", "fuse", "evaluate"):
+        facts["templates"] = _template_mark(config.prompt.template)
     if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
         facts["llm"] = this.llm().identity
     return json.loads(json.dumps(facts))
+
+
+def _template_mark(name: str) -> str:
+    """Fingerprint of what the templates say that prompt.template chooses from."""
+    return fingerprint({name: dataclasses.asdict(template) for name, template in read_templates(name).items()})
+
+
+def _template_words(name: str) -> list[str]:
+    """What the embedded decoder's vocabulary is to know of the templates: of the usual ones, and of the one of this name."""
+    return [text for each in dict.fromkeys([*AUTO, *read_templates(name)]) for text in read_template(each).words()]
 
 
 def _check_inputs(this: Run, needed: list[str], wanted: tuple[str, ...], recorded: dict[str, str]) -> None:
@@ -573,13 +587,25 @@ def _pretrain(this: Run) -> dict[str, Any]:
     from sellarec.training.stream import Order, row_groups
 
     log = this.log()
-    words = [text for template in templates().values() for text in (template["text"], *template["answers"])]
+    words = _template_words(this.config.prompt.template)
     settings = this.config.pretrain
     with this.artifact("pretrain").writing() as folder:
         build_decoder(log.items(["text"])["text"].to_pylist(), words, settings, this.config.seed, folder / "initial")
     initial = this.artifact("pretrain") / "initial"
+    _check_prompts(this, initial.local())
     order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
     return _train(this, "pretrain", partial(_build_pretrain, initial, settings), order)
+
+
+def _check_prompts(this: Run, folder: Path) -> None:
+    """Raises UserError where prompts don't fit the context of the model that pre-training is about to make."""
+    from sellarec.language.llm import load_tokenizer
+    from sellarec.language.prompts import Prompts
+
+    log, config = this.log(), this.config
+    answers = {config.adapt.loss, config.fuse.loss} != {"answer"}
+    tokenizer, context = load_tokenizer(folder), config.pretrain.context
+    Prompts(tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers)
 
 
 def _build_pretrain(initial: Place, settings: Any) -> Any:

@@ -48,10 +48,10 @@ def decoder(tmp_path_factory) -> Path:
 
     from sellarec.config import Pretrain
     from sellarec.language.pretrain import build_decoder
-    from sellarec.language.templates import templates
+    from sellarec.language.templates import AUTO, read_template
 
     torch.set_num_threads(1)
-    words = [text for template in templates().values() for text in (template["text"], *template["answers"])]
+    words = [text for name in AUTO for text in read_template(name).words()]
     folder = tmp_path_factory.mktemp("decoder")
     settings = Pretrain(vocabulary=400, context=256, hidden=16, layers=2, heads=2)
     build_decoder(TITLES * 3, words, settings, 0, folder)

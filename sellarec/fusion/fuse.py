@@ -22,9 +22,10 @@ from sellarec.data.keys import uniform
 from sellarec.fusion.projection import HybridProjection, Projection
 from sellarec.fusion.rows import prepare
 from sellarec.language import llm as llms
-from sellarec.language.adapt import answer_loss, answer_score, make_prompts
+from sellarec.language.adapt import answer_score, count_targets, make_prompts, prompt_batch, prompt_loss
 from sellarec.language.prompts import SOFT, Prompts
-from sellarec.language.scorer import PromptScorer, left_padded
+from sellarec.language.scorer import PromptScorer
+from sellarec.training.stream import Prepare
 from sellarec.training.table import Table
 from sellarec.training.task import Batch, Peers, Task, Vectors
 
@@ -45,10 +46,11 @@ class Recommender(nn.Module):
         return self
 
     def forward(self, batch: Batch, vectors: Vectors) -> Tensor:
-        """Logits [b, V] at the deciding position."""
+        """Logits [b, V] at the deciding position; where the batch has `targets`, their losses [b]."""
         user, item = self.network.represent(batch, vectors)
         tokens = self.projection(user, item, vectors["semantic"])
-        return self.scorer(batch["tokens"], batch["mask"], {name: batch[f"{name}_position"] for name in SOFT}, tokens)
+        slots = {name: batch[f"{name}_position"] for name in SOFT}
+        return self.scorer(batch["tokens"], batch["mask"], slots, tokens, batch.get("targets"))
 
 
 class FuseTask(Task):
@@ -67,6 +69,7 @@ class FuseTask(Task):
         prompts: Prompts,
         unseen_dropout: float,
         seed: int,
+        loss: str = "answer",
     ) -> None:
         self.model = recommender
         self.blocks = recommender.scorer.blocks
@@ -74,11 +77,16 @@ class FuseTask(Task):
         self.tables, self.graph = (*collab.tables, semantic), collab.graph
         self.prompts = prompts
         self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
-        self.prepare = partial(prepare, prompts, collab.prepare_to_score)
+        self.prepare = partial(prepare, prompts, collab.prepare_to_score, answers=loss != "answer")
+        self._loss = loss
         self._unseen_dropout, self._seed = unseen_dropout, seed
 
+    @property
+    def prepare_to_score(self) -> Prepare:
+        return partial(prepare, self.prompts, self.collab.prepare_to_score)
+
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        batch = {**self.collab.collate(rows, step), **left_padded(rows)}
+        batch = {**self.collab.collate(rows, step), **prompt_batch(rows, self._loss)}
         if step is not None:
             for number, name in enumerate(("user_seen", "item_seen")):
                 drawn = uniform(rows["row"].to_numpy(), self._seed, step, number)
@@ -89,13 +97,13 @@ class FuseTask(Task):
         return {**self.collab.lookups(batch), "semantic": batch["item"]}
 
     def targets(self, batch: Batch) -> Tensor:
-        return batch["weight"].sum()
+        return count_targets(batch)
 
     def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         return self.collab.propagate(rows, multiply)
 
     def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
-        return answer_loss(model(batch, vectors), batch, self.prompts)
+        return prompt_loss(model(batch, vectors), batch, self.prompts)
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         return answer_score(model(batch, vectors), self.prompts)
@@ -133,7 +141,8 @@ def build_fuse(
     """  # fmt: skip
     folder = source.folder()
     model = llms.load_model(folder, source.storage)
-    prompts = make_prompts(folder, titles, prompt, noun, model, "fused")
+    loss = settings.loss if trained is None else "answer"
+    prompts = make_prompts(folder, titles, prompt, noun, model, "fused", loss)
     embeddings = model.get_input_embeddings().weight
     norm = embeddings.detach().float().norm(dim=1).mean().item()
     width = embeddings.shape[1]
@@ -149,5 +158,5 @@ def build_fuse(
     if trained is not None:
         hybrid.load_state_dict(load_file(trained))
     return FuseTask(
-        Recommender(adapted, hybrid, collab.network), collab, semantic, prompts, settings.unseen_dropout, seed
+        Recommender(adapted, hybrid, collab.network), collab, semantic, prompts, settings.unseen_dropout, seed, loss
     )

@@ -1,5 +1,6 @@
 """Stage adapt: LoRA tuning of the language model on text-only prompts (TALLRec; SeLLa-Rec's first stage)."""
 
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from sellarec.config import ALL_LINEAR, Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.prompts import Prompts
-from sellarec.language.scorer import PromptScorer, left_padded
+from sellarec.language.scorer import NO_TARGET, PromptScorer, left_padded, next_tokens
+from sellarec.training.stream import Prepare
 from sellarec.training.task import Batch, Peers, Task, Vectors
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -25,31 +27,38 @@ rounding differs where prompts are padded and batched otherwise."""
 class TextTask(Task):
     """Yes or no from a text-only prompt: the title to judge after the titles of the history.
 
-    The score is the difference of the two answers' logits at the first position where their tokens differ; the loss is
-    the logistic one of that score.
+    The score is the difference of the two answers' logits at the first position where their tokens differ.
+
+    Args:
+        loss: what it is trained by, see `Adapt.loss`.
     """
 
     columns = ("row", "item", "label", "history")
 
-    def __init__(self, source: llms.LlmSource, model: nn.Module, prompts: Prompts) -> None:
+    def __init__(self, source: llms.LlmSource, model: nn.Module, prompts: Prompts, loss: str = "answer") -> None:
         self.source = source
         self.model = PromptScorer(model)
         self.blocks = self.model.blocks
         self.prompts = prompts
-        self.prepare = prompts.prepare
+        self.prepare = partial(prompts.prepare, answers=loss != "answer")
+        self._loss = loss
+
+    @property
+    def prepare_to_score(self) -> Prepare:
+        return self.prompts.prepare
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
         return {
-            **left_padded(rows),
+            **prompt_batch(rows, self._loss),
             "label": torch.from_numpy(rows["label"].to_numpy().astype(np.float32)),
             "weight": torch.from_numpy(rows["weight"].to_numpy().copy()),
         }
 
     def targets(self, batch: Batch) -> Tensor:
-        return batch["weight"].sum()
+        return count_targets(batch)
 
     def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
-        return answer_loss(model(batch["tokens"], batch["mask"], {}, {}), batch, self.prompts)
+        return prompt_loss(model(batch["tokens"], batch["mask"], {}, {}, batch.get("targets")), batch, self.prompts)
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         return answer_score(model(batch["tokens"], batch["mask"], {}, {}), self.prompts)
@@ -93,6 +102,27 @@ class TextTask(Task):
         return {**self.prompts.facts(), "trained_weights": trained, "weights": everything}
 
 
+def prompt_batch(rows: pa.Table, loss: str) -> Batch:
+    """The prompts' tokens, and where they go on with answers, `targets`: what is to be predicted, by `Adapt.loss`."""
+    batch = left_padded(rows)
+    if "answer" not in rows.column_names:
+        return batch
+    answer = torch.from_numpy(rows["answer"].to_numpy().copy())
+    return {**batch, "targets": next_tokens(batch, answer if loss == "answer-tokens" else None)}
+
+
+def count_targets(batch: Batch) -> Tensor:
+    """What the summed loss is divided by: rows, or the tokens to predict, of weight 1."""
+    if "targets" not in batch:
+        return batch["weight"].sum()
+    return ((batch["targets"] != NO_TARGET).sum(1) * batch["weight"]).sum()
+
+
+def prompt_loss(found: Tensor, batch: Batch, prompts: Prompts) -> Tensor:
+    """The loss summed over targets of weight 1, from what `PromptScorer` finds: logits, or losses where there are targets."""
+    return (found * batch["weight"]).sum() if "targets" in batch else answer_loss(found, batch, prompts)
+
+
 def answer_loss(logits: Tensor, batch: Batch, prompts: Prompts) -> Tensor:
     """Cross-entropy of the right answer against the other one at the deciding position, summed over rows of weight 1.
 
@@ -107,9 +137,18 @@ def answer_score(logits: Tensor, prompts: Prompts) -> Tensor:
     return logits[:, prompts.segments.yes] - logits[:, prompts.segments.no]
 
 
-def make_prompts(folder: Path, titles: list[str], settings: Prompt, noun: str, model: nn.Module, kind: str) -> Prompts:
+def make_prompts(
+    folder: Path, titles: list[str], settings: Prompt, noun: str, model: nn.Module, kind: str, loss: str = "answer"
+) -> Prompts:
+    """The prompts that a model reads.
+
+    Raises:
+        UserError: they can't be made for it, or a loss over tokens can't be.
+    """
+    if loss != "answer":
+        llms.check_output_layer(model)
     context = llms.context_length(model.config)
-    return Prompts(llms.load_tokenizer(folder), titles, settings, noun, context, kind)
+    return Prompts(llms.load_tokenizer(folder), titles, settings, noun, context, kind, answers=loss != "answer")
 
 
 def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, settings: Adapt) -> TextTask:
@@ -131,7 +170,7 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
         raise UserError(
             f"adapt.targets names {', '.join(missing)}, but the linear layers of {source.name} are {', '.join(sorted(layers))}"
         )
-    prompts = make_prompts(folder, titles, prompt, noun, model, "text")
+    prompts = make_prompts(folder, titles, prompt, noun, model, "text", settings.loss)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -144,7 +183,7 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
         task_type="CAUSAL_LM",
     )
     model.config._name_or_path = source.name  # what the adapter's own config will say that it belongs to
-    return TextTask(source, get_peft_model(model, lora), prompts)
+    return TextTask(source, get_peft_model(model, lora), prompts, settings.loss)
 
 
 def build_adapted(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, adapter: Path) -> TextTask:

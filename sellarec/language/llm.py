@@ -187,6 +187,26 @@ def _read_config(name: str | Path, revision: str | None = None) -> Any:
         raise UserError(f"{name}/config.json is no model's config ({str(error).splitlines()[0]})") from error
 
 
+def check_output_layer(model: Any) -> None:
+    """Refuse a model whose logits are more than its output layer makes of the last hidden states (scaled, or capped).
+
+    Raises:
+        UserError: the loss over tokens, which makes logits for some positions at a time, can't be taken of it.
+    """
+    import torch
+
+    with torch.no_grad():
+        tokens = torch.arange(2, device=model.device)[None]
+        logits = model(input_ids=tokens, use_cache=False).logits
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        output = model.get_output_embeddings()
+        if output is None or not torch.allclose(output(hidden), logits, rtol=1e-4, atol=1e-4):
+            raise UserError(
+                f"a model of type {model.config.model_type} makes more of its output layer's logits, so a loss over tokens can't "
+                "be taken of it: take adapt.loss and fuse.loss answer"
+            )
+
+
 def decoder_layers(model: Any) -> list[Any]:
     """The model's decoder layers: what FSDP2 gathers one at a time."""
     names = set(model._no_split_modules or ())

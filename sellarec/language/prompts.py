@@ -3,6 +3,7 @@
 They are built in the tasks that read rows, which load neither torch nor transformers. Shapes: b rows, H titles of a history.
 """
 
+import re
 from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -11,18 +12,23 @@ import numpy as np
 import pyarrow as pa
 
 from sellarec.errors import UserError
-from sellarec.language.templates import templates
+from sellarec.language.templates import SOFT, Template, Turn, read_templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sellarec.config import Prompt
 
-SOFT = ("user", "item", "semantic")
-"""Slots whose input embeddings are replaced by projected vectors."""
-
 MIN_HISTORY = 3
 """The full template counts as fitting when so many titles of the longest kind do."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """How a title stands in a prompt: its pattern, and whether a space precedes it, which is tokenised with it."""
+
+    pattern: str
+    spaced: bool
 
 
 @dataclass(frozen=True)
@@ -32,16 +38,29 @@ class Segments:
     Attributes:
         parts: token ids, or the name of a field, in order. The last part holds what precedes the deciding position,
             the answers' common first tokens included.
+        title: how the title to judge is written.
+        first, others: how the history's first title is, and those behind a separator.
         separator: tokens between two titles of a history.
         none: tokens of an empty history.
-        yes, no: the two answers' token ids at the first position where they differ.
+        answers: for a positive, for a negative: the answer's token ids from the deciding position on, the first at which the
+            two differ, with what ends the turn where the model's chat template wraps it.
     """
 
     parts: tuple[tuple[int, ...] | str, ...]
+    title: Written
+    first: Written
+    others: Written
     separator: tuple[int, ...]
     none: tuple[int, ...]
-    yes: int
-    no: int
+    answers: tuple[tuple[int, ...], tuple[int, ...]]
+
+    @property
+    def yes(self) -> int:
+        return self.answers[0][0]
+
+    @property
+    def no(self) -> int:
+        return self.answers[1][0]
 
     @property
     def fixed(self) -> int:
@@ -62,6 +81,37 @@ class SegmentTokenizer:
         whole, alone = tokenizer("a")["input_ids"], self._ids("a")
         self._start = next(tuple(whole[:i]) for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
 
+    def wraps(self, chat: str, turns: tuple[Turn, ...]) -> bool:
+        """Whether the model's chat template wraps the turns, by prompt.chat.
+
+        Raises:
+            UserError: it is to, but the tokenizer has none.
+        """
+        if chat == "model" and self._tokenizer.chat_template is None:
+            raise UserError(
+                "prompt.chat is model, but the language model's tokenizer has no chat template: take prompt.chat plain, or a "
+                "model that was tuned for chats"
+            )
+        roles = any(turn.role is not None for turn in turns)
+        return chat == "model" or (chat == "auto" and roles and self._tokenizer.chat_template is not None)
+
+    def wrapped(self, turns: list[dict[str, str]]) -> str:
+        """Turns (role, content) as the model's chat template puts them into one text.
+
+        Raises:
+            UserError: the chat template doesn't take them, as where it has no role `system`.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise UserError(
+                f"the language model's chat template doesn't take turns of {roles} ({error}): take prompt.chat plain, or a "
+                "prompt template with other roles"
+            ) from error
+
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -78,65 +128,128 @@ class SegmentTokenizer:
         before = self._ids("\n")
         return tuple(self._ids("\n" + text)[len(before) :])
 
-    def titles(self, titles: list[str]) -> list[list[int]]:
-        """Token ids of many titles, each as it reads after a space."""
-        prefix = "" if self._adds_space else " "
-        if not titles:
-            return []
-        return self._tokenizer([prefix + title for title in titles], add_special_tokens=False)["input_ids"]
+    def titles(self, titles: list[str], written: Written) -> tuple[list[list[int]], list[int]]:
+        """Token ids of many titles as they are written, and how many of each belong to what the pattern puts behind it."""
+        texts = [written.pattern.format(title=title) for title in titles]
+        if not texts:
+            return [], []
+        before = " " if written.spaced else "\n" if self._adds_space else ""
+        skip = 0 if written.spaced else len(self._ids(before)) if before else 0
+        if written.spaced and self._adds_space:
+            before = ""
+        found = self._tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
+        behind = written.pattern.partition("}")[2]
+        ends = [text[-1] + behind if "!r" in written.pattern else behind for text in texts]
+        lengths = {end: len(self.segment(end)) if end else 0 for end in set(ends)}
+        return [ids[skip:] for ids in found], [lengths[end] for end in ends]
 
 
-def compile_template(tokenizer: SegmentTokenizer, template: dict[str, Any], kind: str, noun: str) -> Segments:
+def compile_template(segmenter: SegmentTokenizer, template: Template, kind: str, noun: str, chat: str) -> Segments:
     """A template (`text` or `fused`) in tokens.
 
+    Args:
+        chat: prompt.chat.
+
     Raises:
-        UserError: the tokenizer doesn't tell the two answers apart.
+        UserError: the tokenizer doesn't tell the two answers apart, or can't wrap the turns.
     """
-    texts, slots = [""], []
-    for literal, name, _, _ in Formatter().parse(template[kind]):
-        texts[-1] += literal
-        if name in ("noun", "Noun"):
-            texts[-1] += noun if name == "noun" else noun.capitalize()
-        elif name is not None:
-            # the space before a slot goes with the slot: a title is tokenised with it, a soft token needs none
-            texts[-1] = texts[-1].rstrip(" ")
-            texts.append("")
-            slots.append(name)
-    tail = texts.pop()
-    yes, no = (tokenizer.segment(tail + answer) for answer in template["answers"])
-    common = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), None)
-    if common is None:
+    turns: tuple[Turn, ...] = getattr(template, kind)
+    wraps = segmenter.wraps(chat, turns)
+    marked = [Turn(turn.role, _marked(turn.text, noun)) for turn in turns]
+    if wraps:
+        said = [{"role": turn.role or "user", "content": turn.text} for turn in marked]
+        if said[-1]["role"] != "assistant":
+            said.append({"role": "assistant", "content": ""})
+        said[-1]["content"] += _MARKS["answer"]
+        whole = segmenter.wrapped(said)
+    else:
+        whole = "\n".join(turn.text for turn in marked) + ("\n" if marked[-1].role not in (None, "assistant") else "")
+        whole += _MARKS["answer"]
+    texts, names = _taken_apart(whole)
+    if sorted(names) != sorted([*_slots(turns), "answer"]) or names[-1] != "answer":
         raise UserError(
-            f"the tokenizer gives {template['answers']} token ids of which one begins the other: {yes}, {no}"
+            f"the language model's chat template makes {', '.join(names)} of a prompt's {', '.join(_slots(turns))}: take "
+            "prompt.chat plain"
         )
-    parts: list[tuple[int, ...] | str] = [tokenizer.opening(texts[0]), slots[0]]
-    for text, slot in zip(texts[1:], slots[1:], strict=True):
-        parts += [tokenizer.segment(text), slot]
+    end, tail = texts.pop().rstrip(), texts.pop()
+    names.pop()
+    spaced = {}
+    for at, name in enumerate(names):
+        if name not in SOFT:
+            # the space before a title is tokenised with it
+            spaced[name] = texts[at].endswith(" ")
+            texts[at] = texts[at].removesuffix(" ")
+    answers = [answer.lstrip() if wraps else answer for answer in template.answers]
+    yes, no = (segmenter.segment(tail + answer + end) for answer in answers)
+    common = next((i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), None)
+    bare = [segmenter.segment(tail + answer) for answer in answers]
+    if common is None or common >= min(map(len, bare)):
+        raise UserError(f"the tokenizer gives {answers} token ids of which one begins the other: {bare[0]}, {bare[1]}")
+    begin = segmenter.segment if wraps else segmenter.opening
+    parts: list[tuple[int, ...] | str] = [begin(texts[0]), names[0]]
+    for text, name in zip(texts[1:], names[1:], strict=True):
+        parts += [segmenter.segment(text), name]
     parts.append(yes[:common])
+    conversions = {name: conversion for turn in turns for _, name, _, conversion in Formatter().parse(turn.text)}
+    title = "{title!r}" if conversions["title"] else "{title}"
+    separator = template.separator
     return Segments(
         parts=tuple(part for part in parts if part),
-        separator=tokenizer.segment(template["separator"]),
-        none=tokenizer.segment(" " + template["none"]),
-        yes=yes[common],
-        no=no[common],
+        title=Written(title, spaced["title"]),
+        first=Written(template.history_title, spaced["history"]),
+        others=Written(template.history_title, separator.endswith(" ")),
+        separator=segmenter.segment(separator.removesuffix(" ")),
+        none=segmenter.segment((" " if spaced["history"] else "") + template.none) if template.none else (),
+        answers=(yes[common:], no[common:]),
     )
 
 
+_MARKS = {name: chr(0xE000 + number) for number, name in enumerate(("history", "title", *SOFT, "answer"))}
+"""What slots are while turns are put together: characters that no text has (Unicode's private use area)."""
+
+
+def _marked(text: str, noun: str) -> str:
+    """A turn's text with the noun, and marks in place of slots."""
+    found = ""
+    for literal, name, _, _ in Formatter().parse(text):
+        found += literal
+        if name is not None:
+            found += {"noun": noun, "Noun": noun.capitalize()}.get(name) or _MARKS[name]
+    return found
+
+
+def _slots(turns: tuple[Turn, ...]) -> list[str]:
+    names = [name for turn in turns for _, name, _, _ in Formatter().parse(turn.text) if name is not None]
+    return [name for name in names if name in _MARKS]
+
+
+def _taken_apart(whole: str) -> tuple[list[str], list[str]]:
+    """The texts between marks, and the names of the marks between them."""
+    names = {mark: name for name, mark in _MARKS.items()}
+    pieces = re.split(f"([{''.join(names)}])", whole)
+    return pieces[::2], [names[mark] for mark in pieces[1::2]]
+
+
 class Catalog:
-    """All titles in tokens, cut to `title_tokens`.
+    """All titles in tokens, as a prompt writes them, cut to `title_tokens`.
 
     Attributes:
         tokens: int32, all titles one after the other.
         starts, lengths: int64 [items]: where each title lies.
-        shortened: titles that were cut.
+        shortened: titles that were cut. What the pattern puts behind a title, as a closing quote, is kept.
     """
 
-    def __init__(self, tokenizer: SegmentTokenizer, titles: list[str], title_tokens: int) -> None:
-        whole = tokenizer.titles(titles)
-        self.shortened = sum(len(title) > title_tokens for title in whole)
-        self.lengths = np.array([min(len(title), title_tokens) for title in whole], np.int64)
+    def __init__(self, segmenter: SegmentTokenizer, titles: list[str], title_tokens: int, written: Written) -> None:
+        whole, behind = segmenter.titles(titles, written)
+        shortened = [len(title) > title_tokens + end for title, end in zip(whole, behind, strict=True)]
+        self.shortened = sum(shortened)
+        cut = [
+            [*title[:title_tokens], *title[len(title) - end :]] if short else title
+            for title, end, short in zip(whole, behind, shortened, strict=True)
+        ]
+        self.lengths = np.array([len(title) for title in cut], np.int64)
         self.starts = np.cumsum(self.lengths) - self.lengths
-        self.tokens = np.array([token for title in whole for token in title[:title_tokens]], np.int32)
+        self.tokens = np.array([token for title in cut for token in title], np.int32)
 
     @property
     def longest(self) -> int:
@@ -146,8 +259,14 @@ class Catalog:
 class Prompts:
     """Builds the prompts of rows.
 
+    Args:
+        titles: of all items, by id.
+        context: the model's, in tokens.
+        kind: `text`, or `fused` with soft tokens.
+        answers: whether the context must hold an answer behind the prompt too.
+
     Raises:
-        UserError: not even the compact template fits the model's context.
+        UserError: not even the compact template fits the model's context; a template that can't be read or wrapped.
     """
 
     def __init__(
@@ -158,24 +277,31 @@ class Prompts:
         noun: str,
         context: int,
         kind: str,
+        answers: bool = False,
     ) -> None:
         segmenter = SegmentTokenizer(tokenizer)
-        catalog = Catalog(segmenter, titles, settings.title_tokens)
+        choice = {
+            name: {k: compile_template(segmenter, template, k, noun, settings.chat) for k in ("text", "fused")}
+            for name, template in read_templates(settings.template).items()
+        }
         self._limit = min(settings.max_tokens, context)
         self._history = settings.history
-        both = {name: compile_template(segmenter, template, kind, noun) for name, template in templates().items()}
         # Both kinds of a template decide alike, so that adapt and fuse use the same one.
-        widest = {
-            name: max(compile_template(segmenter, template, k, noun).fixed for k in ("text", "fused"))
-            for name, template in templates().items()
-        }
-        title = catalog.longest
-        self.template = settings.template
+        widest = {name: max(segments.fixed for segments in kinds.values()) for name, kinds in choice.items()}
+        catalogs: dict[Written, Catalog] = {}
+        for segments in (kinds[kind] for kinds in choice.values()):
+            for written in (segments.title, segments.first, segments.others):
+                if written not in catalogs:
+                    catalogs[written] = Catalog(segmenter, titles, settings.title_tokens, written)
+        longest = {name: catalogs[kinds[kind].title].longest for name, kinds in choice.items()}
+        self.template = next(iter(choice))
         if settings.template == "auto":
-            room = self._limit - widest["full"] - title
-            self.template = "full" if room >= MIN_HISTORY * (title + 1) else "compact"
-        self.segments = both[self.template]
-        needed = widest[self.template] + len(self.segments.none)
+            room = self._limit - widest["full"] - longest["full"]
+            self.template = "full" if room >= MIN_HISTORY * (longest["full"] + 1) else "compact"
+        self.segments = choice[self.template][kind]
+        if answers:
+            self._limit = min(self._limit, context - max(map(len, self.segments.answers)))
+        needed, title = widest[self.template] + len(self.segments.none), longest[self.template]
         if needed + title > self._limit:
             raise UserError(
                 f"the {self.template} prompt needs {needed} tokens, and the longest title {title}, but there "
@@ -183,31 +309,41 @@ class Prompts:
                 f"{'' if self.template == 'compact' else 'take prompt.template compact, '}lower prompt.title_tokens, raise "
                 "prompt.max_tokens, or take a model with a longer context"
             )
-        self._titles_cut = catalog.shortened
         # one array of all tokens that a prompt may be made of: those of the template, then the titles
         constants = [(0,) if isinstance(part, str) else part for part in self.segments.parts]
-        constants += [self.segments.separator, self.segments.none]
+        constants += [self.segments.separator, self.segments.none, *self.segments.answers]
         lengths = [len(tokens) for tokens in constants]
         places = [(sum(lengths[:number]), length) for number, length in enumerate(lengths)]
-        *self._places, self._separator, self._none = places
-        template_tokens = np.array([token for tokens in constants for token in tokens], np.int32)
-        self._tokens = np.concatenate([template_tokens, catalog.tokens])
-        self._title_starts, self._title_lengths = len(template_tokens) + catalog.starts, catalog.lengths
+        *self._places, self._separator, self._none, self._yes, self._no = places
+        pieces = [np.array([token for tokens in constants for token in tokens], np.int32)]
+        shown: dict[Written, tuple[np.ndarray, np.ndarray]] = {}
+        for written in (self.segments.title, self.segments.first, self.segments.others):
+            if written not in shown:
+                found = catalogs[written]
+                shown[written] = (sum(map(len, pieces)) + found.starts, found.lengths)
+                pieces.append(found.tokens)
+        self._tokens = np.concatenate(pieces)
+        self._title, self._first, self._others = (
+            shown[written] for written in (self.segments.title, self.segments.first, self.segments.others)
+        )
+        self._titles_cut = catalogs[self.segments.title].shortened
 
     def facts(self) -> dict[str, Any]:
         """What a manifest should say: the template, and how many titles are cut to prompt.title_tokens."""
         return {"template": self.template, "titles_cut": self._titles_cut}
 
-    def build(self, items: np.ndarray, histories: pa.ListArray) -> pa.Table:
+    def build(self, items: np.ndarray, histories: pa.ListArray, labels: np.ndarray | None = None) -> pa.Table:
         """Prompts of b rows.
 
         Args:
             items: int64 [b], the candidates.
             histories: b lists of item ids, the most recent last. The longest run of most recent ones that fits is shown.
+            labels: [b]: the prompts go on with the answer of these labels; None ends them at the deciding position.
 
         Returns:
-            tokens list<int32> (0 in slots), shown int64 (titles of the history), and for the slots user, item and semantic,
-            where the template has them, `{slot}_position` int64: where it stands, counted from the prompt's first token.
+            tokens list<int32> (0 in slots), shown int64 (titles of the history), answer int64 (tokens of the answer, from
+            the deciding position on; left out without labels), and for the slots user, item and semantic, where the template
+            has them, `{slot}_position` int64: where it stands, counted from the prompt's first token.
         """
         history, chosen = self._fitting(items, histories)
         shown = chosen.sum(1)
@@ -216,18 +352,27 @@ class Prompts:
         slots: dict[str, int] = {}
         for part, place in zip(self.segments.parts, self._places, strict=True):
             if part == "title":
-                pieces.append((self._title_starts[items], self._title_lengths[items]))
+                starts, lengths = self._title
+                pieces.append((starts[items], lengths[items]))
             elif part == "history":
                 pieces.append((self._none[0], np.where(shown == 0, self._none[1], 0)))
                 for k in reversed(range(chosen.shape[1])):
                     if k + 1 < chosen.shape[1]:
                         pieces.append((self._separator[0], np.where(chosen[:, k + 1], self._separator[1], 0)))
-                    title_lengths = np.where(chosen[:, k], self._title_lengths[history[:, k]], 0)
-                    pieces.append((self._title_starts[history[:, k]], title_lengths))
+                    # the oldest that is shown stands behind no separator
+                    opens = ~chosen[:, k + 1] if k + 1 < chosen.shape[1] else True
+                    title_starts, title_lengths = (
+                        np.where(opens, first[history[:, k]], other[history[:, k]])
+                        for first, other in zip(self._first, self._others, strict=True)
+                    )
+                    pieces.append((title_starts, np.where(chosen[:, k], title_lengths, 0)))
             else:
                 if isinstance(part, str):
                     slots[part] = len(pieces)
                 pieces.append(place)
+        if labels is not None:
+            (yes, yes_length), (no, no_length) = self._yes, self._no
+            pieces.append((np.where(labels > 0, yes, no), np.where(labels > 0, yes_length, no_length)))
         starts, lengths = (
             np.stack([np.broadcast_to(column, len(items)) for column in columns], axis=1)
             for columns in zip(*pieces, strict=True)
@@ -239,6 +384,7 @@ class Prompts:
             {
                 "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens)),
                 "shown": shown,
+                **({} if labels is None else {"answer": lengths[:, -1]}),
                 **{f"{name}_position": before[:, at] for name, at in slots.items()},
             }
         )
@@ -250,13 +396,17 @@ class Prompts:
         valid = recent < np.diff(offsets)[:, None]
         history = np.zeros(valid.shape, np.int64)
         history[valid] = values[(offsets[1:, None] - 1 - recent)[valid]]
-        room = self._limit - self.segments.fixed - self._title_lengths[items]
-        cost = self._title_lengths[history] + len(self.segments.separator) * (recent > 0)
-        return history, valid & (np.cumsum(cost, axis=1) <= room[:, None])
+        room = self._limit - self.segments.fixed - self._title[1][items]
+        behind = self._others[1][history] + len(self.segments.separator)
+        cost = np.cumsum(behind, axis=1) - behind + self._first[1][history]
+        return history, np.logical_and.accumulate(valid & (cost <= room[:, None]), axis=1)
 
-    def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray, keep_history: bool = False) -> pa.Table:
-        """The rows with their prompts' tokens and slots; see `build`."""
-        built = self.build(rows["item"].to_numpy(), rows["history"].combine_chunks()).drop_columns(["shown"])
+    def prepare(
+        self, rows: pa.Table, epoch: int, step: np.ndarray, keep_history: bool = False, answers: bool = False
+    ) -> pa.Table:
+        """The rows with their prompts' tokens and slots, with `answers` those of their labels' answers too; see `build`."""
+        labels = rows["label"].to_numpy() if answers else None
+        built = self.build(rows["item"].to_numpy(), rows["history"].combine_chunks(), labels).drop_columns(["shown"])
         for name in built.column_names:
             rows = rows.append_column(name, built[name])
         return rows if keep_history else rows.drop_columns(["history"])

@@ -284,8 +284,8 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         raise UserError(
             f"{folder} is an export of format {facts['format']}, but this version of sellarec reads {FORMAT}: export again"
         )
-    source = _base_model(folder, facts["base_model"], llm)
     config = parse([str(folder / "config.yaml")], program="sellarec.load")
+    source = replace(_base_model(folder, facts["base_model"], llm), storage=config.llm.storage)
     log = read_log(folder / CATALOG)
     titles, noun = [*log.items(["title"])["title"].to_pylist(), ""], log.facts["noun"]
     saved = SavedTable(folder / "tables", "semantic")
@@ -304,7 +304,7 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         seed=config.seed,
     )
     adapted = task.model.scorer.llm
-    text_task = TextTask(adapted, make_prompts(source.folder(), titles, config.prompt, noun, adapted, "text"))
+    text_task = TextTask(source, adapted, make_prompts(source.folder(), titles, config.prompt, noun, adapted, "text"))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.llm.dtype)
     return Recommender(folder, log, task, text_task, config.evaluate.batch, config.evaluate.micro_batch, dtype, where)

@@ -13,7 +13,7 @@ from sellarec.config import World
 from sellarec.data.raw import SPLITS, Dropped
 from sellarec.data.world import QUESTIONS, generate_world
 from sellarec.errors import UserError
-from sellarec.language.templates import templates
+from sellarec.language.templates import read_template
 
 SPLIT = (0.8, 0.1, 0.1)
 SMALL = {"users": 200, "items": 150, "interactions": 6000}
@@ -177,9 +177,10 @@ def test_a_world_that_cannot_be_made_is_refused(changes, named):
 
 
 def test_questions_in_a_text_are_worded_as_the_compact_prompt(large):
-    template = templates()["compact"]
-    pattern = re.escape(template["text"]).replace(r"\{history\}", "(.+)").replace(r"\{title\}", "(.+)")
-    answers = "|".join(re.escape(answer) for answer in template["answers"])
+    template = read_template("compact")
+    (turn,) = template.text
+    pattern = re.escape(turn.text).replace(r"\{history\}", "(.+)").replace(r"\{title\}", "(.+)")
+    answers = "|".join(re.escape(answer) for answer in template.answers)
     for row in large.items.slice(0, 20).to_pylist():
         questions = [line for line in row["text"].splitlines() if not line.startswith("Movie: ")]
         assert len(questions) == QUESTIONS

@@ -199,3 +199,15 @@ def test_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert "not finite" in printed.splitlines()[-1]
     artifacts = [path.parent.name for path in tmp_path.rglob("manifest.json")]
     assert len(artifacts) == 1 and artifacts[0].startswith("prepare-")
+
+
+@pytest.mark.ray
+def test_a_context_too_short_for_the_prompt_is_refused_before_training(tmp_path: Path) -> None:
+    """No step is taken, and nothing of the stage stands."""
+    recipe = main_job.write_recipe(tmp_path)
+    printed = main_job.train(
+        recipe, "--workspace", tmp_path / "w", "--pretrain.context", "20", log=tmp_path / "log", status=2
+    )
+    assert "the compact prompt needs" in printed and "the model's context 20" in printed, printed
+    assert "pretrain  step" not in printed and "starting 2 workers" not in printed, printed
+    assert not list((tmp_path / "w" / "artifacts").glob("pretrain-*/manifest.json"))

@@ -1,5 +1,7 @@
 """Prompts: the tokens of readable text, slots where they belong, histories that are shortened and never the instruction."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -9,9 +11,9 @@ from hypothesis import strategies as st
 from sellarec.config import Prompt
 from sellarec.errors import UserError
 from sellarec.language.llm import load_tokenizer
-from sellarec.language.prompts import MIN_HISTORY, SOFT, Catalog, Prompts, SegmentTokenizer, compile_template
+from sellarec.language.prompts import MIN_HISTORY, SOFT, Catalog, Prompts, SegmentTokenizer, Written, compile_template
 from sellarec.language.scorer import left_padded
-from sellarec.language.templates import templates
+from sellarec.language.templates import read_template
 
 EMBEDDED, PRETRAINED = "embedded", ("lm-stories260k", "lm-babyllama")
 BOTH = [(name, kind) for name in ("full", "compact") for kind in ("text", "fused")]
@@ -50,11 +52,13 @@ def tokens_of(found: dict[str, np.ndarray], row: int) -> list[int]:
 
 def readable(template: str, history: list[str], title: str, kind: str = "text") -> str:
     """The prompt as one reads it, without the answer; soft tokens and the spaces before them left out."""
-    words = templates()[template]
-    text = words[kind]
+    words = read_template(template)
+    text = "\n".join(turn.text for turn in getattr(words, kind))
     for slot in SOFT:
-        text = text.replace(f" {{{slot}}}", "")
-    shown = f"{words['separator']} ".join(history) if history else words["none"]
+        text = text.replace(f"{{{slot}}}", "")
+    shown = (
+        words.separator.join(words.history_title.format(title=title) for title in history) if history else words.none
+    )
     return text.format(noun="movie", Noun="Movie", history=shown, title=title)
 
 
@@ -68,7 +72,7 @@ def test_answers_are_told_apart_where_their_tokens_in_context_first_differ(token
     found = build(prompts, ROWS)
     for row, (item, history) in enumerate(ROWS):
         prompt = readable(template, [titles[i] for i in history], titles[item], kind)
-        yes, no = (tokenizer(prompt + answer)["input_ids"] for answer in templates()[template]["answers"])
+        yes, no = (tokenizer(prompt + answer)["input_ids"] for answer in read_template(template).answers)
         differs = next(i for i, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
         assert (prompts.segments.yes, prompts.segments.no) == (yes[differs], no[differs])
         if kind == "text":
@@ -113,7 +117,7 @@ def test_the_tokens_are_those_of_the_readable_text(embedded, catalog, data):
 def test_slots_point_at_their_places_under_left_padding(tokenizer, titles, template):
     prompts = make(tokenizer, titles, "fused", template=template)
     found = build(prompts, ROWS)
-    before = {slot: templates()[template]["fused"].partition(f"{{{slot}}}")[0] for slot in ("user", "item")}
+    before = {slot: read_template(template).fused[0].text.partition(f"{{{slot}}}")[0] for slot in ("user", "item")}
     for row, (item, _) in enumerate(ROWS):
         tokens, mask = found["tokens"][row], found["mask"][row]
         padding = int((~mask).sum())
@@ -172,7 +176,7 @@ def test_histories_are_shortened_from_the_oldest_and_the_instruction_never(token
 def test_an_empty_history_is_said_so(tokenizer, titles):
     found = build(make(tokenizer, titles), [(0, []), (0, [1])])
     assert found["shown"].tolist() == [0, 1]
-    assert f"Liked: {templates()['compact']['none']}." in tokenizer.decode(tokens_of(found, 0))
+    assert f"Liked: {read_template('compact').none}." in tokenizer.decode(tokens_of(found, 0))
 
 
 def test_histories_may_be_slices_of_a_column(embedded, titles):
@@ -185,16 +189,17 @@ def test_histories_may_be_slices_of_a_column(embedded, titles):
 
 def test_long_titles_are_cut_and_counted(embedded, titles):
     segmenter = SegmentTokenizer(embedded)
-    whole = Catalog(segmenter, titles, PLENTY)
+    written = Written("{title}", spaced=True)
+    whole = Catalog(segmenter, titles, PLENTY, written)
     assert whole.shortened == 0 and len(whole.lengths) == len(titles)
-    cut = Catalog(segmenter, titles, 6)
+    cut = Catalog(segmenter, titles, 6, written)
     assert cut.shortened == sum(whole.lengths > 6) > 0
     assert cut.longest == 6
     for item, title in enumerate(titles):
         long, short = (
             catalog.tokens[catalog.starts[item] :][: catalog.lengths[item]].tolist() for catalog in (whole, cut)
         )
-        assert long == segmenter.titles([title])[0] and short == long[:6]
+        assert long == segmenter.titles([title], written)[0][0] and short == long[:6]
 
 
 @pytest.mark.parametrize("kind", ["text", "fused"])
@@ -241,9 +246,9 @@ def test_every_prompt_fits_in_the_shortest_context_that_is_taken(tokenizer, titl
 
 
 def test_answers_that_begin_one_another_are_refused(embedded):
-    template = {**templates()["compact"], "answers": [" Yes.", " Yes."]}
+    template = replace(read_template("compact"), answers=(" Yes", " Yes."))
     with pytest.raises(UserError, match="Yes"):
-        compile_template(SegmentTokenizer(embedded), template, "text", "movie")
+        compile_template(SegmentTokenizer(embedded), template, "text", "movie", "auto")
 
 
 def test_the_noun_is_the_datas(embedded, titles):
@@ -266,3 +271,129 @@ def test_a_start_token_stands_once_in_front_whatever_the_tokenizer_puts_behind(e
     plain, other = (build(make(which, titles), ROWS) for which in (embedded, ending))
     np.testing.assert_array_equal(plain["tokens"], other["tokens"])
     assert all(tokens_of(plain, row).count(0) == 1 for row in range(len(ROWS)))
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+)
+
+
+@pytest.fixture
+def chat(embedded):
+    """The embedded decoder's tokenizer with a chat template, and with soft tokens as the published code has them."""
+    from copy import deepcopy
+
+    tokenizer = deepcopy(embedded)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<User_ID>", "<Item_ID>", "<Warm_ID>"]}
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+PUBLISHED = {
+    "text": [
+        "A user has given high ratings to the following movies. Given the movie list and a target movie's title. Please identify "
+        "whether the user will like the target movie by answering 'Yes.' or 'No.'",
+        "MovieList: {history}, TargetMovie: {title}",
+    ],
+    "fused": [
+        "A user has given high ratings to the following movies. Given the movielist, the user's feature and a target movie's "
+        "feature and Title. Please Use all available information to identify whether the user will like the target movie by "
+        "answering 'Yes.' or 'No.'",
+        "The MovieList: {history}. The user's feature is <User_ID>. The target movie's feature is <Item_ID>, <Warm_ID>. "
+        "Targetmovie: {title}.",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["text", "fused"])
+def test_the_published_prompt_is_made_token_for_token(chat, kind):
+    """SeLLa-Rec's three turns in ChatML, the history as Python prints a list; also with quotes in titles and none to show."""
+    titles = ["the harbor sea", 'Sailor\'s "tide"', "it's golden", "x", "2001"]
+    prompts = make(chat, titles, kind, template="sella")
+    rows = [(0, [1, 2, 3]), (1, [4]), (2, [])]
+    items, histories = zip(*rows, strict=True)
+    answered = prompts.build(
+        np.array(items), pa.array(histories, pa.list_(pa.int64())), labels=np.array([1, 0, 1])
+    ).to_pylist()
+    system, user = PUBLISHED[kind]
+    for (item, history), label, found in zip(rows, (1, 0, 1), answered, strict=True):
+        said = user.format(history=str([titles[i] for i in history]), title=titles[item])
+        answer = "Yes." if label else "No."
+        turns = [("system", system), ("user", said), ("assistant", answer)]
+        text = chat.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False).rstrip()
+        whole = chat(text, add_special_tokens=False)["input_ids"]
+        slots = dict(zip(SOFT, chat.convert_tokens_to_ids(["<User_ID>", "<Item_ID>", "<Warm_ID>"]), strict=True))
+        places = {slot: found[f"{slot}_position"] for slot in slots if kind == "fused"}
+        ours = list(found["tokens"])
+        for slot, at in places.items():
+            assert ours[at] == 0
+            ours[at] = slots[slot]
+        assert ours == whole, chat.decode(ours)
+        end = chat("<|im_end|>", add_special_tokens=False)["input_ids"]
+        assert chat.decode(ours[-found["answer"] :]) == answer + chat.decode(end)
+
+
+@pytest.mark.parametrize("kind", ["text", "fused"])
+def test_answers_follow_the_deciding_position(tokenizer, titles, kind):
+    """The prompt with an answer is the prompt and the answer's tokens."""
+    prompts = make(tokenizer, titles, kind, template="full")
+    items, histories = np.array([0, 4]), pa.array([[1], []], pa.list_(pa.int64()))
+    bare = prompts.build(items, histories).to_pylist()
+    whole = prompts.build(items, histories, labels=np.array([1, 0])).to_pylist()
+    for row, answer in enumerate(prompts.segments.answers):
+        assert whole[row]["tokens"] == [*bare[row]["tokens"], *answer] and whole[row]["answer"] == len(answer)
+        assert tokenizer.decode(whole[row]["tokens"]).endswith(("Yes.", "No.")[row])
+
+
+def test_roles_without_a_chat_template_stand_line_by_line(embedded, titles):
+    found = build(make(embedded, titles, template="sella"), [(3, [1, 2])])
+    said = embedded.decode(tokens_of(found, 0))
+    assert "\nMovieList: ['golden anchor and tide', 'lunar orbit space'], TargetMovie: detective" in said
+    assert said.endswith("crime\n") and said.startswith("<s>A user has")
+
+
+def test_a_text_without_roles_is_a_users_turn_where_the_chat_template_is_asked_for(chat, titles):
+    plain, wrapped = (
+        chat.decode(tokens_of(build(make(chat, titles, template="compact", chat=how), [(3, [1])]), 0))
+        for how in ("auto", "model")
+    )
+    text = "Liked: golden anchor and tide. Next: detective alibi crime. Good?"
+    assert plain.removeprefix("<s>") == text
+    assert wrapped == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(UserError, match="tokenizer has no chat template"):
+        chat.chat_template = None
+        make(chat, titles, template="compact", chat="model")
+
+
+def test_a_chat_template_that_takes_no_system_turn_is_refused(chat, titles):
+    chat.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(UserError, match=r"System role not supported.*prompt\.chat plain"):
+        make(chat, titles, template="sella")
+    chat.chat_template = "{% for message in messages[-1:] %}{{ message['content'] }}{% endfor %}"
+    with pytest.raises(UserError, match="chat template makes answer of a prompt's history, title"):
+        make(chat, titles, template="sella")
+
+
+def test_a_title_that_is_cut_keeps_its_quotes(embedded, titles):
+    long = next(title for title in titles if len(title) > 60)
+    prompts = make(embedded, [long, "x"], template="collm", title_tokens=5)
+    said = embedded.decode(tokens_of(build(prompts, [(0, [0, 1])]), 0))
+    assert '"the last' in said and '", "x"' in said and long not in said
+    assert prompts.facts()["titles_cut"] == 1
+
+
+def test_the_context_holds_the_answer_too(embedded, titles):
+    """Where it is trained on; the history gives way."""
+    rows = [(6, list(range(8)))]
+    for context in range(80, 120):
+        bare = make(embedded, titles, context=context)
+        prompts = Prompts(
+            embedded, titles, Prompt(template="compact", max_tokens=PLENTY), "movie", context, "text", answers=True
+        )
+        items, histories = np.array([6]), pa.array([rows[0][1]], pa.list_(pa.int64()))
+        whole = prompts.build(items, histories, labels=np.array([0]))
+        assert len(whole["tokens"][0]) <= context
+        assert whole["shown"][0].as_py() <= bare.build(items, histories)["shown"][0].as_py()

@@ -1,0 +1,100 @@
+"""Prompt templates as files: the built-in ones, a user's own, and what is refused."""
+
+import pytest
+import yaml
+
+from sellarec.config import parse
+from sellarec.errors import UserError
+from sellarec.language.templates import AUTO, Turn, built_in_templates, read_template, read_templates
+
+GOOD = {
+    "text": "Liked: {history}. Next {noun}: {title}. Good?",
+    "fused": [{"system": "Judge {noun}s."}, {"user": "{user} liked {history}. Next: {item} {semantic} {title}"}],
+    "separator": "; ",
+    "none": "none",
+    "answers": [" Yes", " No"],
+}
+
+
+def write(folder, content) -> str:
+    path = folder / "own.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+def test_the_built_in_ones_can_be_read():
+    assert set(built_in_templates()) == {"full", "compact", "sella", "collm"}
+    for name in built_in_templates():
+        assert read_template(name).words()
+    assert tuple(read_templates("auto")) == AUTO and tuple(read_templates("sella")) == ("sella",)
+
+
+def test_a_file_of_ones_own_is_read(tmp_path):
+    template = read_template(write(tmp_path, GOOD | {"history_title": "'{title}'"}))
+    assert template.text == (Turn(None, GOOD["text"]),)
+    assert template.fused == (Turn("system", "Judge {noun}s."), Turn("user", GOOD["fused"][1]["user"]))
+    assert (template.history_title, template.answers) == ("'{title}'", (" Yes", " No"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"answer": "Yes"}, "no key 'answer'"),
+        ({"answers": None}, "has no answers"),
+        ({"answers": [True, False]}, r"answers is \[True, False\]"),
+        ({"answers": [" Yes"]}, "two different texts"),
+        ({"answers": [" Yes", " Yes"]}, "two different texts"),
+        ({"answers": ["Yes", " "]}, "two different texts"),
+        ({"none": 3}, "none is 3"),
+        ({"text": "Liked: {history}. Good?"}, r"text has no place for \{title\}"),
+        ({"text": "{title} {history} {title}"}, r"text has 2 places for \{title\}"),
+        ({"text": "{title}"}, r"no place for \{history\}"),
+        ({"text": "{user} {history} {title}"}, r"text has a slot \{user\}"),
+        ({"fused": "{user} {history} {item} {title}"}, r"fused has no place for \{semantic\}"),
+        ({"text": "{history} {title} {year}"}, r"a slot \{year\}, but its slots are history, title, noun"),
+        ({"text": "{history!r} {title}"}, r"slot \{history!r\}"),
+        ({"text": "{history} {title:5}"}, r"slot \{title:5\}"),
+        ({"text": "{history} {title} {"}, "no text with slots"),
+        ({"text": [{"bot": "{history} {title}"}]}, "a turn of 'bot'"),
+        ({"text": [{"user": "{history}", "system": "{title}"}]}, "one role and its text"),
+        ({"text": []}, "list of turns"),
+        ({"history_title": "{noun}"}, "history_title has a slot"),
+        ({"history_title": "a"}, r"history_title has no place for \{title\}"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_name(tmp_path, changes, said):
+    content = {key: value for key, value in (GOOD | changes).items() if value is not None}
+    path = write(tmp_path, content)
+    with pytest.raises(UserError, match=said) as caught:
+        read_template(path)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=said):
+        parse(["demo", "--prompt.template", path])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("a: [", "not readable YAML"), ("- a", "must hold text"), ("", "must hold")]
+)
+def test_a_file_that_is_no_template_is_refused(tmp_path, content, said):
+    with pytest.raises(UserError, match=said):
+        read_template(write(tmp_path, content))
+
+
+def test_a_template_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="did you mean sella"):
+        parse(["demo", "--prompt.template", "sela"])
+    with pytest.raises(UserError, match=r"no prompt template 'nothing\.yaml'"):
+        read_template("nothing.yaml")
+
+
+def test_a_file_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    """Workers read it too, from another folder."""
+    path = write(tmp_path, GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert parse(["demo", "--prompt.template", "own.yaml"]).prompt.template == path
+
+
+def test_the_embedded_model_has_no_chat_template():
+    with pytest.raises(UserError, match=r"prompt\.chat is model, but llm\.model is embedded"):
+        parse(["demo", "--prompt.chat", "model"])
+    assert parse(["demo", "--prompt.chat", "model", "--llm", "a/b"]).prompt.chat == "model"
