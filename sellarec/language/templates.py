@@ -132,6 +132,10 @@ def _template(where: str, content: Any) -> Template:
             'as [" Yes.", " No."]'
         )
     turns = {kind: _turns(f"{where}: {kind}", content[kind]) for kind in _SLOTS}
+    if (turns["text"][0].role is None) != (turns["fused"][0].role is None):
+        raise UserError(
+            f"{where}: one of text and fused has roles and the other has none: a model is to answer both alike"
+        )
     for kind, slots in _SLOTS.items():
         _check_slots(where, kind, "".join(turn.text for turn in turns[kind]), slots)
     return Template(

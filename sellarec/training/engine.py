@@ -156,7 +156,7 @@ class Engine:
         # micro-batches are for language models, whose layers are `blocks`; others would only be slowed down by them
         self.micro_batch = settings.micro_batch if isinstance(settings, Language) and task.blocks else None
         # frozen tables are kept apart: optimizers would take their rows with those of the others
-        self.tables, self.frozen = None, None
+        self.tables, self.frozen_tables = None, None
         self._frozen_features = {name for table in task.tables if table.frozen for name in table.features}
         if task.tables:
             optimizer = settings if isinstance(settings, Sparse) else None
@@ -168,7 +168,7 @@ class Engine:
                 return ShardedTables(group, storage, of, workers.tables, workers.device, seed) if group else None
 
             # rows that are read may be refused on one worker alone
-            self.tables, self.frozen = (together(partial(make, frozen), workers) for frozen in (False, True))
+            self.tables, self.frozen_tables = (together(partial(make, frozen), workers) for frozen in (False, True))
         self._graph = None
         if task.graph is not None:
             paths, sizes = task.graph.paths, (task.graph.users, task.graph.items)
@@ -201,9 +201,9 @@ class Engine:
         ids = self.task.lookups(batch)
         frozen = {name: asked for name, asked in ids.items() if name in self._frozen_features}
         vectors = self._look_up_trained(batch, {name: asked for name, asked in ids.items() if name not in frozen})
-        if self.frozen is not None and frozen:
+        if self.frozen_tables is not None and frozen:
             with torch.no_grad():
-                vectors |= self.frozen.look_up(frozen)
+                vectors |= self.frozen_tables.look_up(frozen)
         return vectors
 
     def _look_up_trained(self, batch: Batch, ids: Batch) -> Vectors:
@@ -235,7 +235,7 @@ class Engine:
     def _agree(self, batch: Batch, count: float = 0.0) -> float:
         """The sum of all workers' counts. On all workers a UserError where one has an id that its table doesn't have."""
         ids = self.task.lookups(batch)
-        found = (tables.out_of_range(ids) for tables in (self.tables, self.frozen) if tables is not None)
+        found = (tables.out_of_range(ids) for tables in (self.tables, self.frozen_tables) if tables is not None)
         wrong = next((message for message in found if message is not None), None)
         total, refused = self.workers.sum(count, float(wrong is not None))
         if refused:
@@ -427,7 +427,7 @@ class Engine:
 
     def plan(self) -> list[dict[str, Any]]:
         """One line a table: where it lies, and the bytes of the worker that holds most of it."""
-        return [line for tables in (self.tables, self.frozen) if tables is not None for line in tables.plan()]
+        return [line for tables in (self.tables, self.frozen_tables) if tables is not None for line in tables.plan()]
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds: of the tables those that are trained, as frozen ones are read again."""
@@ -466,7 +466,7 @@ class Engine:
             output.delete("tables")
         dist.barrier(group=control)
         written: list[dict[str, Any]] = []
-        for tables in (self.tables, self.frozen):
+        for tables in (self.tables, self.frozen_tables):
             if tables is not None:
                 with (output / "tables").writing() as folder:
                     written += tables.save(folder)

@@ -8,7 +8,7 @@ from sellarec.errors import UserError
 from sellarec.language.templates import AUTO, Turn, built_in_templates, read_template, read_templates
 
 GOOD = {
-    "text": "Liked: {history}. Next {noun}: {title}. Good?",
+    "text": [{"user": "Liked: {history}. Next {noun}: {title}. Good?"}],
     "fused": [{"system": "Judge {noun}s."}, {"user": "{user} liked {history}. Next: {item} {semantic} {title}"}],
     "separator": "; ",
     "none": "none",
@@ -31,7 +31,7 @@ def test_the_built_in_ones_can_be_read():
 
 def test_a_file_of_ones_own_is_read(tmp_path):
     template = read_template(write(tmp_path, GOOD | {"history_title": "'{title}'"}))
-    assert template.text == (Turn(None, GOOD["text"]),)
+    assert template.text == (Turn("user", "Liked: {history}. Next {noun}: {title}. Good?"),)
     assert template.fused == (Turn("system", "Judge {noun}s."), Turn("user", GOOD["fused"][1]["user"]))
     assert (template.history_title, template.answers) == ("'{title}'", (" Yes", " No"))
 
@@ -58,11 +58,16 @@ def test_a_file_of_ones_own_is_read(tmp_path):
         ({"text": [{"bot": "{history} {title}"}]}, "a turn of 'bot'"),
         ({"text": [{"user": "{history}", "system": "{title}"}]}, "one role and its text"),
         ({"text": []}, "list of turns"),
+        ({"text": "{history} {title}"}, "one of text and fused has roles"),
         ({"history_title": "{noun}"}, "history_title has a slot"),
         ({"history_title": "a"}, r"history_title has no place for \{title\}"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_name(tmp_path, changes, said):
+    if isinstance(changes.get("text"), str) and "one of" not in said:
+        changes = {"fused": "{user} {history} {item} {semantic} {title}"} | changes
+    if isinstance(changes.get("fused"), str) and "text" not in changes:
+        changes = {"text": "{history} {title}"} | changes
     content = {key: value for key, value in (GOOD | changes).items() if value is not None}
     path = write(tmp_path, content)
     with pytest.raises(UserError, match=said) as caught:
