@@ -1,5 +1,6 @@
 """Stage adapt: LoRA tuning of the language model on text-only prompts (TALLRec; SeLLa-Rec's first stage)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from sellarec.config import Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
-from sellarec.language.prompts import Prompts
+from sellarec.language.prompts import SOFT, Prompts
 from sellarec.language.scorer import PromptScorer, left_padded
 from sellarec.training.task import Batch, Peers, Task, Vectors
 
@@ -74,9 +75,17 @@ def answer_score(logits: Tensor, prompts: Prompts) -> Tensor:
     return logits[:, prompts.segments.yes] - logits[:, prompts.segments.no]
 
 
-def make_prompts(folder: Path, titles: list[str], settings: Prompt, noun: str, model: nn.Module, kind: str) -> Prompts:
+def make_prompts(
+    folder: Path,
+    titles: list[str],
+    settings: Prompt,
+    noun: str,
+    model: nn.Module,
+    kind: str,
+    soft: Sequence[str] = SOFT,
+) -> Prompts:
     context = llms.context_length(model.config)
-    return Prompts(llms.load_tokenizer(folder), titles, settings, noun, context, kind)
+    return Prompts(llms.load_tokenizer(folder), titles, settings, noun, context, kind, soft)
 
 
 def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, settings: Adapt) -> TextTask:

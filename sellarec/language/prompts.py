@@ -3,6 +3,7 @@
 They are built in the tasks that read rows, which load neither torch nor transformers. Shapes: b rows, H titles of a history.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from sellarec.errors import UserError
-from sellarec.language.templates import templates
+from sellarec.language.templates import fused_text, templates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,14 +87,20 @@ class SegmentTokenizer:
         return self._tokenizer([prefix + title for title in titles], add_special_tokens=False)["input_ids"]
 
 
-def compile_template(tokenizer: SegmentTokenizer, template: dict[str, Any], kind: str, noun: str) -> Segments:
+def compile_template(
+    tokenizer: SegmentTokenizer, template: dict[str, Any], kind: str, noun: str, soft: Sequence[str] = SOFT
+) -> Segments:
     """A template (`text` or `fused`) in tokens.
+
+    Args:
+        soft: of a `fused` one, the soft tokens that are injected.
 
     Raises:
         UserError: the tokenizer doesn't tell the two answers apart.
     """
     texts, slots = [""], []
-    for literal, name, _, _ in Formatter().parse(template[kind]):
+    whole = template[kind] if kind == "text" else fused_text(template, soft)
+    for literal, name, _, _ in Formatter().parse(whole):
         texts[-1] += literal
         if name in ("noun", "Noun"):
             texts[-1] += noun if name == "noun" else noun.capitalize()
@@ -146,6 +153,9 @@ class Catalog:
 class Prompts:
     """Builds the prompts of rows.
 
+    Args:
+        kind: `text`, or `fused` with the soft tokens `soft`.
+
     Raises:
         UserError: not even the compact template fits the model's context.
     """
@@ -158,13 +168,14 @@ class Prompts:
         noun: str,
         context: int,
         kind: str,
+        soft: Sequence[str] = SOFT,
     ) -> None:
         segmenter = SegmentTokenizer(tokenizer)
         catalog = Catalog(segmenter, titles, settings.title_tokens)
         self._limit = min(settings.max_tokens, context)
         self._history = settings.history
-        both = {name: compile_template(segmenter, template, kind, noun) for name, template in templates().items()}
-        # Both kinds of a template decide alike, so that adapt and fuse use the same one.
+        both = {name: compile_template(segmenter, template, kind, noun, soft) for name, template in templates().items()}
+        # Both kinds of a template, whatever the soft tokens, decide alike, so that adapt and fuse use the same one.
         widest = {
             name: max(compile_template(segmenter, template, k, noun).fixed for k in ("text", "fused"))
             for name, template in templates().items()

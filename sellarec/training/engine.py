@@ -152,8 +152,9 @@ class Engine:
         # micro-batches are for language models, whose layers are `blocks`; others would only be slowed down by them
         self.micro_batch = settings.micro_batch if isinstance(settings, Language) and task.blocks else None
         self.tables = None
+        self.trains_tables = bool(task.tables) and task.trains_tables and isinstance(settings, Sparse)
         if task.tables:
-            optimizer = settings if isinstance(settings, Sparse) else None
+            optimizer = settings if isinstance(settings, Sparse) and task.trains_tables else None
             placements = place(task.tables, storage, optimizer, workers.world_size, workers.device.type)
             make = partial(ShardedTables, placements, storage, optimizer, workers.tables, workers.device, seed)
             self.tables = together(make, workers)  # rows that are read may be refused on one worker alone
@@ -169,7 +170,7 @@ class Engine:
             task.model.to(workers.device)
             dense.shard(task.model, task.blocks, workers.device, getattr(torch, dtype))
             task.model.train(isinstance(settings, Dense))
-            if isinstance(settings, Dense):
+            if isinstance(settings, Dense) and dense.trainable(task.model):
                 self.optimizer = DENSE_OPTIMIZERS[settings.optimizer](
                     dense.trainable(task.model),
                     lr=settings.learning_rate,
@@ -264,11 +265,11 @@ class Engine:
         task, workers = self.task, self.workers
         batch = self._to_device(task.collate(self._by_length(rows), step))
         count = self._agree(batch, task.targets(batch).item())
-        if self.tables is not None:
+        if self.tables is not None and self.trains_tables:
             self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
         vectors = self._look_up(batch)
         found = {name: value.values if isinstance(value, Jagged) else value for name, value in vectors.items()}
-        leaves = {name: value.detach().requires_grad_() for name, value in found.items()}
+        leaves = {name: value.detach().requires_grad_(self.trains_tables) for name, value in found.items()}
         given = {
             name: Jagged(leaves[name], value.lengths) if isinstance(value, Jagged) else leaves[name]
             for name, value in vectors.items()
@@ -282,7 +283,11 @@ class Engine:
             loss = loss / max(count, 1.0)
             loss.backward()
             total += loss.item()
-        gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+        gradients = {
+            name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            for name, leaf in leaves.items()
+            if leaf.requires_grad
+        }
         finite = all(_is_finite(gradient) for gradient in gradients.values())
         if self.optimizer is not None:
             norm = torch.nn.utils.clip_grad_norm_(dense.trainable(task.model), self.settings.clip)
@@ -296,7 +301,7 @@ class Engine:
                 group["lr"] = self.settings.learning_rate * rate
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        if self.tables is not None:
+        if self.tables is not None and self.trains_tables:
             torch.autograd.backward(list(found.values()), list(gradients.values()))
             self.tables.step()
         return mean
@@ -380,7 +385,7 @@ class Engine:
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {}
-        if self.tables is not None:
+        if self.tables is not None and self.trains_tables:
             state["tables"] = self.tables.state()
         if self.optimizer is not None:
             model, optimizer = get_state_dict(
@@ -395,7 +400,7 @@ class Engine:
     def load_checkpoint(self, folder: str) -> None:
         state = self._state()
         dcp.load(state, checkpoint_id=folder, process_group=self.workers.control)
-        if self.tables is not None:
+        if self.tables is not None and self.trains_tables:
             self.tables.load_state(state["tables"])
         if self.optimizer is not None:
             set_state_dict(
@@ -414,7 +419,7 @@ class Engine:
             output.delete("tables")
         dist.barrier(group=control)
         written: list[dict[str, Any]] = []
-        if self.tables is not None:
+        if self.tables is not None and self.trains_tables:
             with (output / "tables").writing() as folder:
                 written = self.tables.save(folder)
         if rank == 0 and self.optimizer is not None:
@@ -423,7 +428,7 @@ class Engine:
         gathered: list[Any] = [None] * self.workers.world_size
         dist.all_gather_object(gathered, written, group=control)
         if rank == 0:
-            for table in self.task.tables:
+            for table in self.task.tables if self.trains_tables else ():
                 parts = [part for of_worker in gathered for part in of_worker]
                 (output / "tables").write_json(f"{table.name}.json", index(table, parts))
 

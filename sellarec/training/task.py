@@ -61,6 +61,8 @@ class Task(Protocol):
         prepare: what the reading tasks do with rows to train on (draw negatives, make tokens); None where it is nothing.
         prepare_to_score: the same of rows to score; `prepare` where nothing else is said.
         tables: embedding tables, which the loop shards over the workers.
+        trains_tables: whether a stage that trains changes the tables' rows, and leaves them in its artifact; else rows are only
+            looked up.
         whole: features of whose tables each worker gets its share of the rows when training.
         graph: the graph over which rows of the tables `user` and `item` are smoothed; None for none.
         model: the dense part, which the loop shards with FSDP2; None where there is none.
@@ -70,6 +72,7 @@ class Task(Protocol):
     columns: Sequence[str]
     prepare: Prepare | None
     tables: Sequence[Table] = ()
+    trains_tables: bool = True
     whole: Sequence[str] = ()
     graph: Graph | None = None
     model: nn.Module | None

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import Alone, save_table, small_log
+from small import Alone, represent, save_table, small_log
 
 from sellarec.collab.task import WEIGHTS, build_collab
 from sellarec.config import Adapt, Collab, Fuse, Prompt
-from sellarec.fusion.fuse import FuseTask, build_fuse
+from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, soft_tokens
 from sellarec.fusion.projection import Projection
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
@@ -54,7 +54,9 @@ def make(decoder, titles, tmp_path_factory):
     for name, rows in TABLES.items():
         save_table(start / "tables", name, rows, (2,))
 
-    def build(projection=None, trained=None, unseen_dropout=0.3, seed=1, model="mf", dense=None, dim=DIM) -> FuseTask:
+    def build(
+        projection=None, trained=None, adapter=None, seed=1, model="mf", dense=None, dim=DIM, **changes
+    ) -> FuseTask:
         torch.manual_seed(7)
         log = small_log(start, USERS, ITEMS, np.ones(ITEMS, bool))
         settings = Collab(dim=dim, model=model, history=READ)
@@ -62,11 +64,13 @@ def make(decoder, titles, tmp_path_factory):
             fresh = build_collab(log, settings, None)
             fresh.save(start, {name: weight.detach() for name, weight in fresh.network.named_parameters()})
         origin = None if dim != DIM else start if dense is None else dense
-        collab = build_collab(log, settings, origin)
+        fuse = Fuse(**{"unseen_dropout": 0.3} | changes)
+        tokens = soft_tokens(fuse)
+        collab = build_collab(log, settings, origin, represented=collaborative_tokens(tokens))
         semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=lambda low, high: TABLES["semantic"][low:high])
         return build_fuse(
-            source, titles, PROMPT, "movie", folder / "adapter", collab, semantic, HIDDEN, projection, trained,
-            Fuse(unseen_dropout=unseen_dropout), seed,
+            source, titles, PROMPT, "movie", adapter or folder / "adapter", collab,
+            semantic if "semantic" in tokens else None, HIDDEN, projection, trained, fuse, seed,
         )  # fmt: skip
 
     return build
@@ -124,7 +128,7 @@ def test_exactly_the_three_slots_are_replaced(task):
         task.score(task.model, batch, vectors)
     finally:
         handle.remove()
-    tokens = task.model.projection(vectors["user"], vectors["item"], vectors["semantic"])
+    tokens = task.model.projection(vectors)
     expected = decoder.get_input_embeddings()(batch["tokens"])
     for row in range(6):
         for name in SOFT:
@@ -136,7 +140,7 @@ def test_exactly_the_three_slots_are_replaced(task):
 def test_tokens_have_the_norm_of_the_models_embeddings(task):
     batch = batch_of(task, rows(), None)
     vectors = look_up(task, batch)
-    tokens = task.model.projection(vectors["user"], vectors["item"], vectors["semantic"])
+    tokens = task.model.projection(vectors)
     table = base_model(task.model.scorer.llm).get_input_embeddings().weight
     assert set(tokens) == set(SOFT)
     for token in tokens.values():
@@ -146,7 +150,7 @@ def test_tokens_have_the_norm_of_the_models_embeddings(task):
 def test_user_and_item_share_a_projection(task):
     hybrid = task.model.projection
     x = torch.randn(3, DIM)
-    tokens = hybrid(x, x, torch.randn(3, WIDTH))
+    tokens = hybrid({"user": x, "item": x, "semantic": torch.randn(3, WIDTH)})
     torch.testing.assert_close(tokens["user"] / hybrid.gain[0], tokens["item"] / hybrid.gain[1])
 
 
@@ -242,8 +246,8 @@ def test_training_starts_from_the_aligned_projection(make, tmp_path):
     save_file(aligned.state_dict(), tmp_path / "projection.safetensors")
     warm, cold = make(projection=tmp_path / "projection.safetensors"), make()
     for name, weight in aligned.state_dict().items():
-        assert torch.equal(warm.model.projection.collaborative.state_dict()[name], weight)
-        assert not torch.equal(cold.model.projection.collaborative.state_dict()[name], weight)
+        assert torch.equal(warm.model.projection.projections["collaborative"].state_dict()[name], weight)
+        assert not torch.equal(cold.model.projection.projections["collaborative"].state_dict()[name], weight)
 
 
 def test_the_tables_start_from_what_stages_before_made(task):
@@ -287,16 +291,14 @@ def test_any_collaborative_model_is_fused(make, tmp_path, model):
     batch = batch_of(task, rows(6), None)
     vectors = look_up(task, batch)
     task.model.eval()
-    user, item = task.collab.represent(batch, vectors)
+    user, item = represent(task.collab, batch, vectors)
     seen: dict = {}
-    handle = task.model.projection.register_forward_pre_hook(
-        lambda module, given: seen.update(zip("uis", given, strict=True))
-    )
+    handle = task.model.projection.register_forward_pre_hook(lambda module, given: seen.update(given[0]))
     try:
         score = task.score(task.model, batch, vectors)
     finally:
         handle.remove()
-    torch.testing.assert_close((seen["u"], seen["i"], seen["s"]), (user, item, vectors["semantic"]))
+    torch.testing.assert_close(seen, {"user": user, "item": item, "semantic": vectors["semantic"]})
     task.loss(task.model, batch, vectors, Alone()).backward()
     trained = {n: w for n, w in task.model.named_parameters() if w.requires_grad}
     assert all(n.startswith(("projection.", "network.")) for n in trained)

@@ -28,6 +28,7 @@ class Model(CollabModel):
         self.has_user_rows = settings.user_rows
         item = Table("item", item.rows, item.dim, ("item", "history"), init_std=item.init_std)
         self.tables = (user, item) if settings.user_rows else (item,)
+        self.user_features = ("user", "history") if settings.user_rows else ("history",)
         self.position = nn.Parameter(torch.randn(settings.history, settings.dim) * settings.init_std)
         self.dropout = nn.Dropout(settings.dropout)
         self.blocks = nn.ModuleList(
@@ -43,7 +44,7 @@ class Model(CollabModel):
         for block in self.blocks:
             states = block(states, there)
         states = self.norm(states)
-        if isinstance(vectors["item"], Jagged):  # the next item at every position of a sequence
+        if isinstance(vectors.get("item"), Jagged):  # the next item at every position of a sequence
             return states
         users = states.new_zeros(len(history), states.shape[1])
         some = history.lengths > 0
