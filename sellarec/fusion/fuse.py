@@ -47,7 +47,7 @@ class Recommender(nn.Module):
 
     def forward(self, batch: Batch, vectors: Vectors) -> Tensor:
         """Logits [b, V] at the deciding position."""
-        made_by = {
+        made_by: dict[str, Callable[[], Tensor]] = {
             "user": partial(self.network.represent_user, batch, vectors),
             "item": partial(self.network.represent_item, batch, vectors),
             "semantic": lambda: vectors["semantic"],
