@@ -67,7 +67,9 @@ def task_of(case: Case, trained: bool) -> FuseTask:
 
 
 def order_of(case: Case, split: str, batch: int, seed: int | None) -> Order:
-    return Order(tuple(row_groups([str(path) for path in read_log(case.inputs / "log").split_paths(split)])), batch, seed)
+    return Order(
+        tuple(row_groups([str(path) for path in read_log(case.inputs / "log").split_paths(split)])), batch, seed
+    )
 
 
 def slices_of(order: Order, task: FuseTask, first: int, last: int) -> Any:

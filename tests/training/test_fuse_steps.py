@@ -39,6 +39,7 @@ CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "frozen sasrec": (SASREC, {"tokens": ("user",), "train": ("projections",), "experts": 3}),
     "semantic alone": (SASREC, {"tokens": ("semantic",), "norm": "none"}),
 }
+QUICK = ("collm", "all", "tables alone")
 LEFT: dict[str, tuple[set[str], set[str]]] = {
     "as it is": ({"user", "item", "semantic"}, {"projection.safetensors"}),
     "collm": (set(), {"projection.safetensors"}),
@@ -107,7 +108,9 @@ def left(case: Case) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_any_number_of_workers_takes_the_same_steps_and_leaves_what_is_scored_with(gloo, inputs, tmp_path, name):
     """Losses, what is exported, scores. All that is trained has moved; the other parts are left where they were read."""
     runs = {}
@@ -135,8 +138,15 @@ def test_any_number_of_workers_takes_the_same_steps_and_leaves_what_is_scored_wi
         assert any(key.startswith(part) for key in moved), part
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("name", ["adapter", "all", "tables alone", "collm"])
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        ("all", 3),
+        ("tables alone", 1),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("adapter", "collm", "tables alone")),
+        pytest.param("all", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_broken_off_goes_on_bit_for_bit(gloo, inputs, tmp_path, name, workers):
     whole, broken = (
         case_of(name, inputs, tmp_path / which, stop_before=stop) for which, stop in (("whole", None), ("broken", 3))
