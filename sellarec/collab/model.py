@@ -49,7 +49,6 @@ class CollabModel(nn.Module):
         unseen: what a user, item or item of a history without a train row counts as, in words.
         init_from_vectors: whose rows may start from vectors of a file (`collab.init_users`, `init_items`).
         dim: D, columns of what represents a user or an item.
-        user_features: features that `represent_user` reads.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()
@@ -75,7 +74,6 @@ class CollabModel(nn.Module):
             Table("user", sizes.users, settings.dim, ("user",), init_std=settings.init_std),
             Table("item", sizes.items, settings.dim, ("item",), init_std=settings.init_std),
         )
-        self.user_features: tuple[str, ...] = ("user",)
 
     @property
     def has_weights(self) -> bool:
@@ -114,8 +112,10 @@ class CollabModel(nn.Module):
         return vectors if self._scale is None else F.normalize(vectors, dim=-1) * self._scale, bias
 
     def represent_user(self, batch: Batch, vectors: Vectors) -> Tensor:
-        """A row's user as a vector, [b, D]: what fusion takes."""
-        return self.user(batch, vectors)
+        """A row's user as a vector, [b, D]: what fusion takes. Where a score is no product, it is that for the row's item."""
+        if self.is_product:
+            return self.user(batch, vectors)
+        return self(batch, vectors, self.item(batch, vectors)[:, None])[0]
 
     def represent_item(self, batch: Batch, vectors: Vectors) -> Tensor:
         """A row's item as a vector, [b, D], of the feature `item` alone."""
@@ -126,8 +126,9 @@ class CollabModel(nn.Module):
         graph stay together, as each row is smoothed with others of both."""
         if self.uses_graph and represented:
             return
-        reads = {"user": self.user_features, "item": ("item",)}
-        features = {feature for name in represented for feature in reads[name]}
+        features = {"item"} if "item" in represented or ("user" in represented and not self.is_product) else set()
+        if "user" in represented:
+            features |= {feature for table in self.tables for feature in table.features} - {"item"}
         kept = (replace(table, features=tuple(f for f in table.features if f in features)) for table in self.tables)
         self.tables = tuple(table for table in kept if table.features)
         if "history" not in features:

@@ -30,7 +30,6 @@ class Model(CollabModel):
         self.history = settings.history
         user, item = self.tables
         self.tables = (user, Table("item", item.rows, dim, ("item", "history"), init_std=item.init_std))
-        self.user_features = ("user", "history", "item")
         self.attention = _layers(4 * dim, ATTENTION_WIDTHS, 0.0)
         self.network = _layers(3 * dim, settings.hidden, settings.dropout)
 
@@ -48,9 +47,6 @@ class Model(CollabModel):
             scores.append(self.constant + score)
             users.append(user + pooled)
         return users[0][:, 0], scores
-
-    def represent_user(self, batch: Batch, vectors: Vectors) -> Tensor:
-        return self(batch, vectors, self.item(batch, vectors)[:, None])[0]
 
     def _pool(self, history: Tensor, there: Tensor, items: Tensor) -> Tensor:
         """[b, L, D], bool [b, L] and candidates [b, N, D] -> [b, N, D]."""

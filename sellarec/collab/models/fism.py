@@ -39,7 +39,6 @@ class Model(CollabModel):
         user, item = self.tables
         item = Table("item", item.rows, item.dim, ("item", "history"), init_std=item.init_std)
         self.tables = (Table("user", user.rows, USER_COLUMNS, ("user",)), item)
-        self.user_features = ("user", "history")
         self.liking = nn.Parameter(torch.zeros(settings.dim - 2))
 
     def user(self, batch: Batch, vectors: Vectors) -> Tensor:

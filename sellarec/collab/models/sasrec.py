@@ -28,7 +28,6 @@ class Model(CollabModel):
         self.has_user_rows = settings.user_rows
         item = Table("item", item.rows, item.dim, ("item", "history"), init_std=item.init_std)
         self.tables = (user, item) if settings.user_rows else (item,)
-        self.user_features = ("user", "history") if settings.user_rows else ("history",)
         self.position = nn.Parameter(torch.randn(settings.history, settings.dim) * settings.init_std)
         self.dropout = nn.Dropout(settings.dropout)
         self.blocks = nn.ModuleList(

@@ -21,7 +21,6 @@ class Model(CollabModel):
         super().__init__(sizes, settings)
         self.history = settings.history
         self.tables = (*self.tables, Table("history", sizes.items, settings.dim, ("history",)))
-        self.user_features = ("user", "history")
 
     def user(self, batch: Batch, vectors: Vectors) -> Tensor:
         history = vectors["history"]
