@@ -395,7 +395,7 @@ class Fuse(Steps, Selection, Dense, Sparse, Language):
     batch: int = 64
     """Rows of the global batch of one optimizer step, all workers together."""
     learning_rate: float = 8e-3
-    """Peak learning rate of AdamW over the projections."""
+    """Peak learning rate of the dense weights that are trained: projections, adapter."""
     table_learning_rate: float = 0.1
     """Learning rate of the tables."""
     warm_start: bool = True
