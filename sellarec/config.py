@@ -433,8 +433,21 @@ class Align(Steps, Selection, Dense, Sparse):
 
 @dataclass(frozen=True, kw_only=True)
 class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
-    """Hybrid projection: three tokens (user, item, distilled item) in the prompt of the frozen, adapted model."""
+    """Hybrid projection: tokens (user, item, distilled item) in the prompt of the adapted model."""
 
+    tokens: tuple[Literal["user", "item", "semantic"], ...] = ("user", "item", "semantic")
+    """Soft tokens of the prompt: the user's row, the item's row, the item's distilled vector (user item is CoLLM's set). The
+    text speaks of no other; tables that none takes are not read."""
+    train: tuple[Literal["tables", "projections", "adapter"], ...] = ("tables", "projections")
+    """What is trained: the tables (with the collaborative model's dense weights), the projections with their gains, the LoRA
+    weights that adapt left. The rest stays as it is read; CoLLM trains the projections alone."""
+    projections: Literal["shared", "separate"] = "shared"
+    """Whether user and item take one projection (SeLLa-Rec) or each its own."""
+    experts: int = 1
+    """Projections of which a collaborative token is the sum, weighed by a softmax of a linear gate on the row."""
+    norm: Literal["match", "none"] = "match"
+    """match: a token has the mean norm of the model's input embeddings, times a learned gain; none: the norm that its projection
+    gives it (as published)."""
     epochs: float = 2.0
     """Passes over the training rows."""
     max_steps: int | None = 500
@@ -442,7 +455,7 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     batch: int = 64
     """Rows of the global batch of one optimizer step, all workers together."""
     learning_rate: float = 8e-3
-    """Peak learning rate of AdamW over the projections."""
+    """Peak learning rate of the dense weights that are trained: projections, adapter."""
     table_learning_rate: float = 0.1
     """Learning rate of the tables."""
     loss: Literal["answer", "answer-tokens", "sequence"] = "answer"
@@ -450,11 +463,13 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     cross-entropy over the vocabulary on the answer; sequence: on the whole prompt and the answer, as published. A mean over rows,
     or tokens."""
     warm_start: bool = True
-    """Start the collaborative projection from the one that align trained, else from random weights."""
+    """Start the collaborative projection (both of them, and every expert) from the one that align trained, else from random
+    weights."""
     unseen_dropout: float = 0.35
-    """Share of training rows whose user (and, drawn apart, whose item) is treated as unseen, that is as a row of zeros."""
+    """Share of training rows whose user (and, drawn apart, whose item) is treated as unseen, that is as a row of zeros: the
+    dropout of collaborative tokens."""
     semantic: Literal["trained", "frozen"] = "trained"
-    """Whether the items' distilled vectors, as align left them, are trained too, or stay as they are."""
+    """Whether the items' distilled vectors, as align left them, are trained with the tables, or stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -842,8 +857,6 @@ def check(config: Config) -> None:
         )
     _check_width("collab.dim", config.collab.dim)
     _check_collab(config)
-    if not 0 <= config.fuse.unseen_dropout < 1:
-        raise UserError(f"fuse.unseen_dropout is {config.fuse.unseen_dropout}: a share from 0 to below 1 is needed")
     if not 0 <= config.adapt.dropout < 1:
         raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
     _check_align(config)
@@ -851,6 +864,7 @@ def check(config: Config) -> None:
     _check_adapt(config)
     _check_distil(config)
     _check_prompt(config)
+    _check_fuse(config)
 
 
 def _check_align(config: Config) -> None:
@@ -934,12 +948,70 @@ def check_layer(layer: int, layers: int, model: str) -> None:
 
 def _check_prompt(config: Config) -> None:
     prompt = config.prompt
-    read_templates(prompt.template)
+    for template in read_templates(prompt.template).values():
+        template.turns("fused", config.fuse.tokens)
     if prompt.chat == "model" and config.llm.model == EMBEDDED:
         raise UserError(
             f"prompt.chat is model, but llm.model is {EMBEDDED}, whose tokenizer has no chat template: take prompt.chat "
             "plain, or give --llm a model that was tuned for chats"
         )
+
+
+def _check_fuse(config: Config) -> None:
+    fuse, defaults = config.fuse, Fuse()
+    if not 0 <= fuse.unseen_dropout < 1:
+        raise UserError(f"fuse.unseen_dropout is {fuse.unseen_dropout}: a share from 0 to below 1 is needed")
+    if not fuse.tokens:
+        raise UserError(
+            "fuse.tokens names none: the model without soft tokens is the one that stage adapt trains, which stage evaluate "
+            "scores as text-only beside the others; name some of user, item, semantic"
+        )
+    if not fuse.train:
+        raise UserError("fuse.train names nothing to train: name some of tables, projections, adapter")
+    for name in ("tokens", "train"):
+        named = getattr(fuse, name)
+        if len(set(named)) < len(named):
+            raise UserError(f"fuse.{name} is {' '.join(named)}: name each once")
+    if fuse.projections == "separate" and not {"user", "item"} <= set(fuse.tokens):
+        raise UserError(
+            f"fuse.projections is separate, but fuse.tokens is {' '.join(fuse.tokens)}: user and item have a projection each "
+            "only where both are injected; leave out one of the two"
+        )
+    unread: dict[str, str] = {}
+    if fuse.tokens == ("semantic",):
+        of_rows = ("experts", "warm_start", "unseen_dropout")
+        unread |= dict.fromkeys(of_rows, "fuse.tokens is semantic, which takes no collaborative row")
+    if "semantic" not in fuse.tokens:
+        unread["semantic"] = f"fuse.tokens is {' '.join(fuse.tokens)}, without it"
+    if "tables" not in fuse.train:
+        unread["semantic"] = f"fuse.train is {' '.join(fuse.train)}, without the tables"
+        unread |= dict.fromkeys(TABLE_SETTINGS, f"fuse.train is {' '.join(fuse.train)}, without the tables")
+    if fuse.train == ("tables",) and ("user" not in fuse.tokens or not _has_dense_weights(config.collab)):
+        unread |= dict.fromkeys(DENSE_SETTINGS, "fuse.train is tables, which have no dense weights here")
+    for name, reason in unread.items():
+        if getattr(fuse, name) != getattr(defaults, name):
+            raise UserError(f"fuse.{name} is {getattr(fuse, name)}, but {reason}: leave out one of the two")
+    if "projections" not in fuse.train:
+        drawn = [
+            f"fuse.{name} is {value}"
+            for name, value, is_drawn in (
+                ("tokens", " ".join(fuse.tokens), "semantic" in fuse.tokens),
+                ("warm_start", fuse.warm_start, not fuse.warm_start),
+                ("experts", fuse.experts, fuse.experts > 1),
+            )
+            if is_drawn
+        ]
+        if drawn:
+            raise UserError(
+                f"fuse.train is {' '.join(fuse.train)}, without projections, but {drawn[0]}: weights that align doesn't leave "
+                "would stay as they were drawn; add projections to fuse.train, or take one collaborative projection from align"
+            )
+
+
+def _has_dense_weights(collab: Collab) -> bool:
+    from importlib import import_module  # a model's file loads torch
+
+    return "learning_rate" in import_module(f"sellarec.collab.models.{collab.model}").Model.reads
 
 
 def _check_collab(config: Config) -> None:
@@ -1035,6 +1107,9 @@ SAMPLED = ("bpr", "softmax")
 
 DENSE_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "beta2", "clip")
 """Settings of `collab` that models with dense weights read."""
+
+TABLE_SETTINGS = ("table_optimizer", "table_learning_rate", "table_weight_decay")
+"""Settings of a stage that trains tables."""
 
 MODEL_SETTINGS = ("user_rows", "layers", "heads", "hidden", "dropout", "history", *DENSE_SETTINGS)
 """Settings of `collab` that only some models read."""
@@ -1132,7 +1207,7 @@ _LOWEST: dict[str, float] = {
         ("workers", "batch", "micro_batch", "max_steps", "patience", "valid_rows", "history_cap", "history"), 1
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
-    **dict.fromkeys(("negatives_per_row", "block"), 1),
+    **dict.fromkeys(("negatives_per_row", "block", "experts"), 1),
     "layer": -MAX_INTEGER,
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
     **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker"), 1e-6),

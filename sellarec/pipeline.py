@@ -48,7 +48,7 @@ VERSIONS = {
     "collab": 3,
     "distil": 1,
     "align": 3,
-    "fuse": 3,
+    "fuse": 4,
     "evaluate": 2,
 }
 """Raised by hand when a stage's code gives other results than before."""
@@ -538,7 +538,9 @@ def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
     for stage in wanted:
         settings = getattr(this.config, stage, None)
         if stage != "prepare":
-            check_sharding(this.config.tables, settings if isinstance(settings, Sparse) else None, stage)
+            is_frozen = stage == "fuse" and "tables" not in this.config.fuse.train
+            optimizer = settings if isinstance(settings, Sparse) and not is_frozen else None
+            check_sharding(this.config.tables, optimizer, stage)
 
 
 def _check_layer(this: Run, wanted: Sequence[str]) -> None:
@@ -656,12 +658,15 @@ def _sequences(this: Run) -> Any:
     return Order(groups, this.config.collab.batch, this.config.seed)
 
 
-def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) -> Callable[[], Any]:
+def _collab_builder(
+    this: Run, origin: Place | None, trains: str | None = None, represented: Sequence[str] | None = None
+) -> Callable[[], Any]:
     """Builds the collaborative model.
 
     Args:
         origin: the artifact whose tables and dense weights it starts from; None for fresh ones.
         trains: the stage that trains it, which may take negatives; None where it is only scored with.
+        represented: of user and item, what it is only asked to represent; None: all that it does.
     """
     from sellarec.collab.task import build_collab, reads_counts
     from sellarec.data.log import item_counts
@@ -677,7 +682,7 @@ def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) 
         counts = place.local() / "counts.npy"
     start = None if origin is None else origin.local()
     given = _given_tables(this) if trains == "collab" else {}
-    return partial(build_collab, log, settings, start, counts, this.config.seed, given)
+    return partial(build_collab, log, settings, start, counts, this.config.seed, given, represented)
 
 
 def _given_tables(this: Run) -> dict[str, Path]:
@@ -750,22 +755,30 @@ def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
 
 
 def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
-    """Builds the recommender from align's result, or as stage fuse left it."""
+    """Builds the recommender from what stages before fuse left (align), or as stage fuse left it.
+
+    What fuse doesn't train is not in its artifact, and is read from where fuse itself reads it.
+    """
+    from sellarec.fusion.fuse import collaborative_tokens, soft_tokens
+
     log, config = this.log(), this.config
-    align, origin = this.artifact("align").local(), this.artifact(stage)
+    left = config.fuse.train if stage == "fuse" else ()
+    tables = this.artifact("fuse" if "tables" in left else "align")
+    start = this.artifact("align").local() / "projection.safetensors" if config.fuse.warm_start else None
     return partial(
         _build_fuse,
-        _collab_builder(this, origin),
-        origin.local() / "tables",
+        _collab_builder(this, tables, represented=collaborative_tokens(soft_tokens(config.fuse))),
+        tables.local() / "tables",
         source=this.llm(),
         titles=_titles(log),
         prompt=config.prompt,
         noun=log.facts["noun"],
-        adapter=this.artifact("adapt").local() / "adapter",
+        adapter=this.artifact("fuse" if "adapter" in left else "adapt").local() / "adapter",
         hidden=config.align.hidden,
-        projection=align / "projection.safetensors" if stage == "align" and config.fuse.warm_start else None,
-        trained=None if stage == "align" else origin.local() / "projection.safetensors",
-        settings=config.fuse,
+        projection=None if "projections" in left else start,
+        trained=this.artifact("fuse").local() / "projection.safetensors" if "projections" in left else None,
+        # scores are those of the answer, whatever was trained on
+        settings=config.fuse if stage == "align" else dataclasses.replace(config.fuse, loss="answer"),
         seed=config.seed,
     )
 
@@ -774,13 +787,17 @@ def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> An
     from sellarec.fusion.fuse import build_fuse
     from sellarec.training.table import SavedTable, Table
 
-    saved = SavedTable(tables, "semantic")
-    semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
+    semantic = None
+    if "semantic" in arguments["settings"].tokens:
+        saved = SavedTable(tables, "semantic")
+        semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
     return build_fuse(collab=collab(), semantic=semantic, **arguments)
 
 
 def _fuse(this: Run) -> dict[str, Any]:
     config = this.config
+    tokens, trained = (" and ".join(names) for names in (config.fuse.tokens, config.fuse.train))
+    this.console.line(f"fuse      tokens of {tokens}; trains {trained}")
     return _train(this, "fuse", _fuse_builder(this, "align"), _order(this, "train", config.fuse.batch, config.seed))
 
 

@@ -18,6 +18,7 @@ from sellarec.config import (
     Align,
     Collab,
     Config,
+    Fuse,
     Tables,
     built_in_recipes,
     check,
@@ -160,11 +161,52 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--collab.beta2 0.9", ["collab.beta2", "0.9", "collab.model", "mf"]),
         ("--adapt.targets q_proj all-linear", ["adapt.targets", "q_proj", "all-linear"]),
         ("--adapt.targets", ["adapt.targets", "empty", "all-linear"]),
+        ("--fuse.tokens user item user", ["fuse.tokens", "user item user"]),
+        ("--fuse.train tables tables", ["fuse.train", "tables tables"]),
+        ("--fuse.tokens semantic item --fuse.projections separate", ["projections is separate", "semantic item"]),
+        ("--fuse.tokens semantic --fuse.experts 2", ["fuse.experts is 2", "fuse.tokens is semantic"]),
+        ("--fuse.tokens semantic --fuse.warm-start False", ["fuse.warm_start is False", "fuse.tokens is semantic"]),
+        ("--fuse.tokens semantic --fuse.unseen-dropout 0", ["fuse.unseen_dropout is 0", "fuse.tokens is semantic"]),
+        (
+            "--fuse.train projections --fuse.table-learning-rate 1",
+            ["table_learning_rate is 1", "fuse.train is projections"],
+        ),
+        ("--fuse.train adapter --fuse.table-optimizer sgd", ["table_optimizer is sgd", "fuse.train is adapter"]),
+        ("--fuse.train tables", ["fuse.train is tables", "fuse.tokens is user item semantic"]),
+        ("--fuse.train adapter --fuse.tokens user --fuse.warm-start False", ["fuse.train", "fuse.warm_start is False"]),
+        ("--fuse.train adapter --fuse.tokens user --fuse.experts 2", ["fuse.train is adapter", "fuse.experts is 2"]),
+        (
+            "--fuse.train tables --fuse.tokens user --fuse.learning-rate 1",
+            ["learning_rate is 1", "fuse.train is tables"],
+        ),
     ],
 )
 def test_contradictions_are_refused_naming_both(arguments, named):
     message = refusal(*arguments.split())
     assert all(word in message for word in named), message
+
+
+def test_fusing_no_token_is_refused_with_where_that_model_is():
+    """In a recipe and by flag."""
+    with pytest.raises(UserError, match=r"fuse.tokens names none.*adapt.*text-only"):
+        check(Config(fuse=Fuse(tokens=())))
+    assert "fuse.tokens names none" in refusal("--fuse.tokens")
+    with pytest.raises(UserError, match=r"fuse.train names nothing"):
+        check(Config(fuse=Fuse(train=())))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--fuse.tokens semantic --fuse.norm none",
+        "--fuse.tokens item user --fuse.train projections --fuse.projections separate --fuse.experts 4",
+        "--fuse.tokens user item --fuse.train adapter",
+        "--fuse.tokens user --fuse.train tables --collab sasrec --fuse.learning-rate 0.001",
+        "--fuse.train adapter tables projections --fuse.warm-start False",
+    ],
+)
+def test_choices_of_fuse_that_go_together_are_taken(arguments):
+    assert parse(arguments.split()).fuse.tokens
 
 
 def test_a_revision_of_a_local_folder_is_refused(tmp_path):
@@ -195,6 +237,7 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path):
         "--pretrain.beta2 -0.1",
         "--adapt.decay 0 --adapt.schedule wsd",
         "--fuse.unseen-dropout 1.0",
+        "--fuse.experts 0",
         "--fuse.validate-every 0",
         "--prompt.history 0",
         "--evaluate.replicates 0",

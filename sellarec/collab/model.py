@@ -5,8 +5,8 @@ a row, of which the last is the bias where the model has biases.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -48,6 +48,7 @@ class CollabModel(nn.Module):
         uses_graph: whether rows are smoothed over the graph of train positives (`propagate`).
         unseen: what a user, item or item of a history without a train row counts as, in words.
         init_from_vectors: whose rows may start from vectors of a file (`collab.init_users`, `init_items`).
+        dim: D, columns of what represents a user or an item.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()
@@ -63,6 +64,7 @@ class CollabModel(nn.Module):
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:
         super().__init__()
+        self.dim = settings.dim
         self.has_biases = settings.biases
         self._scale = None if settings.temperature is None else settings.temperature**-0.5
         rate = sizes.positive_rate
@@ -109,10 +111,28 @@ class CollabModel(nn.Module):
         vectors, bias = (rows[..., :-1], rows[..., -1]) if self.has_biases else (rows, rows.new_zeros(rows.shape[:-1]))
         return vectors if self._scale is None else F.normalize(vectors, dim=-1) * self._scale, bias
 
-    def represent(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Tensor]:
-        """A row's user and item as vectors, [b, D] each: what alignment and fusion take."""
-        item = self.item(batch, vectors)
-        return self(batch, vectors, item[:, None])[0], item
+    def represent_user(self, batch: Batch, vectors: Vectors) -> Tensor:
+        """A row's user as a vector, [b, D]: what fusion takes. Where a score is no product, it is that for the row's item."""
+        if self.is_product:
+            return self.user(batch, vectors)
+        return self(batch, vectors, self.item(batch, vectors)[:, None])[0]
+
+    def represent_item(self, batch: Batch, vectors: Vectors) -> Tensor:
+        """A row's item as a vector, [b, D], of the feature `item` alone."""
+        return self.item(batch, vectors)
+
+    def keep(self, represented: Sequence[str]) -> None:
+        """Leave out the tables, and features of tables, that representing these (of user and item) doesn't read. Those of a
+        graph stay together, as each row is smoothed with others of both."""
+        if self.uses_graph and represented:
+            return
+        features = {"item"} if "item" in represented or ("user" in represented and not self.is_product) else set()
+        if "user" in represented:
+            features |= {feature for table in self.tables for feature in table.features} - {"item"}
+        kept = (replace(table, features=tuple(f for f in table.features if f in features)) for table in self.tables)
+        self.tables = tuple(table for table in kept if table.features)
+        if "history" not in features:
+            self.history = 0
 
     def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows of users and items [R, D] -> smoothed rows [R, D], here as they are; `multiply` is the product with the graph's

@@ -4,7 +4,7 @@ Shapes: b rows of a worker's slice, n targets (the rows, or all positions of b s
 of a row, B targets of all workers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -113,10 +113,6 @@ class CollabTask(Task):
         item = batch["item"]
         return torch.repeat_interleave(of_rows, item.lengths) if isinstance(item, Jagged) else of_rows
 
-    def represent(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Tensor]:
-        """User and item as the model sees them, float [b, D] each."""
-        return self.network.represent(batch, vectors)
-
     def loss(self, model: Network | None, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
         """The sum over targets; `model` stands for the network where that has dense weights."""
         network, kind = model or self.network, self._settings.loss
@@ -221,6 +217,7 @@ def build_collab(
     counts: Path | None = None,
     seed: int = 0,
     given: Mapping[str, Path] = {},
+    represented: Sequence[str] | None = None,
 ) -> CollabTask:
     """A model for a prepared log.
 
@@ -230,16 +227,19 @@ def build_collab(
         counts: file of `sellarec.data.log.item_counts`: needed to train where `reads_counts` says so.
         seed: of the drawn negatives.
         given: folders of tables (`sellarec.collab.vectors`) that some of the model's start from, by name; the others are fresh.
+        represented: of user and item, what the model is only asked to represent: what that doesn't read is left out. None: all.
     """
     facts = log.facts
     sizes = Sizes(facts["users"], facts["items"], facts["positives"]["train"] / facts["rows"]["train"])
     network = model_class(settings.model)(sizes, settings)
+    if represented is not None:
+        network.keep(represented)
     network.tables = tuple(
         saved_rows(table, given[table.name]) if table.name in given else table for table in network.tables
     )
     if start is not None:
         network.tables = tuple(saved_rows(table, start / "tables") for table in network.tables)
-        if network.has_weights:
+        if network.has_weights and (represented is None or "user" in represented):  # items take none
             if not (start / WEIGHTS).is_file():
                 raise UserError(
                     f"{start} holds no {WEIGHTS}, but {settings.model} has dense weights: it is of another model"

@@ -1,9 +1,9 @@
-"""Stage fuse: three projected tokens in the prompt of the frozen, adapted language model (SeLLa-Rec's third stage).
+"""Stage fuse: projected tokens in the prompt of the adapted language model (SeLLa-Rec's third stage; CoLLM's second).
 
 Shapes: b rows, D columns of a collaborative row, H width of the language model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from sellarec.collab.model import CollabModel
 from sellarec.collab.task import WEIGHTS, CollabTask, save_parts
 from sellarec.config import Fuse, Prompt
 from sellarec.data.keys import uniform
-from sellarec.fusion.projection import HybridProjection, Projection
+from sellarec.fusion.projection import HybridProjection, MixtureProjection, Projection
 from sellarec.fusion.rows import prepare
 from sellarec.language import llm as llms
 from sellarec.language.adapt import answer_score, count_targets, make_prompts, prompt_batch, prompt_loss
@@ -31,7 +31,7 @@ from sellarec.training.task import Batch, Peers, Task, Vectors
 
 
 class Recommender(nn.Module):
-    """The frozen language model, the projections whose tokens it reads, and the collaborative model that they are made of."""
+    """The language model, the projections whose tokens it reads, and the collaborative model that they are made of."""
 
     def __init__(self, llm: nn.Module, projection: HybridProjection, network: CollabModel) -> None:
         super().__init__()
@@ -40,61 +40,74 @@ class Recommender(nn.Module):
         self.network = network
 
     def train(self, mode: bool = True) -> "Recommender":
-        """The language model stays as it is evaluated: it is frozen, so dropout in it would only be noise."""
+        """What is frozen stays as it is evaluated: dropout in it would only be noise."""
         super().train(mode)
-        self.scorer.eval()
+        for part in (self.scorer, self.network):
+            if not any(weight.requires_grad for weight in part.parameters()):
+                part.eval()
         return self
 
     def forward(self, batch: Batch, vectors: Vectors) -> Tensor:
         """Logits [b, V] at the deciding position; where the batch has `targets`, their losses [b]."""
-        user, item = self.network.represent(batch, vectors)
-        tokens = self.projection(user, item, vectors["semantic"])
-        slots = {name: batch[f"{name}_position"] for name in SOFT}
+        made_by: dict[str, Callable[[], Tensor]] = {
+            "user": partial(self.network.represent_user, batch, vectors),
+            "item": partial(self.network.represent_item, batch, vectors),
+            "semantic": lambda: vectors["semantic"],
+        }
+        tokens = self.projection({name: made_by[name]() for name in self.projection.tokens})
+        slots = {name: batch[f"{name}_position"] for name in tokens}
         return self.scorer(batch["tokens"], batch["mask"], slots, tokens, batch.get("targets"))
 
 
 class FuseTask(Task):
-    """Yes or no from a prompt with three soft tokens.
+    """Yes or no from a prompt with soft tokens.
 
-    Trained: the tables (but for a frozen semantic one) and the projections. A user or item that isn't in the train split stands
-    for a row of zeros in the collaborative model; so that the projection knows what that means, `unseen_dropout` of the training
-    rows are treated so too.
+    Trained: what `settings.train` names; of the tables the semantic one stays as it is where `settings.semantic` says so. A user
+    or item that isn't in the train split stands for a row of zeros in the collaborative model; so that the projection knows what
+    that means, `unseen_dropout` of the training rows are treated so too.
+
+    Args:
+        collab: the collaborative model, with the tables that the tokens take.
+        semantic: the table of distilled vectors; None where no token takes it.
     """
 
     def __init__(
         self,
         recommender: Recommender,
         collab: CollabTask,
-        semantic: Table,
+        semantic: Table | None,
         prompts: Prompts,
-        unseen_dropout: float,
+        settings: Fuse,
         seed: int,
-        loss: str = "answer",
     ) -> None:
         self.model = recommender
         self.blocks = recommender.scorer.blocks
         self.collab = collab
-        self.tables, self.graph = (*collab.tables, semantic), collab.graph
+        frozen = "tables" not in settings.train
+        self.tables = tuple(replace(table, frozen=frozen) for table in collab.tables)
+        if semantic is not None:
+            self.tables += (replace(semantic, frozen=frozen or settings.semantic == "frozen"),)
+        self.graph = collab.graph if collab.tables else None
         self.prompts = prompts
         self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
-        self.prepare = partial(prepare, prompts, collab.prepare_to_score, answers=loss != "answer")
-        self._loss = loss
-        self._unseen_dropout, self._seed = unseen_dropout, seed
+        self.prepare = partial(prepare, prompts, collab.prepare_to_score, answers=settings.loss != "answer")
+        self._settings, self._seed = settings, seed
 
     @property
     def prepare_to_score(self) -> Prepare:
         return partial(prepare, self.prompts, self.collab.prepare_to_score)
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        batch = {**self.collab.collate(rows, step), **prompt_batch(rows, self._loss)}
+        batch = {**self.collab.collate(rows, step), **prompt_batch(rows, self._settings.loss)}
         if step is not None:
             for number, name in enumerate(("user_seen", "item_seen")):
                 drawn = uniform(rows["row"].to_numpy(), self._seed, step, number)
-                batch[name] = batch[name] * torch.from_numpy(drawn >= self._unseen_dropout)
+                batch[name] = batch[name] * torch.from_numpy(drawn >= self._settings.unseen_dropout)
         return batch
 
     def lookups(self, batch: Batch) -> Batch:
-        return {**self.collab.lookups(batch), "semantic": batch["item"]}
+        found = self.collab.lookups(batch)
+        return {**found, "semantic": batch["item"]} if "semantic" in self.model.projection.tokens else found
 
     def targets(self, batch: Batch) -> Tensor:
         return count_targets(batch)
@@ -110,10 +123,20 @@ class FuseTask(Task):
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})
+        prefix = "scorer.llm."
+        adapter = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if adapter:
+            self.model.scorer.llm.save_pretrained(folder / "adapter", state_dict=adapter)
 
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
-        return {**self.prompts.facts(), "trained_weights": trained}
+        tokens = list(self.model.projection.tokens)
+        return {
+            **self.prompts.facts(),
+            "tokens": tokens,
+            "trained": list(self._settings.train),
+            "trained_weights": trained,
+        }
 
 
 def build_fuse(
@@ -123,40 +146,56 @@ def build_fuse(
     noun: str,
     adapter: Path,
     collab: CollabTask,
-    semantic: Table,
+    semantic: Table | None,
     hidden: int,
     projection: Path | None,
     trained: Path | None,
     settings: Fuse,
     seed: int,
 ) -> FuseTask:
-    """The task of training the projections, or (with `trained`) of scoring with trained ones.
+    """The task of training what `settings.train` names, or (with `trained`) of scoring with trained projections.
 
     Args:
-        collab: the collaborative model, with the rows that it starts from.
-        semantic: the table of distilled vectors.
+        adapter: folder of the adapter that it starts from.
+        collab: the collaborative model, with the rows that it starts from, of what the tokens take.
+        semantic: the table of distilled vectors; None where no token takes it.
         hidden: width of the collaborative projection's hidden layer.
         projection: file of the aligned projection to start from; None for random weights.
         trained: file of trained projections.
     """  # fmt: skip
     folder = source.folder()
     model = llms.load_model(folder, source.storage)
-    loss = settings.loss if trained is None else "answer"
-    prompts = make_prompts(folder, titles, prompt, noun, model, "fused", loss)
+    tokens = soft_tokens(settings)
+    prompts = make_prompts(folder, titles, prompt, noun, model, "fused", settings.loss, tokens)
     embeddings = model.get_input_embeddings().weight
     norm = embeddings.detach().float().norm(dim=1).mean().item()
     width = embeddings.shape[1]
-    adapted = llms.with_adapter(model, adapter)
-    for weight in adapted.parameters():
-        weight.requires_grad_(False)
-    semantic = replace(semantic, frozen=settings.semantic == "frozen")
-    columns = next(table.dim for table in collab.tables if table.name == "item")
-    collaborative = Projection(columns, hidden, width)
-    if projection is not None:
-        collaborative.load_state_dict(load_file(projection))
-    hybrid = HybridProjection(collaborative, width, norm)
+    adapted = llms.with_adapter(model, adapter, trains="adapter" in settings.train)
+    projections: dict[str, nn.Module] = {}
+    represented = collaborative_tokens(tokens)
+    shared = ("collaborative",) if represented else ()
+    for name in represented if settings.projections == "separate" else shared:
+        experts = [Projection(collab.network.dim, hidden, width) for _ in range(settings.experts)]
+        if projection is not None:
+            for expert in experts:  # they then drift apart by what the gate, which is drawn, gives them
+                expert.load_state_dict(load_file(projection))
+        projections[name] = MixtureProjection(experts, collab.network.dim) if len(experts) > 1 else experts[0]
+    if "semantic" in tokens:
+        projections["semantic"] = nn.Linear(width, width)
+    hybrid = HybridProjection(tokens, projections, norm if settings.norm == "match" else None)
     if trained is not None:
         hybrid.load_state_dict(load_file(trained))
-    return FuseTask(
-        Recommender(adapted, hybrid, collab.network), collab, semantic, prompts, settings.unseen_dropout, seed, loss
-    )
+    hybrid.requires_grad_("projections" in settings.train)
+    # items are represented by their rows alone
+    collab.network.requires_grad_("tables" in settings.train and "user" in tokens)
+    return FuseTask(Recommender(adapted, hybrid, collab.network), collab, semantic, prompts, settings, seed)
+
+
+def soft_tokens(settings: Fuse) -> tuple[str, ...]:
+    """The tokens that are injected, in one order however they are named."""
+    return tuple(name for name in SOFT if name in settings.tokens)
+
+
+def collaborative_tokens(tokens: Sequence[str]) -> tuple[str, ...]:
+    """Those of the tokens that are made of the collaborative model."""
+    return tuple(name for name in tokens if name != "semantic")

@@ -1,4 +1,9 @@
-"""Projections of embedding rows into the language model's space."""
+"""Projections of embedding rows into the language model's space.
+
+Shapes: b rows, D columns of a collaborative row, H width of the language model, E experts.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +21,52 @@ class Projection(nn.Module):
         return self.layers(rows)
 
 
-class HybridProjection(nn.Module):
-    """Three soft tokens from a user's row, an item's row and the item's distilled vector.
+class MixtureProjection(nn.Module):
+    """Projections of which each row takes a weighted sum, by the softmax of a linear gate (mixture of experts, Jacobs et al.,
+    1991; SeLLa-Rec's released code has one, unused)."""
 
-    One projection is shared by user and item, a linear one takes the distilled vector (SeLLa-Rec's Proj_{C->L} and
-    Proj_{W->L}). The alignment works in the space of last hidden states, whose norms are far from those of input
-    embeddings; each token is brought to `norm`, the mean norm of the model's input embeddings, times a learned gain.
+    def __init__(self, experts: Sequence[Projection], dim: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(experts)
+        self.gate = nn.Linear(dim, len(experts))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[b, D] -> [b, H]."""
+        weights = self.gate(rows).softmax(dim=1)  # [b, E]
+        found = torch.stack([expert(rows) for expert in self.experts], dim=1)  # [b, E, H]
+        return (weights[:, :, None] * found).sum(1)
+
+
+class HybridProjection(nn.Module):
+    """Soft tokens, some of: from a user's row, an item's row, the item's distilled vector.
+
+    The first two take one projection or each its own (SeLLa-Rec's Proj_{C->L}, which is shared), a linear one takes the
+    distilled vector (Proj_{W->L}). The alignment works in the space of last hidden states, whose norms are far from those of
+    input embeddings; so each token is brought to `norm` times a learned gain.
 
     Args:
-        collaborative: the projection D -> H.
-        width: H.
-        norm: mean norm of the model's input embeddings.
+        tokens: of user, item and semantic.
+        projections: by token what makes it; by `collaborative` what makes those of user and item that have none of their own.
+        norm: mean norm of the model's input embeddings; None: tokens are as they are projected, as published.
     """
 
-    def __init__(self, collaborative: Projection, width: int, norm: float) -> None:
+    def __init__(self, tokens: Sequence[str], projections: Mapping[str, nn.Module], norm: float | None) -> None:
         super().__init__()
-        self.collaborative = collaborative
-        self.semantic = nn.Linear(width, width)
-        self.gain = nn.Parameter(torch.ones(3, 1))
+        self.tokens = tuple(tokens)
+        self.projections = nn.ModuleDict(projections)
         self._norm = norm
+        if norm is not None:
+            self.gain = nn.Parameter(torch.ones(len(self.tokens), 1))
 
-    def forward(self, user: Tensor, item: Tensor, semantic: Tensor) -> dict[str, Tensor]:
-        """[b, D], [b, D], [b, H] -> user, item, semantic: [b, H] each."""
-        tokens = (self.collaborative(user), self.collaborative(item), self.semantic(semantic))
-        scaled = [
-            gain * self._norm * token / token.norm(dim=1, keepdim=True).clamp(min=1e-6)
-            for gain, token in zip(self.gain, tokens, strict=True)
-        ]
-        return dict(zip(("user", "item", "semantic"), scaled, strict=True))
+    def forward(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By token [b, D] of user and item, [b, H] of semantic -> by token [b, H]."""
+        tokens = {name: self._projection(name)(vectors[name]) for name in self.tokens}
+        if self._norm is None:
+            return tokens
+        return {
+            name: gain * self._norm * token / token.norm(dim=1, keepdim=True).clamp(min=1e-6)
+            for gain, (name, token) in zip(self.gain, tokens.items(), strict=True)
+        }
+
+    def _projection(self, token: str) -> nn.Module:
+        return self.projections[token if token in self.projections else "collaborative"]

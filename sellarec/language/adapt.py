@@ -1,5 +1,6 @@
 """Stage adapt: LoRA tuning of the language model on text-only prompts (TALLRec; SeLLa-Rec's first stage)."""
 
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from sellarec.config import ALL_LINEAR, Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
-from sellarec.language.prompts import Prompts
+from sellarec.language.prompts import SOFT, Prompts
 from sellarec.language.scorer import NO_TARGET, PromptScorer, left_padded, next_tokens
 from sellarec.training.stream import Prepare
 from sellarec.training.task import Batch, Peers, Task, Vectors
@@ -138,7 +139,14 @@ def answer_score(logits: Tensor, prompts: Prompts) -> Tensor:
 
 
 def make_prompts(
-    folder: Path, titles: list[str], settings: Prompt, noun: str, model: nn.Module, kind: str, loss: str = "answer"
+    folder: Path,
+    titles: list[str],
+    settings: Prompt,
+    noun: str,
+    model: nn.Module,
+    kind: str,
+    loss: str = "answer",
+    soft: Sequence[str] = SOFT,
 ) -> Prompts:
     """The prompts that a model reads.
 
@@ -147,8 +155,8 @@ def make_prompts(
     """
     if loss != "answer":
         llms.check_output_layer(model)
-    context = llms.context_length(model.config)
-    return Prompts(llms.load_tokenizer(folder), titles, settings, noun, context, kind, answers=loss != "answer")
+    context, tokenizer = llms.context_length(model.config), llms.load_tokenizer(folder)
+    return Prompts(tokenizer, titles, settings, noun, context, kind, answers=loss != "answer", soft=soft)
 
 
 def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, settings: Adapt) -> TextTask:

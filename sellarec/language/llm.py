@@ -235,8 +235,8 @@ def compute_in(model: Any, dtype: Any) -> None:
             module.register_forward_hook(restore)
 
 
-def with_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
-    """The model with a saved adapter on it, frozen.
+def with_adapter(model: "PreTrainedModel", folder: Path, trains: bool = False) -> "PeftModel":
+    """The model with a saved adapter on it; of its weights the adapter's are trained where it `trains`, else none.
 
     Raises:
         UserError: the folder's weights are not an adapter of this model; no tensor is silently left out.
@@ -246,7 +246,7 @@ def with_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
 
     try:
         settings = PeftConfig.from_pretrained(str(folder))
-        settings.inference_mode = True
+        settings.inference_mode = not trains
         adapted = PeftModelForCausalLM(model, settings)
     except ValueError as error:  # no adapter at all, or the model lacks the layers that it is for
         raise UserError(f"the adapter in {folder} isn't one of this model: {error}") from error
@@ -261,4 +261,6 @@ def with_adapter(model: "PreTrainedModel", folder: Path) -> "PeftModel":
             f"{needed.get(odd[0])} in the model (None: not there), and {len(odd) - 1} more differ"
         )
     set_peft_model_state_dict(adapted, saved)
+    if not trains:
+        adapted.requires_grad_(False)
     return adapted.eval()

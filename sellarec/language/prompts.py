@@ -4,6 +4,7 @@ They are built in the tasks that read rows, which load neither torch nor transfo
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -144,16 +145,19 @@ class SegmentTokenizer:
         return [ids[skip:] for ids in found], [lengths[end] for end in ends]
 
 
-def compile_template(segmenter: SegmentTokenizer, template: Template, kind: str, noun: str, chat: str) -> Segments:
+def compile_template(
+    segmenter: SegmentTokenizer, template: Template, kind: str, noun: str, chat: str, soft: Sequence[str] = SOFT
+) -> Segments:
     """A template (`text` or `fused`) in tokens.
 
     Args:
         chat: prompt.chat.
+        soft: of `fused`, the soft tokens that are injected.
 
     Raises:
         UserError: the tokenizer doesn't tell the two answers apart, or can't wrap the turns.
     """
-    turns: tuple[Turn, ...] = getattr(template, kind)
+    turns = template.turns(kind, soft)
     wraps = segmenter.wraps(chat, turns)
     marked = [Turn(turn.role, _marked(turn.text, noun)) for turn in turns]
     if wraps:
@@ -262,7 +266,7 @@ class Prompts:
     Args:
         titles: of all items, by id.
         context: the model's, in tokens.
-        kind: `text`, or `fused` with soft tokens.
+        kind: `text`, or `fused` with the soft tokens `soft`.
         answers: whether the context must hold an answer behind the prompt too.
 
     Raises:
@@ -278,15 +282,17 @@ class Prompts:
         context: int,
         kind: str,
         answers: bool = False,
+        soft: Sequence[str] = SOFT,
     ) -> None:
         segmenter = SegmentTokenizer(tokenizer)
+        templates = read_templates(settings.template)
         choice = {
             name: {k: compile_template(segmenter, template, k, noun, settings.chat) for k in ("text", "fused")}
-            for name, template in read_templates(settings.template).items()
+            for name, template in templates.items()
         }
         self._limit = min(settings.max_tokens, context)
         self._history = settings.history
-        # Both kinds of a template decide alike, so that adapt and fuse use the same one.
+        # Both kinds of a template, with all soft tokens, decide alike, so that adapt and fuse use the same one.
         widest = {name: max(segments.fixed for segments in kinds.values()) for name, kinds in choice.items()}
         catalogs: dict[Written, Catalog] = {}
         for segments in (kinds[kind] for kinds in choice.values()):
@@ -298,7 +304,7 @@ class Prompts:
         if settings.template == "auto":
             room = self._limit - widest["full"] - longest["full"]
             self.template = "full" if room >= MIN_HISTORY * (longest["full"] + 1) else "compact"
-        self.segments = choice[self.template][kind]
+        self.segments = compile_template(segmenter, templates[self.template], kind, noun, settings.chat, soft)
         if answers:
             self._limit = min(self._limit, context - max(map(len, self.segments.answers)))
         needed, title = widest[self.template] + len(self.segments.none), longest[self.template]

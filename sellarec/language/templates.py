@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.resources
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -19,8 +20,9 @@ ROLES = ("system", "user", "assistant")
 AUTO = ("full", "compact")
 """What `prompt.template auto` chooses from: the first where it fits."""
 
-_SLOTS = {"text": ("history", "title"), "fused": ("history", "title", *SOFT)}
-"""What each kind of prompt must have a place for, once."""
+
+Pieces = tuple[Mapping[str, str], ...]
+"""A text in pieces: of each the first text stands whose soft tokens, which it is found by, are all injected; "" needs none."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Template:
     """A prompt's words. `{noun}` and `{Noun}` stand for what an item is called; the slots are `{history}`, `{title}` and SOFT.
 
     Attributes:
-        text: the turns of a prompt without soft tokens (stage adapt).
+        where: the template's file, for messages.
+        text: by turn, role and pieces of a prompt without soft tokens (stage adapt).
         fused: of one with them (stage fuse).
         history_title: how a title of the history is written: `{title}`, or `{title!r}` as Python writes a string.
         separator: what stands between two titles of the history, oldest first.
@@ -44,16 +47,35 @@ class Template:
         answers: what follows the prompt for a positive, for a negative.
     """
 
-    text: tuple[Turn, ...]
-    fused: tuple[Turn, ...]
+    where: str
+    text: tuple[tuple[str | None, Pieces], ...]
+    fused: tuple[tuple[str | None, Pieces], ...]
     history_title: str
     separator: str
     none: str
     answers: tuple[str, str]
 
+    def turns(self, kind: str, soft: Sequence[str] = SOFT) -> tuple[Turn, ...]:
+        """The turns of a prompt, `text` or `fused`, into which the tokens `soft` are injected (of `text` none).
+
+        Raises:
+            UserError: it speaks of another soft token, or not of each of these.
+        """
+        soft = [] if kind == "text" else [name for name in SOFT if name in soft]
+        turns = []
+        for role, pieces in self.text if kind == "text" else self.fused:
+            fitting = (
+                next((text for tokens, text in piece.items() if set(tokens.split()) <= set(soft)), "")
+                for piece in pieces
+            )
+            turns.append(Turn(role, "".join(fitting)))
+        key = f"{kind} with the tokens {' '.join(soft)}" if soft else kind
+        _check_slots(self.where, key, "".join(turn.text for turn in turns), ("history", "title", *soft))
+        return tuple(turns)
+
     def words(self) -> list[str]:
         """The texts of a prompt without soft tokens, and the answers."""
-        return [*(turn.text for turn in self.text), *self.answers]
+        return [*(turn.text for turn in self.turns("text")), *self.answers]
 
 
 def template_folder() -> Path:
@@ -131,30 +153,51 @@ def _template(where: str, content: Any) -> Template:
             f"{where}: answers is {answers!r}, but must be two different texts in quotes, for a positive and for a negative, "
             'as [" Yes.", " No."]'
         )
-    turns = {kind: _turns(f"{where}: {kind}", content[kind]) for kind in _SLOTS}
-    if (turns["text"][0].role is None) != (turns["fused"][0].role is None):
+    text, fused = (_turns(f"{where}: {kind}", content[kind]) for kind in ("text", "fused"))
+    if (text[0][0] is None) != (fused[0][0] is None):
         raise UserError(
             f"{where}: one of text and fused has roles and the other has none: a model is to answer both alike"
         )
-    for kind, slots in _SLOTS.items():
-        _check_slots(where, kind, "".join(turn.text for turn in turns[kind]), slots)
-    return Template(
-        turns["text"], turns["fused"], history_title, content["separator"], content["none"], (answers[0], answers[1])
+    template = Template(
+        where, text, fused, history_title, content["separator"], content["none"], (answers[0], answers[1])
     )
+    for kind in ("text", "fused"):
+        template.turns(kind)
+    return template
 
 
-def _turns(where: str, content: Any) -> tuple[Turn, ...]:
-    if isinstance(content, str):
-        return (Turn(None, content),)
+def _turns(where: str, content: Any) -> tuple[tuple[str | None, Pieces], ...]:
+    if isinstance(content, str) or (isinstance(content, list) and any(isinstance(piece, str) for piece in content)):
+        return ((None, _pieces(where, content)),)
     if not isinstance(content, list) or not content:
         raise UserError(f"{where} is {content!r}, but must be a text, or a list of turns like '- user: ...'")
+    turns = []
     for turn in content:
-        if not (isinstance(turn, dict) and len(turn) == 1 and isinstance(next(iter(turn.values())), str)):
+        if not (isinstance(turn, dict) and len(turn) == 1):
             raise UserError(f"{where} has the turn {turn!r}, but a turn is one role and its text, like '- user: ...'")
-        (role,) = turn
+        ((role, said),) = turn.items()
         if role not in ROLES:
             raise UserError(f"{where} has a turn of '{role}', but the roles are {', '.join(ROLES)}")
-    return tuple(Turn(role, text) for turn in content for role, text in turn.items())
+        turns.append((role, _pieces(where, said)))
+    return tuple(turns)
+
+
+def _pieces(where: str, content: Any) -> Pieces:
+    pieces = [{"": piece} if isinstance(piece, str) else piece for piece in _as_list(content)]
+    for piece in pieces:
+        if not (isinstance(piece, dict) and piece and all(isinstance(text, str) for text in piece.values())):
+            raise UserError(
+                f"{where} has the piece {piece!r}, but a text's pieces are texts, or texts by the soft tokens that they speak "
+                "of, like '- item semantic: ...'"
+            )
+        unknown = [name for tokens in piece for name in str(tokens).split() if name not in SOFT]
+        if unknown:
+            raise UserError(f"{where} has a piece for '{unknown[0]}', but the soft tokens are {', '.join(SOFT)}")
+    return tuple(pieces)
+
+
+def _as_list(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else [content]
 
 
 def _check_slots(where: str, key: str, text: str, slots: tuple[str, ...]) -> None:

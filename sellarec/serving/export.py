@@ -3,12 +3,13 @@
 export.json                 what it is, of which run, the base model; written last
 README.md                   the model card
 config.yaml, results.json   the run's
+template.yaml               the prompt template, where it is the user's own
 adapter/                    PEFT's format
 tokenizer/                  the base model's
 model/                      the base model: the embedded one, or where it was asked for
-projection.safetensors      the projections
+projection.safetensors      the projections; where stage fuse didn't train them, the aligned one
 collab.safetensors          the collaborative model's dense weights, where it has some
-tables/                     rows of users, items and distilled vectors, as stage fuse left them
+tables/                     rows of users, items and distilled vectors, of those that the soft tokens take
 catalog/                    a log of users and items alone: manifest.json (the facts), items/, users/
 histories/part-N.parquet    user int64 (dense), item list<int64>: the last positives, the most recent one last
 
@@ -38,13 +39,15 @@ from sellarec.collab.task import WEIGHTS, CollabTask, build_collab
 from sellarec.config import EMBEDDED, Config, parse, to_yaml
 from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.errors import UserError
+from sellarec.fusion.fuse import collaborative_tokens, soft_tokens
 from sellarec.language.llm import LlmSource, find_llm, load_tokenizer
+from sellarec.language.templates import is_file
 from sellarec.serving.card import model_card
-from sellarec.serving.recommender import CATALOG, EXPORT, FORMAT, HISTORIES, MODEL
+from sellarec.serving.recommender import CATALOG, EXPORT, FORMAT, HISTORIES, MODEL, TEMPLATE
 from sellarec.training.graph import ShardedGraph
 from sellarec.training.table import SavedTable, index
 
-NEEDED = ("prepare", "adapt", "fuse", "evaluate")
+NEEDED = ("prepare", "adapt", "align", "fuse", "evaluate")
 """Stages whose artifacts an export is made of; with an embedded model pretrain too."""
 
 USERS_AT_ONCE = 4096
@@ -136,14 +139,23 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
     if copied:
         _copy(source.folder(), out / MODEL, [path.name for path in source.folder().iterdir() if _is_of_model(path)])
     load_tokenizer(source.folder()).save_pretrained(out / "tokenizer")
-    shutil.copytree(finished.folder("adapt") / "adapter", out / "adapter")
-    _copy(fuse, out, [name for name in (PROJECTION, WEIGHTS) if (fuse / name).is_file()])
-    collab = build_collab(log, config.collab, fuse)
-    smoothed = [] if collab.graph is None else ["user", "item"]
-    names = [name for name in (*(table.name for table in collab.tables), "semantic") if name not in smoothed]
+    # what stage fuse didn't train is where it was read from
+    trained, align = config.fuse.train, finished.folder("align")
+    adapter = fuse if "adapter" in trained else finished.folder("adapt")
+    shutil.copytree(adapter / "adapter", out / "adapter")
+    _copy(fuse if "projections" in trained else align, out, [PROJECTION])
+    rows = fuse if "tables" in trained else align
+    _copy(rows, out, [name for name in (WEIGHTS,) if (rows / name).is_file()])
+    if is_file(config.prompt.template):
+        shutil.copyfile(Path(config.prompt.template).expanduser(), out / TEMPLATE)
+    tokens = soft_tokens(config.fuse)
+    collab = build_collab(log, config.collab, rows, represented=collaborative_tokens(tokens))
+    smoothed = [] if collab.graph is None or not collab.tables else ["user", "item"]
+    semantic = ["semantic"] * ("semantic" in tokens)
+    names = [name for name in (*(table.name for table in collab.tables), *semantic) if name not in smoothed]
     for name in names:
-        shards = SavedTable(fuse / "tables", name).facts["shards"]
-        _copy(fuse / "tables", out / "tables", [f"{name}.json", *(shard["file"] for shard in shards)])
+        shards = SavedTable(rows / "tables", name).facts["shards"]
+        _copy(rows / "tables", out / "tables", [f"{name}.json", *(shard["file"] for shard in shards)])
     if smoothed:
         _write_smoothed(collab, out / "tables")
     _write_catalog(log, out / CATALOG)

@@ -27,13 +27,13 @@ from sellarec.config import parse
 from sellarec.data.keys import keys_of
 from sellarec.data.log import Log, read_log
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import FuseTask, build_fuse
+from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, soft_tokens
 from sellarec.language.adapt import TextTask, make_prompts
 from sellarec.language.llm import LlmSource, check_folder, find_llm
-from sellarec.language.prompts import SOFT
 from sellarec.training.table import Jagged, SavedTable, Table
 from sellarec.training.task import Batch, Task, Vectors
 
+TEMPLATE = "template.yaml"
 EXPORT = "export.json"
 """File that says what an export is. It is written last."""
 
@@ -153,17 +153,18 @@ class Recommender:
         the score loses by that is the token's part. The parts of tokens that tell the same don't add up to the score.
 
         Returns:
-            score: the log-odds; tokens: by name (user, item, semantic), what the score loses without it; text_only: the score
+            score: the log-odds; tokens: by name (of those injected), what the score loses without it; text_only: the score
             of the adapted language model on the prompt without soft tokens; unknown_user and unknown_item.
         """
         users, items, found = self._find([user], [item], None if history is None else [history])
         shown = lists(*found)
         score = float(self.score_rows(users, items, shown)[0])
         parts = {}
-        for place, name in enumerate(SOFT):
+        for name in self._task.model.projection.tokens:
 
-            def without(module: Any, rows: tuple[Tensor, ...], place: int = place) -> tuple[Tensor, ...]:
-                return tuple(torch.zeros_like(row) if at == place else row for at, row in enumerate(rows))
+            def without(module: Any, given: tuple[dict[str, Tensor]], name: str = name) -> tuple[dict[str, Tensor]]:
+                (rows,) = given
+                return ({**rows, name: torch.zeros_like(rows[name])},)
 
             handle = self._task.model.projection.register_forward_pre_hook(without)
             try:
@@ -284,23 +285,31 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         raise UserError(
             f"{folder} is an export of format {facts['format']}, but this version of sellarec reads {FORMAT}: export again"
         )
-    config = parse([str(folder / "config.yaml")], program="sellarec.load")
+    template = ["--prompt.template", str(folder / TEMPLATE)] if (folder / TEMPLATE).is_file() else []
+    config = parse([str(folder / "config.yaml"), *template], program="sellarec.load")
     source = replace(_base_model(folder, facts["base_model"], llm), storage=config.llm.storage)
     log = read_log(folder / CATALOG)
     titles, noun = [*log.items(["title"])["title"].to_pylist(), ""], log.facts["noun"]
-    saved = SavedTable(folder / "tables", "semantic")
+    tokens = soft_tokens(config.fuse)
+    semantic = None
+    if "semantic" in tokens:
+        saved = SavedTable(folder / "tables", "semantic")
+        semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
+    is_trained = "projections" in config.fuse.train
     task = build_fuse(
         source=source,
         titles=titles,
         prompt=config.prompt,
         noun=noun,
         adapter=folder / "adapter",
-        collab=build_collab(log, replace(config.collab, train_on="rows"), folder),
-        semantic=Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read),
+        collab=build_collab(
+            log, replace(config.collab, train_on="rows"), folder, represented=collaborative_tokens(tokens)
+        ),
+        semantic=semantic,
         hidden=config.align.hidden,
-        projection=None,
-        trained=folder / PROJECTION,
-        settings=config.fuse,
+        projection=None if is_trained else folder / PROJECTION,
+        trained=folder / PROJECTION if is_trained else None,
+        settings=replace(config.fuse, loss="answer"),
         seed=config.seed,
     )
     adapted = task.model.scorer.llm

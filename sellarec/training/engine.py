@@ -155,15 +155,17 @@ class Engine:
         self.dtype: torch.dtype = getattr(torch, dtype)
         # micro-batches are for language models, whose layers are `blocks`; others would only be slowed down by them
         self.micro_batch = settings.micro_batch if isinstance(settings, Language) and task.blocks else None
-        # frozen tables are kept apart: optimizers would take their rows with those of the others
+        # beside trained tables, frozen ones are kept apart: optimizers would take their rows with those of the others
         self.tables, self.frozen_tables = None, None
-        self._frozen_features = {name for table in task.tables if table.frozen for name in table.features}
+        self.trains_tables = isinstance(settings, Sparse) and any(not table.frozen for table in task.tables)
+        apart = [table for table in task.tables if table.frozen] if self.trains_tables else []
+        self._frozen_features = {name for table in apart for name in table.features}
         if task.tables:
-            optimizer = settings if isinstance(settings, Sparse) else None
+            optimizer = settings if self.trains_tables else None
             placements = place(task.tables, storage, optimizer, workers.world_size, workers.device.type)
 
             def make(frozen: bool) -> ShardedTables | None:
-                group = [placement for placement in placements if placement.table.frozen is frozen]
+                group = [placement for placement in placements if (placement.table in apart) is frozen]
                 of = None if frozen else optimizer
                 return ShardedTables(group, storage, of, workers.tables, workers.device, seed) if group else None
 
@@ -183,7 +185,7 @@ class Engine:
                 dense.checkpoint_activations(task.blocks)
             dense.shard(task.model, task.blocks, workers.device, self.dtype)
             task.model.train(isinstance(settings, Dense))
-            if isinstance(settings, Dense):
+            if isinstance(settings, Dense) and dense.trainable(task.model):
                 self.optimizer = DENSE_OPTIMIZERS[settings.optimizer](
                     dense.trainable(task.model),
                     lr=settings.learning_rate,
@@ -289,12 +291,12 @@ class Engine:
         task, workers = self.task, self.workers
         batch = self._to_device(task.collate(self._by_length(rows), step))
         count = self._agree(batch, task.targets(batch).item())
-        if self.tables is not None:
+        if self.tables is not None and self.trains_tables:
             self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
         vectors = self._look_up(batch)
         trained = {name: value for name, value in vectors.items() if name not in self._frozen_features}
         found = {name: value.values if isinstance(value, Jagged) else value for name, value in trained.items()}
-        leaves = {name: value.detach().requires_grad_() for name, value in found.items()}
+        leaves = {name: value.detach().requires_grad_(self.trains_tables) for name, value in found.items()}
         given = vectors | {
             name: Jagged(leaves[name], value.lengths) if isinstance(value, Jagged) else leaves[name]
             for name, value in trained.items()
@@ -308,7 +310,11 @@ class Engine:
             loss = loss / max(count, 1.0)
             loss.backward()
             total += loss.item()
-        gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+        gradients = {
+            name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            for name, leaf in leaves.items()
+            if leaf.requires_grad
+        }
         finite = all(_is_finite(gradient) for gradient in gradients.values())
         if self.optimizer is not None:
             norm = torch.nn.utils.clip_grad_norm_(dense.trainable(task.model), self.settings.clip)
@@ -322,7 +328,7 @@ class Engine:
                 group["lr"] = self.settings.learning_rate * rate
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        if self.tables is not None:
+        if self.tables is not None and self.trains_tables:
             torch.autograd.backward(list(found.values()), list(gradients.values()))
             self.tables.step()
         return mean
@@ -432,7 +438,7 @@ class Engine:
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds: of the tables those that are trained, as frozen ones are read again."""
         state: dict[str, Any] = {}
-        if self.tables is not None:
+        if self.tables is not None and self.trains_tables:
             state["tables"] = self.tables.state()
         if self.optimizer is not None:
             model, optimizer = get_state_dict(
@@ -447,7 +453,7 @@ class Engine:
     def load_checkpoint(self, folder: str) -> None:
         state = self._state()
         dcp.load(state, checkpoint_id=folder, process_group=self.workers.control)
-        if self.tables is not None:
+        if self.tables is not None and self.trains_tables:
             self.tables.load_state(state["tables"])
         if self.optimizer is not None:
             set_state_dict(
@@ -466,7 +472,7 @@ class Engine:
             output.delete("tables")
         dist.barrier(group=control)
         written: list[dict[str, Any]] = []
-        for tables in (self.tables, self.frozen_tables):
+        for tables in (self.tables, self.frozen_tables) if self.trains_tables else ():
             if tables is not None:
                 with (output / "tables").writing() as folder:
                     written += tables.save(folder)
@@ -476,7 +482,7 @@ class Engine:
         gathered: list[Any] = [None] * self.workers.world_size
         dist.all_gather_object(gathered, written, group=control)
         if rank == 0:
-            for table in self.task.tables:
+            for table in self.task.tables if self.trains_tables else ():
                 parts = [part for of_worker in gathered for part in of_worker]
                 (output / "tables").write_json(f"{table.name}.json", index(table, parts))
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from sellarec.artifacts import Place
-from sellarec.config import Dense, Selection, Sparse, Steps, Tables
+from sellarec.config import Dense, Selection, Steps, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training.engine import Engine, Workers, rank_queries, together
@@ -184,7 +184,7 @@ def _report_checkpoint(engine: Engine, position: Position, improved: bool) -> No
 
 def _facts(training: Training, engine: Engine, position: Position) -> dict[str, Any]:
     optimizers = {}
-    if engine.tables is not None and isinstance(training.settings, Sparse):
+    if engine.tables is not None and engine.trains_tables:
         optimizers["tables"] = engine.tables.optimizer
     if isinstance(training.settings, Dense) and engine.optimizer is not None:
         name = type(engine.optimizer).__name__

@@ -62,7 +62,8 @@ class Task(Protocol):
         columns: columns of the interactions (or of whatever the stage streams) that are read.
         prepare: what the reading tasks do with rows to train on (draw negatives, make tokens); None where it is nothing.
         prepare_to_score: the same of rows to score; `prepare` where nothing else is said.
-        tables: embedding tables, which the loop shards over the workers; it changes no row of those that are frozen.
+        tables: embedding tables, which the loop shards over the workers; it changes no row of those that are frozen, and leaves
+            no tables in the artifact where all are.
         whole: features of whose tables each worker gets its share of the rows when training.
         graph: the graph over which rows of the tables `user` and `item` are smoothed; None for none.
         model: the dense part, which the loop shards with FSDP2; None where there is none.

@@ -115,6 +115,11 @@ def vectors_of(task: Any, batch: dict[str, Any], seed: int = 3, workers: int = 1
     return found
 
 
+def represent(task: CollabTask, batch: dict[str, Any], vectors: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """User and item as fusion takes them."""
+    return task.network.represent_user(batch, vectors), task.network.represent_item(batch, vectors)
+
+
 def leaves(vectors: dict[str, Any]) -> dict[str, Tensor]:
     return {name: found.values if isinstance(found, Jagged) else found for name, found in vectors.items()}
 

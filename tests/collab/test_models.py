@@ -18,6 +18,7 @@ from small import (
     batch_of,
     leaves,
     make,
+    represent,
     small_log,
     some_rows,
     table_rows,
@@ -327,7 +328,7 @@ def test_fism_of_an_empty_history_knows_liking_and_biases_alone(tmp_path):
     empty = some_rows(history=pa.array([[], [], []], pa.list_(pa.int64())))
     batch = batch_of(task, empty, None)
     vectors = vectors_of(task, batch)
-    user, _ = task.represent(batch, vectors)
+    user, _ = represent(task, batch, vectors)
     assert torch.equal(user[:, :-2], task.network.liking.expand(3, 6)) and torch.equal(user[:, -2], torch.zeros(3))
     assert torch.equal(user[:, -1], vectors["user"][:, -1] * torch.tensor([1.0, 1.0, 0.0]))
 
@@ -371,7 +372,7 @@ def test_with_a_temperature_the_score_is_a_cosine_over_it(name, biases, tmp_path
     task.network.eval()
     batch = batch_of(task, some_rows(), None)
     vectors = vectors_of(task, batch)
-    users, items = (part.detach().numpy().astype(np.float64) for part in task.represent(batch, vectors))
+    users, items = (part.detach().numpy().astype(np.float64) for part in represent(task, batch, vectors))
     score = task.score(None, batch, vectors)
     every = task.network.products(*(torch.from_numpy(part).float() for part in (users, items)))
     for u in range(3):
@@ -429,12 +430,12 @@ def test_a_rows_score_doesnt_depend_on_the_rows_beside_it(name, changes, tmp_pat
     table = pa.concat_tables([some_rows(), some_rows(history=pa.array([[1], [5, 6, 3, 2, 1, 0, 6], [3, 2]]))])
     batch = batch_of(task, table, None)
     vectors = vectors_of(task, batch)
-    together, users = task.score(None, batch, vectors), task.represent(batch, vectors)
+    together, users = task.score(None, batch, vectors), represent(task, batch, vectors)
     assert together.shape == (6,) and together.dtype == torch.float32
     for at in range(6):
         alone = of_row(batch, at), of_row(vectors, at)
         torch.testing.assert_close(task.score(None, *alone), together[at : at + 1], rtol=1e-4, atol=1e-6)
-        for one, all_ in zip(task.represent(*alone), users, strict=True):
+        for one, all_ in zip(represent(task, *alone), users, strict=True):
             torch.testing.assert_close(one, all_[at : at + 1], rtol=1e-4, atol=1e-6)
 
 
@@ -444,7 +445,7 @@ def test_what_represents_a_row_is_what_is_scored(name, changes, tmp_path):
     task.network.eval()
     batch = batch_of(task, some_rows(), None)
     vectors = vectors_of(task, batch)
-    user, item = task.represent(batch, vectors)
+    user, item = represent(task, batch, vectors)
     assert user.shape == item.shape == (3, 4)
     assert (item[1] == 0).all(), "an unseen item is a row of zeros"
     if task.network.is_product:

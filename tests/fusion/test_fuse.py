@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from itertools import combinations
 
 import numpy as np
 import pyarrow as pa
@@ -11,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import Alone, save_table, small_log
+from small import Alone, represent, save_table, small_log
 
 from sellarec.collab.task import WEIGHTS, build_collab
 from sellarec.config import Adapt, Collab, Fuse, Prompt
-from sellarec.fusion.fuse import FuseTask, build_fuse
+from sellarec.errors import UserError
+from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, soft_tokens
 from sellarec.fusion.projection import Projection
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
@@ -38,6 +40,9 @@ TABLES = {
 }
 
 
+SUBSETS = [tokens for count in (1, 2, 3) for tokens in combinations(SOFT, count)]
+
+
 @pytest.fixture(scope="module")
 def make(decoder, titles, tmp_path_factory):
     """Builds the task on the embedded decoder with an adapter that isn't fresh."""
@@ -55,7 +60,7 @@ def make(decoder, titles, tmp_path_factory):
         save_table(start / "tables", name, rows, (2,))
 
     def build(
-        projection=None, trained=None, unseen_dropout=0.3, seed=1, model="mf", dense=None, dim=DIM, **fuse
+        projection=None, trained=None, adapter=None, seed=1, model="mf", dense=None, dim=DIM, **changes
     ) -> FuseTask:
         torch.manual_seed(7)
         log = small_log(start, USERS, ITEMS, np.ones(ITEMS, bool))
@@ -64,11 +69,13 @@ def make(decoder, titles, tmp_path_factory):
             fresh = build_collab(log, settings, None)
             fresh.save(start, {name: weight.detach() for name, weight in fresh.network.named_parameters()})
         origin = None if dim != DIM else start if dense is None else dense
-        collab = build_collab(log, settings, origin)
+        fuse = Fuse(**{"unseen_dropout": 0.3} | changes)
+        tokens = soft_tokens(fuse)
+        collab = build_collab(log, settings, origin, represented=collaborative_tokens(tokens))
         semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=lambda low, high: TABLES["semantic"][low:high])
         return build_fuse(
-            source, titles, PROMPT, "movie", folder / "adapter", collab, semantic, HIDDEN, projection, trained,
-            Fuse(unseen_dropout=unseen_dropout, **fuse), seed,
+            source, titles, PROMPT, "movie", adapter or folder / "adapter", collab,
+            semantic if "semantic" in tokens else None, HIDDEN, projection, trained, fuse, seed,
         )  # fmt: skip
 
     return build
@@ -111,8 +118,10 @@ def look_up(task: FuseTask, batch: dict) -> dict:
     return found
 
 
-def test_exactly_the_three_slots_are_replaced(task):
+@pytest.mark.parametrize("tokens", SUBSETS, ids=" ".join)
+def test_exactly_the_slots_of_the_tokens_are_replaced(make, tokens):
     """Seen from inside: what the decoder is given against its embedding table and the projections' tokens."""
+    task = make(tokens=tokens)
     batch = batch_of(task, rows(6), None)
     vectors = look_up(task, batch)
     decoder = base_model(task.model.scorer.llm).model
@@ -126,11 +135,12 @@ def test_exactly_the_three_slots_are_replaced(task):
         task.score(task.model, batch, vectors)
     finally:
         handle.remove()
-    tokens = task.model.projection(vectors["user"], vectors["item"], vectors["semantic"])
+    made = task.model.projection(vectors)
+    assert set(made) == set(vectors) == set(tokens) == {table.name for table in task.tables}
     expected = decoder.get_input_embeddings()(batch["tokens"])
     for row in range(6):
-        for name in SOFT:
-            expected[row, batch[f"{name}_position"][row]] = tokens[name][row]
+        for name in tokens:
+            expected[row, batch[f"{name}_position"][row]] = made[name][row]
     assert torch.equal(seen["inputs_embeds"], expected)
     assert seen["attention_mask"].tolist() == batch["mask"].long().tolist()
 
@@ -138,7 +148,7 @@ def test_exactly_the_three_slots_are_replaced(task):
 def test_tokens_have_the_norm_of_the_models_embeddings(task):
     batch = batch_of(task, rows(), None)
     vectors = look_up(task, batch)
-    tokens = task.model.projection(vectors["user"], vectors["item"], vectors["semantic"])
+    tokens = task.model.projection(vectors)
     table = base_model(task.model.scorer.llm).get_input_embeddings().weight
     assert set(tokens) == set(SOFT)
     for token in tokens.values():
@@ -148,7 +158,7 @@ def test_tokens_have_the_norm_of_the_models_embeddings(task):
 def test_user_and_item_share_a_projection(task):
     hybrid = task.model.projection
     x = torch.randn(3, DIM)
-    tokens = hybrid(x, x, torch.randn(3, WIDTH))
+    tokens = hybrid({"user": x, "item": x, "semantic": torch.randn(3, WIDTH)})
     torch.testing.assert_close(tokens["user"] / hybrid.gain[0], tokens["item"] / hybrid.gain[1])
 
 
@@ -164,6 +174,64 @@ def test_only_projections_and_rows_are_trained(task):
     for name, vector in vectors.items():
         assert (vector.grad.abs().sum(1) > 0).all(), name
     assert task.facts()["trained_weights"] == sum(w.numel() for w in task.model.projection.parameters())
+
+
+@pytest.mark.parametrize(
+    "train",
+    [part for count in (1, 2, 3) for part in combinations(("tables", "projections", "adapter"), count)],
+    ids=" ".join,
+)
+def test_what_is_named_is_trained_and_saved_and_nothing_else(make, tmp_path, train):
+    """The collaborative model's dense weights go with the tables; gradients reach all that is named and is needed."""
+    task = make(model="sasrec", train=train)
+    assert all(table.frozen == ("tables" not in train) for table in task.tables)
+    batch = batch_of(task, rows(6), None)
+    task.loss(task.model, batch, look_up(task, batch), Alone()).backward()
+    beginnings = {"network.": "tables", "projection.": "projections", "scorer.": "adapter"}
+    reached = set()
+    for name, weight in task.model.named_parameters():
+        (part,) = (part for beginning, part in beginnings.items() if name.startswith(beginning))
+        named = part in train and (part != "adapter" or "lora_" in name)
+        assert weight.requires_grad == named, name
+        if weight.grad is not None and weight.grad.abs().sum() > 0:
+            reached.add(part)
+    assert reached == set(train)
+    trained = {name: w.detach() for name, w in task.model.named_parameters() if w.requires_grad}
+    task.save(tmp_path, trained)
+    files = {"tables": WEIGHTS, "projections": "projection.safetensors", "adapter": "adapter/adapter_model.safetensors"}
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")}
+    assert found == {files[part] for part in train}
+    assert task.facts()["trained"] == list(train) and task.facts()["tokens"] == list(SOFT)
+    assert task.facts()["trained_weights"] == sum(weight.numel() for weight in trained.values())
+
+
+def test_a_trained_adapter_is_scored_with(make, tmp_path):
+    settings = {"train": ("projections", "adapter"), "tokens": ("user", "item")}
+    task = make(**settings)
+    trained = {n: w for n, w in task.model.named_parameters() if w.requires_grad}
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.add_(0.05)
+    task.save(tmp_path, {name: weight.detach() for name, weight in trained.items()})
+    again = make(trained=tmp_path / "projection.safetensors", adapter=tmp_path / "adapter", **settings)
+    batch = batch_of(again, rows(), None)
+    vectors = look_up(again, batch)
+    score = task.score(task.model, batch, vectors)
+    torch.testing.assert_close(again.score(again.model, batch, vectors), score)
+    forgotten = make(trained=tmp_path / "projection.safetensors", **settings)
+    assert not torch.allclose(forgotten.score(forgotten.model, batch, vectors), score)
+
+
+def test_an_adapter_with_a_tensor_missing_is_refused(make, tmp_path):
+    task = make(train=("adapter",), tokens=("user",))
+    trained = {n: w.detach() for n, w in task.model.named_parameters() if w.requires_grad}
+    task.save(tmp_path, trained)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    kept = load_file(file)
+    kept.pop(sorted(kept)[0])
+    save_file(kept, file)
+    with pytest.raises(UserError, match="isn't one of this model"):
+        make(train=("adapter",), tokens=("user",), adapter=tmp_path / "adapter")
 
 
 def test_rows_of_weight_zero_have_no_effect(task):
@@ -244,8 +312,104 @@ def test_training_starts_from_the_aligned_projection(make, tmp_path):
     save_file(aligned.state_dict(), tmp_path / "projection.safetensors")
     warm, cold = make(projection=tmp_path / "projection.safetensors"), make()
     for name, weight in aligned.state_dict().items():
-        assert torch.equal(warm.model.projection.collaborative.state_dict()[name], weight)
-        assert not torch.equal(cold.model.projection.collaborative.state_dict()[name], weight)
+        assert torch.equal(warm.model.projection.projections["collaborative"].state_dict()[name], weight)
+        assert not torch.equal(cold.model.projection.projections["collaborative"].state_dict()[name], weight)
+
+
+def warm_file(folder):
+    torch.manual_seed(11)
+    aligned = Projection(DIM, HIDDEN, WIDTH)
+    save_file(aligned.state_dict(), folder / "projection.safetensors")
+    return aligned, folder / "projection.safetensors"
+
+
+def test_tokens_may_have_the_norm_that_their_projections_give_them(make, tmp_path):
+    """As published: no gain is learnt."""
+    aligned, file = warm_file(tmp_path)
+    task = make(projection=file, norm="none", tokens=("user", "item"))
+    x = torch.randn(3, DIM)
+    tokens = task.model.projection({"user": x, "item": x + 1})
+    torch.testing.assert_close(tokens, {"user": aligned(x), "item": aligned(x + 1)}, rtol=0, atol=0)
+    assert {name.split(".")[0] for name, _ in task.model.projection.named_parameters()} == {"projections"}
+
+
+def test_user_and_item_may_have_a_projection_each(make, tmp_path):
+    """Both start from the aligned one; a gradient of one token doesn't reach the other's."""
+    aligned, file = warm_file(tmp_path)
+    warm, cold = make(projection=file, projections="separate"), make(projections="separate")
+    for name in ("user", "item"):
+        for key, weight in aligned.state_dict().items():
+            assert torch.equal(warm.model.projection.projections[name].state_dict()[key], weight)
+    x = torch.randn(3, DIM)
+    tokens = cold.model.projection({"user": x, "item": x, "semantic": torch.randn(3, WIDTH)})
+    assert not torch.allclose(tokens["user"], tokens["item"])
+    tokens["user"].sum().backward()
+    projections = cold.model.projection.projections
+    assert set(projections) == {"user", "item", "semantic"}
+    assert all(
+        (weight.grad is None) == (name != "user") for name in projections for weight in projections[name].parameters()
+    )
+
+
+def test_a_mixture_starts_as_the_aligned_projection_and_its_experts_part(make, tmp_path):
+    """Whatever the gate, as all experts are alike; what each is given by the gate then tells them apart."""
+    aligned, file = warm_file(tmp_path)
+    task = make(projection=file, experts=3, norm="none", tokens=("user", "item"))
+    mixture = task.model.projection.projections["collaborative"]
+    x = torch.randn(5, DIM)
+    torch.testing.assert_close(mixture(x), aligned(x))
+    mixture(x).square().sum().backward()
+    gradients = [expert.layers[2].weight.grad for expert in mixture.experts]
+    assert len(gradients) == 3 and not torch.allclose(gradients[0], gradients[1])
+
+
+def test_a_mixture_is_the_sum_of_its_experts_weighed_by_a_softmax(make):
+    mixture = make(experts=2).model.projection.projections["collaborative"]
+    x = torch.randn(5, DIM)
+    logits = x @ mixture.gate.weight.T + mixture.gate.bias
+    first = 1 / (1 + (logits[:, 1] - logits[:, 0]).exp())[:, None]
+    one, other = (expert(x) for expert in mixture.experts)
+    assert not torch.allclose(one, other)
+    torch.testing.assert_close(mixture(x), first * one + (1 - first) * other)
+
+
+READ_BY_USER = {
+    "mf": {"user": {"user"}},
+    "svdpp": {"user": {"user"}, "history": {"history"}},
+    "sasrec": {"user": {"user"}, "item": {"history"}},
+    "din": {"user": {"user"}, "item": {"item", "history"}},
+    "fism": {"user": {"user"}, "item": {"history"}},
+    "lightgcn": {"user": {"user"}, "item": {"item"}},
+}
+
+
+@pytest.mark.parametrize("model", READ_BY_USER)
+@pytest.mark.parametrize("token", ["user", "item"])
+def test_tables_that_no_token_takes_are_not_read(make, model, token):
+    """What is looked up is enough for the tokens, and but for a graph's table each of it has a part in the score."""
+    task, whole = make(model=model, tokens=(token,)), make(model=model)
+    expected = READ_BY_USER[model] if token == "user" or model == "lightgcn" else {"item": {"item"}}
+    assert (task.graph is None) == (model != "lightgcn")
+    # one history without an item would say nothing of the others
+    some = rows(6, history=pa.array([[1, 2], [3], [4, 5, 6], [7], [8], [9]], pa.list_(pa.int64())))
+    batch, all_ = batch_of(task, some, None), batch_of(whole, some, None)
+    asked = set(task.lookups(batch))
+    assert {table.name: asked & set(table.features) for table in task.tables} == expected
+    assert ("history" in batch) == any("history" in features for features in expected.values())
+    vectors = look_up(task, batch)
+    task.model.eval()
+    task.score(task.model, batch, vectors).sum().backward()
+    for name, found in vectors.items():
+        gradient = (found.values if isinstance(found, Jagged) else found).grad
+        needed = model != "lightgcn" or name == token
+        if needed and not (model == "fism" and name == "history"):  # of the labels none reaches those vectors
+            assert gradient is not None and gradient.abs().sum() > 0, name
+    of_whole = represent(whole.collab, all_, look_up(whole, all_))[0 if token == "user" else 1]
+    made = {"user": task.model.network.represent_user, "item": task.model.network.represent_item}[token]
+    if model not in ("sasrec", "din"):  # their layers are drawn in building
+        torch.testing.assert_close(made(batch, vectors), of_whole)
+    trains = any(weight.requires_grad for weight in task.model.network.parameters())
+    assert trains == (token == "user" and task.model.network.has_weights)
 
 
 def test_the_tables_start_from_what_stages_before_made(task):
@@ -271,6 +435,14 @@ def test_the_frozen_language_model_has_no_dropout_while_the_projections_train(ta
     assert not any(module.training for module in task.model.modules())
 
 
+@pytest.mark.parametrize("train", [("projections",), ("tables", "projections"), ("projections", "adapter")])
+def test_dropout_is_where_there_is_training(make, train):
+    task = make(model="sasrec", train=train)
+    task.model.train()
+    assert task.model.network.training == ("tables" in train)
+    assert all(module.training == ("adapter" in train) for module in task.model.scorer.modules())
+
+
 def test_the_users_token_is_that_of_a_collaborative_model_with_history(make):
     task = make(model="svdpp")
     batch = batch_of(task, rows(7), None)
@@ -294,16 +466,14 @@ def test_any_collaborative_model_is_fused(make, tmp_path, model):
     batch = batch_of(task, rows(6), None)
     vectors = look_up(task, batch)
     task.model.eval()
-    user, item = task.collab.represent(batch, vectors)
+    user, item = represent(task.collab, batch, vectors)
     seen: dict = {}
-    handle = task.model.projection.register_forward_pre_hook(
-        lambda module, given: seen.update(zip("uis", given, strict=True))
-    )
+    handle = task.model.projection.register_forward_pre_hook(lambda module, given: seen.update(given[0]))
     try:
         score = task.score(task.model, batch, vectors)
     finally:
         handle.remove()
-    torch.testing.assert_close((seen["u"], seen["i"], seen["s"]), (user, item, vectors["semantic"]))
+    torch.testing.assert_close(seen, {"user": user, "item": item, "semantic": vectors["semantic"]})
     task.loss(task.model, batch, vectors, Alone()).backward()
     trained = {n: w for n, w in task.model.named_parameters() if w.requires_grad}
     assert all(n.startswith(("projection.", "network.")) for n in trained)

@@ -21,7 +21,7 @@ from sellarec.language import llm as llms
 from sellarec.language.adapt import TextTask, build_adapt, build_adapted
 from sellarec.language.distil import ItemEncoder
 from sellarec.language.pretrain import build_decoder
-from sellarec.language.templates import templates
+from sellarec.language.templates import read_template
 from sellarec.pipeline import settings_of
 
 torch.set_num_threads(1)
@@ -210,7 +210,7 @@ def test_no_pad_token_and_answers_of_several_tokens_are_handled(titles, tmp_path
     )
     tokenizer = llms.load_tokenizer(tmp_path / "model")
     assert tokenizer.pad_token is None
-    answers = templates()["compact"]["answers"]
+    answers = read_template("compact").answers
     assert all(len(tokenizer(answer)["input_ids"]) > 2 for answer in answers)
     task = language_cases.adapt_task(Case(tmp_path / "model", titles, Adapt(rank=2)))
     segments = task.prompts.segments

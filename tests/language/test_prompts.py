@@ -1,6 +1,7 @@
 """Prompts: the tokens of readable text, slots where they belong, histories that are shortened and never the instruction."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from sellarec.errors import UserError
 from sellarec.language.llm import load_tokenizer
 from sellarec.language.prompts import MIN_HISTORY, SOFT, Catalog, Prompts, SegmentTokenizer, Written, compile_template
 from sellarec.language.scorer import left_padded
-from sellarec.language.templates import read_template
+from sellarec.language.templates import Template, read_template
 
 EMBEDDED, PRETRAINED = "embedded", ("lm-stories260k", "lm-babyllama")
 BOTH = [(name, kind) for name in ("full", "compact") for kind in ("text", "fused")]
@@ -33,10 +34,9 @@ def embedded(decoder):
     return load_tokenizer(decoder)
 
 
-def make(tokenizer, titles, kind="text", context=PLENTY, **changes) -> Prompts:
-    return Prompts(
-        tokenizer, titles, Prompt(**{"template": "compact", "max_tokens": PLENTY} | changes), "movie", context, kind
-    )
+def make(tokenizer, titles, kind="text", context=PLENTY, soft=SOFT, **changes) -> Prompts:
+    settings = Prompt(**{"template": "compact", "max_tokens": PLENTY} | changes)
+    return Prompts(tokenizer, titles, settings, "movie", context, kind, soft=soft)
 
 
 def build(prompts: Prompts, rows: list[tuple[int, list[int]]]) -> dict[str, np.ndarray]:
@@ -50,10 +50,10 @@ def tokens_of(found: dict[str, np.ndarray], row: int) -> list[int]:
     return found["tokens"][row][found["mask"][row]].tolist()
 
 
-def readable(template: str, history: list[str], title: str, kind: str = "text") -> str:
+def readable(template: str, history: list[str], title: str, kind: str = "text", soft: tuple[str, ...] = SOFT) -> str:
     """The prompt as one reads it, without the answer; soft tokens and the spaces before them left out."""
     words = read_template(template)
-    text = "\n".join(turn.text for turn in getattr(words, kind))
+    text = "\n".join(turn.text for turn in words.turns(kind, soft))
     for slot in SOFT:
         text = text.replace(f"{{{slot}}}", "")
     shown = (
@@ -61,6 +61,8 @@ def readable(template: str, history: list[str], title: str, kind: str = "text") 
     )
     return text.format(noun="movie", Noun="Movie", history=shown, title=title)
 
+
+SUBSETS = [soft for count in (1, 2, 3) for soft in combinations(SOFT, count)]
 
 ROWS = [(0, []), (4, [1]), (2, [3, 0, 1, 5]), (7, [9, 7])]
 
@@ -117,7 +119,8 @@ def test_the_tokens_are_those_of_the_readable_text(embedded, catalog, data):
 def test_slots_point_at_their_places_under_left_padding(tokenizer, titles, template):
     prompts = make(tokenizer, titles, "fused", template=template)
     found = build(prompts, ROWS)
-    before = {slot: read_template(template).fused[0].text.partition(f"{{{slot}}}")[0] for slot in ("user", "item")}
+    text = read_template(template).turns("fused")[0].text
+    before = {slot: text.partition(f"{{{slot}}}")[0] for slot in ("user", "item")}
     for row, (item, _) in enumerate(ROWS):
         tokens, mask = found["tokens"][row], found["mask"][row]
         padding = int((~mask).sum())
@@ -138,6 +141,56 @@ def test_slots_point_at_their_places_under_left_padding(tokenizer, titles, templ
         padding = int((~found["mask"][row]).sum())
         assert tokens_of(found, row) == single["tokens"][0].tolist()
         assert all(found[f"{slot}_position"][row] - padding == single[f"{slot}_position"][0] for slot in SOFT)
+
+
+@pytest.mark.parametrize("template", ["full", "compact"])
+@pytest.mark.parametrize("soft", SUBSETS, ids=" ".join)
+def test_a_prompt_speaks_of_the_injected_tokens_alone(tokenizer, titles, template, soft):
+    """Its text is the template's for them, its slots are theirs, in the template's order; no room is lost to the others."""
+    prompts = make(tokenizer, titles, "fused", template=template, soft=soft)
+    found = build(prompts, ROWS)
+    slots = [f"{name}_position" for name in SOFT if name in soft]
+    assert {name for name in found if name.endswith("_position")} == set(slots)
+    for row, (item, history) in enumerate(ROWS):
+        places = [int(found[slot][row]) for slot in slots]
+        assert places == sorted(places) and (found["tokens"][row][places] == 0).all()
+        padding = int((~found["mask"][row]).sum())
+        kept = np.delete(found["tokens"][row], places)[padding:].tolist()
+        text = readable(template, [titles[i] for i in history], titles[item], "fused", soft)
+        others = readable(template, [titles[i] for i in history], titles[item], "fused", SOFT)
+        assert (text == others) == (soft == SOFT or (template == "compact" and "user" in soft))
+        if tokenizer.unk_token_id not in kept:
+            assert tokenizer.decode(kept, skip_special_tokens=True).strip() == text
+    assert prompts.segments.fixed <= make(tokenizer, titles, "fused", template=template).segments.fixed
+
+
+def test_what_the_fused_templates_say():
+    """The wording for each set of tokens; with all three that of before there was a choice."""
+    full, compact = (read_template(name) for name in ("full", "compact"))
+
+    def said(template: Template, soft: tuple[str, ...]) -> str:
+        (turn,) = template.turns("fused", soft)
+        return turn.text
+
+    assert {soft: said(compact, soft) for soft in SUBSETS} == {
+        ("user",): "Liked: {history}. User{user}. Next: {title}. Good?",
+        ("item",): "Liked: {history}. Next{item}: {title}. Good?",
+        ("semantic",): "Liked: {history}. Next{semantic}: {title}. Good?",
+        ("user", "item"): "Liked: {history}. User{user}. Next{item}: {title}. Good?",
+        ("user", "semantic"): "Liked: {history}. User{user}. Next{semantic}: {title}. Good?",
+        ("item", "semantic"): "Liked: {history}. Next{item}{semantic}: {title}. Good?",
+        ("user", "item", "semantic"): "Liked: {history}. User{user}. Next{item}{semantic}: {title}. Good?",
+    }
+    assert said(full, SOFT) == (
+        "Below are {noun}s that a user liked, the most recent one last, a vector that describes the user, and a target {noun} "
+        "with two vectors that describe it. Judge from all of this whether the user will like the target {noun} too. Answer "
+        'with "Yes." or "No." Liked {noun}s: {history}. User:{user}. Target {noun}:{item}{semantic} {title}. Answer:'
+    )
+    assert said(full, ("user",)).startswith(
+        "Below are {noun}s that a user liked, the most recent one last, a vector that describes the user, and a target {noun}. "
+    )
+    assert "last, and a target {noun} with a vector that describes it. " in said(full, ("semantic",))
+    assert "two vectors" not in said(full, ("user", "item"))
 
 
 def test_text_prompts_have_no_slots(embedded, titles):

@@ -31,9 +31,28 @@ def test_the_built_in_ones_can_be_read():
 
 def test_a_file_of_ones_own_is_read(tmp_path):
     template = read_template(write(tmp_path, GOOD | {"history_title": "'{title}'"}))
-    assert template.text == (Turn("user", "Liked: {history}. Next {noun}: {title}. Good?"),)
-    assert template.fused == (Turn("system", "Judge {noun}s."), Turn("user", GOOD["fused"][1]["user"]))
+    assert template.turns("text") == (Turn("user", "Liked: {history}. Next {noun}: {title}. Good?"),)
+    assert template.turns("fused") == (Turn("system", "Judge {noun}s."), Turn("user", GOOD["fused"][1]["user"]))
     assert (template.history_title, template.answers) == ("'{title}'", (" Yes", " No"))
+
+
+def test_a_text_in_pieces_says_what_the_injected_tokens_need(tmp_path):
+    pieces = [
+        "Liked {history}.",
+        {"user": " User {user}."},
+        {"item semantic": " {item} {semantic}", "item": " {item}"},
+        " {title}",
+    ]
+    template = read_template(write(tmp_path, GOOD | {"fused": [{"system": "Judge."}, {"user": pieces}]}))
+    assert template.turns("fused")[1] == Turn("user", "Liked {history}. User {user}. {item} {semantic} {title}")
+    assert template.turns("fused", ("item", "user"))[1].text == "Liked {history}. User {user}. {item} {title}"
+    with pytest.raises(UserError, match=r"fused with the tokens semantic has no place for \{semantic\}"):
+        template.turns("fused", ("semantic",))
+    plain = read_template(write(tmp_path, GOOD))
+    with pytest.raises(UserError, match=r"fused with the tokens user has a slot \{item\}"):
+        plain.turns("fused", ("user",))
+    with pytest.raises(UserError, match="fused with the tokens user has a slot"):
+        parse(["demo", "--prompt.template", write(tmp_path, GOOD), "--fuse.tokens", "user"])
 
 
 @pytest.mark.parametrize(
@@ -59,6 +78,9 @@ def test_a_file_of_ones_own_is_read(tmp_path):
         ({"text": [{"user": "{history}", "system": "{title}"}]}, "one role and its text"),
         ({"text": []}, "list of turns"),
         ({"text": "{history} {title}"}, "one of text and fused has roles"),
+        ({"fused": ["{user} {history} {item} {semantic} {title}", {"year": "a"}]}, "a piece for 'year'"),
+        ({"fused": ["{user} {history} {item} {semantic} {title}", 3]}, "the piece 3"),
+        ({"fused": [{"user": [{}, "{user} {history} {item} {semantic} {title}"]}]}, r"the piece \{\}"),
         ({"history_title": "{noun}"}, "history_title has a slot"),
         ({"history_title": "a"}, r"history_title has no place for \{title\}"),
     ],

@@ -54,9 +54,8 @@ class Model(CollabModel):
     def products(self, users: Tensor, items: Tensor) -> Tensor:
         return super().products(users, _of_score(items))
 
-    def represent(self, batch: Batch, vectors: Vectors) -> tuple[Tensor, Tensor]:
-        user, item = super().represent(batch, vectors)
-        return user, _of_score(item)
+    def represent_item(self, batch: Batch, vectors: Vectors) -> Tensor:
+        return _of_score(super().represent_item(batch, vectors))
 
     def auxiliary_loss(self, batch: Batch, vectors: Vectors, log_counts: Tensor, peers: Peers) -> Tensor:
         """float [b]: the cross-entropy of the row's item among all, given the history."""

@@ -43,7 +43,7 @@ class Model(CollabModel):
         for block in self.blocks:
             states = block(states, there)
         states = self.norm(states)
-        if isinstance(vectors["item"], Jagged):  # the next item at every position of a sequence
+        if isinstance(vectors.get("item"), Jagged):  # the next item at every position of a sequence
             return states
         users = states.new_zeros(len(history), states.shape[1])
         some = history.lengths > 0

@@ -1,0 +1,92 @@
+"""Which artifact each part of the recommender is read from: what fuse trained from its own, the rest from where fuse read it."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from prepared import prepare_into, rules, source_of
+from safetensors.torch import save_file
+from small import save_table
+
+from sellarec.artifacts import fingerprint
+from sellarec.config import Adapt, Align, Collab, Config, Fuse, Prompt
+from sellarec.fusion.projection import Projection
+from sellarec.language.adapt import build_adapt
+from sellarec.language.llm import find_llm
+from sellarec.pipeline import Run, _fuse_builder
+
+DIM, HIDDEN, WIDTH = 4, 6, 16
+
+
+@pytest.fixture(scope="module")
+def workspace(decoder, tmp_path_factory) -> Path:
+    """Artifacts of all stages that fuse reads; align's tables hold 1 throughout."""
+    folder = tmp_path_factory.mktemp("workspace")
+    prepare, adapt, align = (folder / "artifacts" / f"{stage}-x" for stage in ("prepare", "adapt", "align"))
+    prepare.mkdir(parents=True)
+    rows = {
+        "user": [0, 1, 2] * 8,
+        "item": [0, 1, 2, 3] * 6,
+        "label": pa.array([0, 1] * 12, pa.int8()),
+        "timestamp": range(24),
+    }
+    log = prepare_into(prepare, source_of(pa.table(rows)), rules())
+    (folder / "artifacts" / "pretrain-x").mkdir()
+    (folder / "artifacts" / "pretrain-x" / "model").symlink_to(decoder)
+    torch.manual_seed(1)
+    task = build_adapt(find_llm(str(decoder), None), ["a"] * log.facts["items"], Prompt(), "book", Adapt(rank=2))
+    adapt.mkdir()
+    task.save(adapt, {name: w.detach() for name, w in task.model.named_parameters() if w.requires_grad})
+    save_tables(align, log.facts, 1.0)
+    save_file(Projection(DIM, HIDDEN, WIDTH).state_dict(), align / "projection.safetensors")
+    return folder
+
+
+def save_tables(folder: Path, facts: dict, value: float) -> None:
+    for name, count, width in (("user", "users", DIM), ("item", "items", DIM), ("semantic", "items", WIDTH)):
+        save_table(folder / "tables", name, np.full((facts[count], width), value, np.float32))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train": ("projections",)},
+        {"train": ("tables", "adapter"), "tokens": ("user", "item")},
+        {"train": ("adapter",), "tokens": ("user",)},
+        {"train": ("adapter", "projections"), "projections": "separate", "experts": 2, "norm": "none"},
+        {"train": ("tables",), "tokens": ("item",)},
+        {"tokens": ("semantic",)},
+    ],
+    ids=str,
+)
+def test_each_part_is_read_from_where_it_was_left(workspace, changes):
+    config = Config(
+        workspace=str(workspace), collab=Collab(dim=DIM), align=Align(hidden=HIDDEN), fuse=Fuse(**changes),
+        prompt=Prompt(template="compact"),
+    )  # fmt: skip
+    run = Run.of(config)
+    run.marks = dict.fromkeys(("prepare", "pretrain", "adapt", "align"), "x") | {"fuse": fingerprint(changes)}
+    start = _fuse_builder(run, "align")()
+    initial = {name: weight.detach().clone() for name, weight in start.model.named_parameters()}
+    trained = {n: w.detach() + 0.5 for n, w in start.model.named_parameters() if w.requires_grad}
+    fuse = run.artifact("fuse").local()
+    fuse.mkdir()
+    start.save(fuse, trained)
+    if "tables" in config.fuse.train:
+        save_tables(fuse, run.log().facts, 2.0)
+
+    task = _fuse_builder(run, "fuse")()
+    assert {table.name for table in task.tables} == set(config.fuse.tokens)
+    for table in task.tables:
+        assert (table.read(0, table.rows) == (2 if "tables" in config.fuse.train else 1)).all()
+    found = dict(task.model.named_parameters())
+    assert found.keys() == initial.keys()
+    assert bool(trained) == (config.fuse.train != ("tables",))
+    for name, weight in found.items():
+        if name in trained:
+            assert torch.equal(weight, trained[name]), name
+        else:
+            assert torch.equal(weight, initial[name]), name

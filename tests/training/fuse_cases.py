@@ -1,0 +1,104 @@
+"""Training stage fuse as each worker of a test does, without Ray."""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from engine_cases import SEED, rate_at, workers_of
+
+from sellarec.artifacts import Place
+from sellarec.collab.task import build_collab
+from sellarec.config import Collab, Evaluate, Fuse, Prompt, Tables
+from sellarec.data.log import read_log
+from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, soft_tokens
+from sellarec.language.llm import find_llm
+from sellarec.training.engine import Engine
+from sellarec.training.stream import Order, prepared, row_groups, slices
+from sellarec.training.table import SavedTable, Table
+
+STEPS, HIDDEN = 5, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recommender that is trained for STEPS steps.
+
+    Attributes:
+        inputs: folder of `decoder`, `adapter`, `log`, and what stage align leaves.
+        output: what is exported goes there.
+        stop_before: the training is broken off before this step, of which there is a checkpoint, and goes on from it.
+    """
+
+    settings: Fuse
+    collab: Collab
+    inputs: Path
+    output: Path
+    stop_before: int | None = None
+
+
+def titles_of(inputs: Path) -> list[str]:
+    words = ("golden", "harbor", "lunar", "alibi", "winter", "voyage", "whale")
+    items = read_log(inputs / "log").facts["items"]
+    return [f"the {words[i % 7]} {words[i % 5]}" for i in range(items)]
+
+
+def task_of(case: Case, trained: bool) -> FuseTask:
+    """As the pipeline builds it: to train, or with what a training left."""
+    torch.manual_seed(SEED)
+    left = case.settings.train if trained else ()
+    tables = case.output if "tables" in left else case.inputs
+    tokens = soft_tokens(case.settings)
+    log = read_log(case.inputs / "log")
+    collab = build_collab(log, case.collab, tables, represented=collaborative_tokens(tokens))
+    semantic = None
+    if "semantic" in tokens:
+        saved = SavedTable(tables / "tables", "semantic")
+        semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
+    return build_fuse(
+        find_llm(str(case.inputs / "decoder"), None), titles_of(case.inputs), Prompt(template="compact"), "movie",
+        (case.output if "adapter" in left else case.inputs) / "adapter", collab, semantic, HIDDEN,
+        None if "projections" in left else case.inputs / "projection.safetensors",
+        case.output / "projection.safetensors" if "projections" in left else None, case.settings, SEED,
+    )  # fmt: skip
+
+
+def order_of(case: Case, split: str, batch: int, seed: int | None) -> Order:
+    return Order(
+        tuple(row_groups([str(path) for path in read_log(case.inputs / "log").split_paths(split)])), batch, seed
+    )
+
+
+def slices_of(order: Order, task: FuseTask, first: int, last: int) -> Any:
+    pieces = (prepared(order, piece, task.columns, task.prepare) for piece in order.pieces(first, last))
+    return slices(chain.from_iterable(pieces), order, dist.get_rank(), dist.get_world_size(), first, last)
+
+
+def scores_of(case: Case, task: FuseTask, engine: Engine) -> Any:
+    valid = order_of(case, "valid", 7, None)
+    return engine.score(slices_of(valid, task, 0, valid.steps_per_epoch), lambda _: None)
+
+
+def train(case: Case) -> dict[str, Any]:
+    """What a worker finds: losses, what its task trains, and on worker 0 scores, by the engine that has trained and by one that
+    is made of what was exported."""
+    workers = workers_of()
+    task = task_of(case, trained=False)
+    make = partial(Engine, workers=workers, seed=SEED, storage=Tables(), dtype="float32")
+    engine = make(task, settings=case.settings)
+    order, losses = order_of(case, "train", case.settings.batch, SEED), []
+    for step, part in enumerate(slices_of(order, task, 0, STEPS)):
+        if step == case.stop_before:
+            engine.save_checkpoint(str(case.output / "checkpoint"))
+            task = task_of(case, trained=False)
+            engine = make(task, settings=case.settings)
+            engine.load_checkpoint(str(case.output / "checkpoint"))
+        losses.append(engine.step(part, step, rate_at(step)))
+    engine.export(Place.of(str(case.output)))
+    dist.barrier(group=workers.control)
+    found = {"losses": losses, "facts": task.facts(), "scores": scores_of(case, task, engine)}
+    again = task_of(case, trained=True)
+    return found | {"again": scores_of(case, again, make(again, settings=Evaluate()))}

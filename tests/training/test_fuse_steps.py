@@ -1,0 +1,160 @@
+"""Stage fuse's choices, step for step on one to three workers: the same steps, checkpoints, and what is left to be scored with.
+
+The engine is the loop's own, with sharded tables and FSDP2, in processes over gloo and without Ray.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import fuse_cases
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from fuse_cases import Case
+from prepared import prepare_into, rules, source_of
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+from small import save_table
+
+from sellarec.collab.task import build_collab
+from sellarec.config import Adapt, Collab, Fuse, Prompt
+from sellarec.fusion.projection import Projection
+from sellarec.language.adapt import build_adapt
+from sellarec.language.llm import find_llm
+from sellarec.training.table import SavedTable, initial_rows
+
+pytestmark = pytest.mark.distributed
+
+DIM, WIDTH = 8, 16
+SASREC = Collab(model="sasrec", dim=DIM, layers=1, history=4, init_std=0.4)
+MF = Collab(dim=DIM, init_std=0.4)
+ADAPTED: dict[str, Any] = {"train": ("projections", "adapter"), "tokens": ("user", "item"), "learning_rate": 0.003}
+CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
+    "as it is": (MF, {}),
+    "collm": (MF, {"tokens": ("item", "user"), "train": ("projections",), "norm": "none"}),
+    "adapter": (MF, ADAPTED),
+    "all": (SASREC, {"train": ("adapter", "tables", "projections"), "projections": "separate", "experts": 2}),
+    "tables alone": (MF, {"tokens": ("user",), "train": ("tables",), "table_optimizer": "adam"}),
+    "frozen sasrec": (SASREC, {"tokens": ("user",), "train": ("projections",), "experts": 3}),
+    "semantic alone": (SASREC, {"tokens": ("semantic",), "norm": "none"}),
+}
+QUICK = ("collm", "all", "tables alone")
+LEFT: dict[str, tuple[set[str], set[str]]] = {
+    "as it is": ({"user", "item", "semantic"}, {"projection.safetensors"}),
+    "collm": (set(), {"projection.safetensors"}),
+    "adapter": (set(), {"projection.safetensors", "adapter/adapter_model.safetensors"}),
+    "all": (
+        {"user", "item", "semantic"},
+        {"projection.safetensors", "collab.safetensors", "adapter/adapter_model.safetensors"},
+    ),
+    "tables alone": ({"user"}, set()),
+    "frozen sasrec": (set(), {"projection.safetensors"}),
+    "semantic alone": ({"semantic"}, {"projection.safetensors"}),
+}
+"""Tables, and files of dense weights: what is trained, and nothing else."""
+
+
+@pytest.fixture(scope="module")
+def inputs(decoder, tmp_path_factory) -> dict[str, Path]:
+    """By collaborative model, what the stages before fuse leave; the adapter isn't fresh."""
+    made = {}
+    for collab in (MF, SASREC):
+        folder = made[collab.model] = tmp_path_factory.mktemp(collab.model)
+        (folder / "decoder").symlink_to(decoder)
+        generator = np.random.default_rng(4)
+        count = 90
+        rows = {
+            "user": generator.integers(0, 9, count),
+            "item": generator.integers(0, 13, count),
+            "label": pa.array(generator.random(count) < 0.6, pa.int8()),
+            "timestamp": np.arange(count),
+        }
+        (folder / "log").mkdir()
+        log = prepare_into(folder / "log", source_of(pa.table(rows)), rules(history_cap=6))
+        torch.manual_seed(3)
+        task = build_collab(log, collab, None)
+        for table in task.tables:
+            save_table(folder / "tables", table.name, initial_rows(table, 1, 0, table.rows))
+        save_table(folder / "tables", "semantic", generator.standard_normal((log.facts["items"], WIDTH), np.float32))
+        if task.network.has_weights:
+            task.save(folder, {name: weight.detach() for name, weight in task.network.named_parameters()})
+        save_file(Projection(DIM, fuse_cases.HIDDEN, WIDTH).state_dict(), folder / "projection.safetensors")
+        titles = fuse_cases.titles_of(folder)
+        adapt = build_adapt(find_llm(str(decoder), None), titles, Prompt(), "movie", Adapt(rank=2))
+        weights = {name: weight.detach() for name, weight in adapt.model.named_parameters() if weight.requires_grad}
+        for weight in weights.values():
+            torch.nn.init.normal_(weight, std=0.05)
+        adapt.save(folder, weights)
+    return made
+
+
+def case_of(name: str, inputs: dict[str, Path], output: Path, **changes: Any) -> Case:
+    collab, chosen = CASES[name]
+    output.mkdir()
+    settings = Fuse(**{"batch": 16, "micro_batch": 3, "learning_rate": 0.01} | chosen)
+    return Case(settings, collab, inputs[collab.model], output, **changes)
+
+
+def left(case: Case) -> dict[str, np.ndarray]:
+    """All that was exported, by file and tensor; tables put together."""
+    files = {path for path in case.output.rglob("*.safetensors") if path.parent.name != "tables"}
+    found = {
+        f"{file.relative_to(case.output)} {name}": value for file in files for name, value in load_file(file).items()
+    }
+    for index in (case.output / "tables").glob("*.json"):
+        table = SavedTable(index.parent, index.stem)
+        found[f"table {index.stem}"] = table.read(0, table.facts["rows"])
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_any_number_of_workers_takes_the_same_steps_and_leaves_what_is_scored_with(gloo, inputs, tmp_path, name):
+    """Losses, what is exported, scores. All that is trained has moved; the other parts are left where they were read."""
+    runs = {}
+    for workers in (1, 2, 3):
+        case = case_of(name, inputs, tmp_path / str(workers))
+        found = gloo.call(workers, fuse_cases.train, case)
+        runs[workers] = (found[0], left(case))
+        # the engine that has trained, and one made of its artifact and, for what was frozen, those before
+        np.testing.assert_allclose(found[0]["again"]["score"], found[0]["scores"]["score"], rtol=1e-5, atol=1e-6)
+        assert all(worker["losses"] == found[0]["losses"] for worker in found)
+    expected, weights = runs[1]
+    tables, files = LEFT[name]
+    assert {key.removeprefix("table ") for key in weights if key.startswith("table ")} == tables
+    assert {key.split()[0] for key in weights if not key.startswith("table ")} == files
+    assert expected["facts"]["trained_weights"] == sum(v.size for k, v in weights.items() if not k.startswith("table "))
+    for found, exported in (runs[2], runs[3]):
+        np.testing.assert_allclose(found["losses"], expected["losses"], rtol=2e-5)
+        np.testing.assert_allclose(found["scores"]["score"], expected["scores"]["score"], rtol=1e-3, atol=2e-4)
+        assert exported.keys() == weights.keys()
+        for key in weights:
+            np.testing.assert_allclose(exported[key], weights[key], rtol=1e-3, atol=2e-4, err_msg=key)
+    before = left(Case(case.settings, case.collab, case.inputs, case.inputs))
+    moved = {key for key in weights.keys() & before.keys() if not np.array_equal(weights[key], before[key])}
+    for part in (*(f"table {table}" for table in tables), *(files - {"projection.safetensors"})):
+        assert any(key.startswith(part) for key in moved), part
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        ("all", 3),
+        ("tables alone", 1),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("adapter", "collm", "tables alone")),
+        pytest.param("all", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_broken_off_goes_on_bit_for_bit(gloo, inputs, tmp_path, name, workers):
+    whole, broken = (
+        case_of(name, inputs, tmp_path / which, stop_before=stop) for which, stop in (("whole", None), ("broken", 3))
+    )
+    expected, found = (gloo.call(workers, fuse_cases.train, case)[0] for case in (whole, broken))
+    assert found["losses"] == expected["losses"]
+    assert np.array_equal(found["scores"]["score"], expected["scores"]["score"])
+    left_whole, left_broken = left(whole), left(broken)
+    assert left_whole.keys() == left_broken.keys()
+    for key, value in left_whole.items():
+        np.testing.assert_array_equal(left_broken[key], value, err_msg=key)
