@@ -47,8 +47,8 @@ from sellarec.serving.recommender import CATALOG, EXPORT, FORMAT, HISTORIES, MOD
 from sellarec.training.graph import ShardedGraph
 from sellarec.training.table import SavedTable, index
 
-NEEDED = ("prepare", "adapt", "align", "fuse", "evaluate")
-"""Stages whose artifacts an export is made of; with an embedded model pretrain too."""
+NEEDED = ("prepare", "adapt", "fuse", "evaluate")
+"""Stages whose artifacts any export is made of."""
 
 USERS_AT_ONCE = 4096
 """Users of a row group of histories: what is read at least to score one."""
@@ -83,7 +83,9 @@ def read_run(run: str) -> Finished:
     store = Store(Place(place.uri.rsplit("/", 2)[0]))
     config = parse([str(place.local() / "config.yaml")], program="export.py")
     found = {stage: store.manifest(stage, marks[stage].removeprefix(f"{stage}-")) for stage in marks}
-    needed = (*NEEDED, "pretrain") if config.llm.model == EMBEDDED else NEEDED
+    needed = [*NEEDED, *["pretrain"] * (config.llm.model == EMBEDDED)]
+    if not {"tables", "projections"} <= set(config.fuse.train):
+        needed.append("align")
     missing = [stage for stage in needed if found.get(stage) is None]
     if missing:
         raise UserError(
@@ -140,11 +142,11 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
         _copy(source.folder(), out / MODEL, [path.name for path in source.folder().iterdir() if _is_of_model(path)])
     load_tokenizer(source.folder()).save_pretrained(out / "tokenizer")
     # what stage fuse didn't train is where it was read from
-    trained, align = config.fuse.train, finished.folder("align")
+    trained = config.fuse.train
     adapter = fuse if "adapter" in trained else finished.folder("adapt")
     shutil.copytree(adapter / "adapter", out / "adapter")
-    _copy(fuse if "projections" in trained else align, out, [PROJECTION])
-    rows = fuse if "tables" in trained else align
+    _copy(fuse if "projections" in trained else finished.folder("align"), out, [PROJECTION])
+    rows = fuse if "tables" in trained else finished.folder("align")
     _copy(rows, out, [name for name in (WEIGHTS,) if (rows / name).is_file()])
     if is_file(config.prompt.template):
         shutil.copyfile(Path(config.prompt.template).expanduser(), out / TEMPLATE)

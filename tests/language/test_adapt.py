@@ -6,7 +6,6 @@ from typing import Any
 
 import language_cases
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from language_cases import Case
@@ -15,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sellarec.config import Adapt, Config, Llm, Pretrain
+from sellarec.config import Adapt, Config, Distil, Llm, Pretrain
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.adapt import TextTask, build_adapt, build_adapted
@@ -188,11 +187,10 @@ def test_vectors_are_computed_in_float32_of_stored_bfloat16(models, titles, tmp_
     rounded = llms.load_model(models[model], "bfloat16").float()
     rounded.save_pretrained(tmp_path / "rounded")
     llms.load_tokenizer(models[model]).save_pretrained(tmp_path / "rounded")
-    items = pa.table({"item": range(len(titles)), "text": titles})
 
     def encode(folder: Path, storage: str) -> tuple[np.ndarray, set[torch.dtype]]:
-        encoder = ItemEncoder(llms.LlmSource(str(folder), None, "", storage), adapter, "movie", 1, None, len(titles))
-        vectors = encoder(items)["vector"].combine_chunks().flatten().to_numpy()
+        encoder = ItemEncoder(llms.LlmSource(str(folder), None, "", storage), adapter, "movie", Distil())
+        vectors = encoder.encode(titles)
         base = [weight for name, weight in encoder._model.named_parameters() if "lora_" not in name]
         return vectors, {weight.dtype for weight in base}
 
