@@ -147,6 +147,7 @@ def distil(
         RuntimeError: a vector is not finite, or the items aren't exactly those of the catalog.
     """  # fmt: skip
     import ray.data
+    from ray.data.expressions import col
 
     catalog = sum(pq.read_metadata(path).num_rows for path in items)
     written = output.read_json(WRITTEN)
@@ -160,10 +161,10 @@ def distil(
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         threads = max(1, (os.cpu_count() or 1) // workers)
-        left = pyarrow.dataset.field("item") >= first
-        dataset = ray.data.read_parquet(items, columns=["item", settings.text], filter=left)
         vectors = (
-            dataset.rename_columns(["item", "text"])
+            ray.data.read_parquet(items, columns=["item", settings.text])
+            .rename_columns(["item", "text"])
+            .filter(expr=col("item") >= first)
             .repartition(max(1, -(-(catalog - first) // BLOCK_ROWS)))
             .map_batches(
                 Actor,
