@@ -208,16 +208,17 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True)
 class Sparse:
-    """The optimizer of the embedding tables. All but adam are fused into the backward pass and change no row without a
-    gradient."""
+    """The optimizer of the embedding tables. All but adam and adamw are fused into the backward pass and change no row
+    without a gradient."""
 
-    table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam"] = "rowwise-adagrad"
-    """rowwise-adagrad keeps one number a row, adagrad one a column, sgd none; adam two, and steps all rows each time, as
-    torch.optim.Adam does."""
+    table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam", "adamw"] = "rowwise-adagrad"
+    """rowwise-adagrad keeps one number a row, adagrad one a column, sgd none; adam and adamw two, and step all rows each time,
+    as torch.optim.Adam and AdamW do."""
     table_learning_rate: float = 0.1
     """Learning rate of the tables."""
     table_weight_decay: float = 0.0
-    """What of a row is added to its gradient; with adam of all rows, else of those that have a gradient."""
+    """What of a row is added to its gradient; with adam of all rows, else of those that have a gradient. With adamw all rows are
+    multiplied by 1 - table_learning_rate * table_weight_decay instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -720,7 +721,7 @@ class Planning:
     """Memory for tables on each worker (GiB; of its GPU, or with uvm of its share of the host). Default: on CPUs an equal share
     of what is free on this machine, beside the worker itself."""
     tables: Tables = field(default_factory=Tables)
-    table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam"] = "rowwise-adagrad"
+    table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam", "adamw"] = "rowwise-adagrad"
     """Optimizer of the tables: its state lies beside the rows."""
 
 
@@ -1104,6 +1105,9 @@ def _check_collab(config: Config) -> None:
 
 SAMPLED = ("bpr", "softmax")
 """Losses of `collab` that rank a target above negatives."""
+
+DENSE_TABLE_OPTIMIZERS = ("adam", "adamw")
+"""Optimizers of tables that step all rows, on dense gradients."""
 
 DENSE_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "beta2", "clip")
 """Settings of `collab` that models with dense weights read."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sellarec.config import Sparse, Tables
+from sellarec.config import DENSE_TABLE_OPTIMIZERS, Sparse, Tables
 from sellarec.errors import UserError
 from sellarec.training.table import Table
 
@@ -75,9 +75,10 @@ def optimizer_of(optimizer: Sparse | None, table: Table) -> Sparse | None:
 
 
 def row_bytes(columns: Sequence[range], storage: Tables, optimizer: Sparse | None) -> tuple[int, int]:
-    """Bytes of those columns of a row, and of what the optimizer keeps beside them (adam: with the gradient, which is dense)."""
+    """Bytes of those columns of a row, and of what the optimizer keeps beside them, a dense gradient included."""
     count = sum(map(len, columns))
-    state = {"sgd": 0, "rowwise-adagrad": 4 * len(columns), "adagrad": 4 * count, "adam": 12 * count}
+    state = {"sgd": 0, "rowwise-adagrad": 4 * len(columns), "adagrad": 4 * count}
+    state |= dict.fromkeys(DENSE_TABLE_OPTIMIZERS, 12 * count)
     return count * ITEM_BYTES[storage.dtype], state[optimizer.table_optimizer] if optimizer else 0
 
 
@@ -135,7 +136,7 @@ def check_sharding(storage: Tables, optimizer: Sparse | None, stage: str | None 
         name = f"{stage}.table_optimizer" if stage else "table_optimizer"
         raise UserError(
             f"tables.sharding is column-wise and {name} rowwise-adagrad, which then keeps one sum of squares for each worker's "
-            "range of columns: another optimizer, whose state depends on the number of workers; take adagrad, sgd or adam "
+            "range of columns: another optimizer, whose state depends on the number of workers; take adagrad, sgd, adam or adamw "
             f"({name}), or row-wise"
         )
 
@@ -148,15 +149,15 @@ def check_kernels(storage: Tables, optimizer: Sparse | None, device: str) -> Non
         raise UserError("tables.dtype is bfloat16, which the kernels for CPUs have not: take float16 or float32")
     if device == "cpu" and storage.placement != "device":
         raise UserError(f"tables.placement is {storage.placement}, but there is no GPU: leave it out")
-    if name == "adam" and (storage.dtype != "float32" or storage.placement != "device"):
+    if name in DENSE_TABLE_OPTIMIZERS and (storage.dtype != "float32" or storage.placement != "device"):
         raise UserError(
-            f"table_optimizer is adam, tables.dtype {storage.dtype} and tables.placement {storage.placement}: adam steps all "
-            "rows with torch's own operations, which takes float32 on the device; take another optimizer or leave those out"
+            f"table_optimizer is {name}, tables.dtype {storage.dtype} and tables.placement {storage.placement}: {name} steps "
+            "all rows with torch's own operations, which takes float32 on the device; take another optimizer or leave those out"
         )
     if optimizer and optimizer.table_weight_decay and name in ("sgd", "adagrad"):
         raise UserError(
             f"table_weight_decay is {optimizer.table_weight_decay} and table_optimizer {name}, whose kernels for CPUs would "
-            "ignore it: take rowwise-adagrad or adam, or the loss's own l2"
+            "ignore it: take rowwise-adagrad, adam or adamw, or the loss's own l2"
         )
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sellarec.config import Sparse, Tables
+from sellarec.config import DENSE_TABLE_OPTIMIZERS, Sparse, Tables
 from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, column_share, describe
 from sellarec.training.table import Jagged, Table, initial_rows
 
@@ -36,7 +36,7 @@ class ShardedTables:
     Gradients are summed, not averaged, over workers, so with a loss divided by the global count any number of workers takes
     the same step. The optimizer is fused: `backward` of a lookup's output updates the rows that were looked up. Adam is not
     among the fused kernels of CPUs, and on GPUs it leaves rows without a gradient as they are; so it is torch's own, on
-    dense gradients of each worker's rows, which `step` takes: the step of `torch.optim.Adam` on the unsharded table.
+    dense gradients of each worker's rows, which `step` takes: the step of `torch.optim.Adam` or `AdamW` on the unsharded table.
 
     Args:
         optimizer: None where the rows are only looked up.
@@ -60,7 +60,7 @@ class ShardedTables:
         self.tables = [placement.table for placement in placements]
         self._storage, self._settings, self._group = storage, optimizer, group
         self.world_size, self._rank = dist.get_world_size(group), dist.get_rank(group)
-        self._dense = optimizer is not None and optimizer.table_optimizer == "adam"
+        self._dense = optimizer is not None and optimizer.table_optimizer in DENSE_TABLE_OPTIMIZERS
         # Bags of one id are the faster kernels, the only right ones for dense gradients, and the only ones by which workers may
         # hold different numbers of columns. Among W workers that share rows they take W times the bytes, as each sends what it
         # has of every bag; and their fused weight decay isn't that of whole rows.
@@ -115,7 +115,8 @@ class ShardedTables:
             owned = [weight for weight in self.module.parameters() if weight.numel()]
             decay = optimizer.table_weight_decay
             if owned:
-                self._adam = torch.optim.Adam(owned, lr=optimizer.table_learning_rate, weight_decay=decay, fused=True)
+                kind = torch.optim.Adam if optimizer.table_optimizer == "adam" else torch.optim.AdamW
+                self._adam = kind(owned, lr=optimizer.table_learning_rate, weight_decay=decay, fused=True)
 
     @property
     def optimizer(self) -> str:
@@ -127,6 +128,7 @@ class ShardedTables:
             "adagrad": "Adagrad (fused)",
             "rowwise-adagrad": "row-wise Adagrad (fused)",
             "adam": "Adam (dense gradients, all rows)",
+            "adamw": "AdamW (dense gradients, all rows)",
         }[settings.table_optimizer]
         decay = f", weight decay {settings.table_weight_decay}" if settings.table_weight_decay else ""
         return f"{name}, learning rate {settings.table_learning_rate}{decay}"

@@ -269,6 +269,8 @@ def plain_optimizer(setup: Setup, table: Table, rows: Tensor) -> Any:
         return RowwiseAdagrad(rows, [slice(start, stop) for _, start, stop in cut(table, setup.max_columns)], decay)
     if settings.table_optimizer == "adam":
         return Torch(torch.optim.Adam([rows], weight_decay=decay))
+    if settings.table_optimizer == "adamw":
+        return Torch(torch.optim.AdamW([rows], weight_decay=decay))
     assert not decay
     if settings.table_optimizer == "adagrad":
         return Torch(torch.optim.Adagrad([rows], eps=EPSILON))

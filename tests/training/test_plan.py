@@ -116,6 +116,7 @@ def test_torchrecs_planner_places_every_table(workers, name):
         ({"placement": "uvm"}, optimizer("sgd"), "cpu", "tables.placement is uvm, but there is no GPU"),
         ({"placement": "uvm-caching"}, optimizer("sgd"), "cpu", "but there is no GPU"),
         ({"dtype": "float16"}, optimizer("adam"), "cpu", "table_optimizer is adam, tables.dtype float16"),
+        ({"dtype": "float16"}, optimizer("adamw"), "cpu", "table_optimizer is adamw, tables.dtype float16"),
         ({"dtype": "bfloat16"}, optimizer("adam"), "cuda", "table_optimizer is adam, tables.dtype bfloat16"),
         ({"placement": "uvm"}, optimizer("adam"), "cuda", "table_optimizer is adam, .* tables.placement uvm"),
         ({"sharding": "grid"}, optimizer("sgd"), "cpu", "sharding is grid .* TorchRec refuses on CPUs.* take row-wise"),
@@ -125,7 +126,7 @@ def test_torchrecs_planner_places_every_table(workers, name):
             {"sharding": "column-wise"},
             optimizer("rowwise-adagrad"),
             "cuda",
-            "tables.sharding is column-wise and table_optimizer rowwise-adagrad.* take adagrad, sgd or adam",
+            "tables.sharding is column-wise and table_optimizer rowwise-adagrad.* take adagrad, sgd, adam or adamw",
         ),
         ({}, optimizer("sgd", table_weight_decay=0.1), "cpu", "table_weight_decay is 0.1 and table_optimizer sgd"),
         ({}, optimizer("adagrad", table_weight_decay=0.1), "cuda", "table_weight_decay is 0.1 .* adagrad"),
@@ -164,6 +165,7 @@ def test_bytes_of_a_row():
     assert row_bytes(columns, Tables(dtype="bfloat16"), optimizer("rowwise-adagrad")) == (64, 4)
     assert row_bytes(whole(wide), FLOAT32, optimizer("rowwise-adagrad")) == (4 * wide.dim, 12)
     assert row_bytes(columns, FLOAT32, optimizer("adam")) == (128, 3 * 128)
+    assert row_bytes(columns, FLOAT32, optimizer("adamw")) == (128, 3 * 128)
     assert row_bytes(columns, FLOAT32, optimizer("sgd")) == (128, 0)
     assert row_bytes(columns, FLOAT32, None) == (128, 0)
 

@@ -207,6 +207,7 @@ OPTIMIZERS = {
     "rowwise decay": Sparse(table_optimizer="rowwise-adagrad", table_weight_decay=0.1),
     "adam": Sparse(table_optimizer="adam"),
     "adam decay": Sparse(table_optimizer="adam", table_weight_decay=0.1),
+    "adamw decay": Sparse(table_optimizer="adamw", table_weight_decay=0.1),
 }
 RATES = (0.1, 0.02, 0.3, 0.3, 0.05)
 WORKERS = (1, 2, 3)
