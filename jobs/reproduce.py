@@ -140,11 +140,15 @@ def markdown(records: list[dict], published: Mapping[str, str]) -> str:
 def put_between(file: Path, name: str, text: str) -> None:
     """Put a table between its two lines of a Markdown file; where the file doesn't have them, at its end."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    before = file.read_text() if file.exists() else ""
-    if begin not in before or end not in before:
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    if (begin in before) != (end in before) or (begin in before and before.index(end) < before.index(begin)):
+        raise UserError(
+            f"{file} has only one of the lines {begin.strip()} and {end.strip()}, or both the wrong way round"
+        )
+    if begin not in before:
         before += f"\n{begin}{end}"
     head, tail = before[: before.index(begin)], before[before.index(end) :]
-    file.write_text(f"{head}{begin}\n{text}\n{tail}")
+    file.write_text(f"{head}{begin}\n{text}\n{tail}", encoding="utf-8")
 
 
 def evaluated(this: Any, evaluation: dict[str, Any]) -> list[dict]:

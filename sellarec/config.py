@@ -194,7 +194,7 @@ class Dense:
     weight_decay: float = 0.01
     """Weight decay of the dense weights."""
     beta2: float = 0.999
-    """How much of the mean squared gradient of a dense weight each step keeps."""
+    """How much of its mean squared gradient a dense weight keeps at each step, and tables with adam or adamw."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """How the learning rates go on after the warm-up: down to 0 in a half cosine; as they are; or (wsd: warm-up, stable, decay)
     as they are until the last steps, and there down to 0 in a line."""
@@ -883,6 +883,16 @@ def _check_align(config: Config) -> None:
         raise UserError(
             f"align.history is {align.history}, but align.side is items, which reads no history: leave out one of the two"
         )
+    if align.contrastive == "rince" and align.rince_q / align.temperature > 40:
+        raise UserError(
+            f"align.rince_q is {align.rince_q} and align.temperature {align.temperature}: exp(q / temperature) overflows; raise "
+            "the temperature or lower q"
+        )
+    if align.side != "items" and config.data.split_by == "random":
+        raise UserError(
+            f"align.side is {align.side}, but data.split_by is random: histories of train rows then hold positives of valid and "
+            "test, to which users would be drawn; take align.side items, or another split"
+        )
     if align.side != "items" and config.data.source != "log" and align.history > config.data.history_cap:
         raise UserError(
             f"align.history is {align.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
@@ -925,7 +935,8 @@ ALL_LINEAR = "all-linear"
 def _check_distil(config: Config) -> None:
     prompt = config.distil.prompt
     try:
-        fields = [name for _, name, _, _ in Formatter().parse(prompt) if name is not None]
+        pieces = list(Formatter().parse(prompt))
+        fields = [name for _, name, _, _ in pieces if name is not None]
     except ValueError as error:
         raise UserError(f"distil.prompt is '{prompt}', whose braces don't close ({error}): write {{text}}") from error
     unknown = [name for name in fields if name not in ("text", "noun", "Noun")]
@@ -933,6 +944,12 @@ def _check_distil(config: Config) -> None:
         raise UserError(
             f"distil.prompt is '{prompt}', with the fields {', '.join(fields) or 'none'}: {{text}} once is needed, {{noun}} and "
             "{Noun} are allowed"
+        )
+    if any(form or conversion for _, _, form, conversion in pieces):
+        raise UserError(f"distil.prompt is '{prompt}': its fields are written plainly, as {{text}}")
+    if not "".join(literal for literal, _, _, _ in pieces).strip():
+        raise UserError(
+            f"distil.prompt is '{prompt}', which makes no token of an item without a text: put words around {{text}}"
         )
     if config.llm.model == EMBEDDED:
         check_layer(config.distil.layer, config.pretrain.layers, "the embedded model (pretrain.layers)")
@@ -973,6 +990,11 @@ def _check_fuse(config: Config) -> None:
         named = getattr(fuse, name)
         if len(set(named)) < len(named):
             raise UserError(f"fuse.{name} is {' '.join(named)}: name each once")
+    if fuse.tokens == ("semantic",) and fuse.semantic == "frozen" and "tables" in fuse.train:
+        raise UserError(
+            f"fuse.train is {' '.join(fuse.train)}, but fuse.tokens is semantic and fuse.semantic frozen: no table is left to "
+            "train; leave tables out, or fuse.semantic"
+        )
     if fuse.projections == "separate" and not {"user", "item"} <= set(fuse.tokens):
         raise UserError(
             f"fuse.projections is separate, but fuse.tokens is {' '.join(fuse.tokens)}: user and item have a projection each "
@@ -988,7 +1010,9 @@ def _check_fuse(config: Config) -> None:
         unread["semantic"] = f"fuse.train is {' '.join(fuse.train)}, without the tables"
         unread |= dict.fromkeys(TABLE_SETTINGS, f"fuse.train is {' '.join(fuse.train)}, without the tables")
     if fuse.train == ("tables",) and ("user" not in fuse.tokens or not _has_dense_weights(config.collab)):
-        unread |= dict.fromkeys(DENSE_SETTINGS, "fuse.train is tables, which have no dense weights here")
+        of_tables = ("beta2",) if fuse.table_optimizer in DENSE_TABLE_OPTIMIZERS else ()
+        dense = [name for name in DENSE_SETTINGS if name not in of_tables]
+        unread |= dict.fromkeys(dense, "fuse.train is tables, which have no dense weights here")
     for name, reason in unread.items():
         if getattr(fuse, name) != getattr(defaults, name):
             raise UserError(f"fuse.{name} is {getattr(fuse, name)}, but {reason}: leave out one of the two")
@@ -999,13 +1023,15 @@ def _check_fuse(config: Config) -> None:
                 ("tokens", " ".join(fuse.tokens), "semantic" in fuse.tokens),
                 ("warm_start", fuse.warm_start, not fuse.warm_start),
                 ("experts", fuse.experts, fuse.experts > 1),
+                ("projections", fuse.projections, fuse.projections == "separate"),
             )
             if is_drawn
         ]
         if drawn:
             raise UserError(
-                f"fuse.train is {' '.join(fuse.train)}, without projections, but {drawn[0]}: weights that align doesn't leave "
-                "would stay as they were drawn; add projections to fuse.train, or take one collaborative projection from align"
+                f"fuse.train is {' '.join(fuse.train)}, without projections, but {drawn[0]}: weights that "
+                "align doesn't leave would stay as they were drawn, and two projections be one; add projections to fuse.train, "
+                "or take one collaborative projection from align"
             )
 
 
@@ -1056,8 +1082,9 @@ def _check_collab(config: Config) -> None:
                 f"which has no rows of {whose} to start: leave it out"
             )
     ignored = [name for name in model.ignores if getattr(collab, name) != getattr(defaults, name)]
+    dense_tables = collab.table_optimizer in DENSE_TABLE_OPTIMIZERS
     for name in (*changed, *ignored):
-        if name not in model.reads:
+        if name not in model.reads and not (name == "beta2" and dense_tables):
             raise UserError(
                 f"collab.{name} is {getattr(collab, name)}, but collab.model is {collab.model}, which doesn't read it: leave out "
                 "one of the two"

@@ -37,7 +37,7 @@ from sellarec.data.prepare import check_expected, discard_work, in_words, prepar
 from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, UserError
-from sellarec.language.templates import AUTO, is_file, read_template, read_templates
+from sellarec.language.templates import AUTO, is_file, read_template, read_templates, template_mark
 from sellarec.training.launch import Cluster, check_room, connect, room_for_tables, run_task, run_workers, train
 from sellarec.training.progress import Console, duration
 
@@ -103,6 +103,8 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         return {"data": data}
     if stage == "pretrain":
         del settings["llm"]["storage"]  # no weight is frozen there
+    if "prompt" in settings and is_file(config.prompt.template):
+        settings["prompt"]["template"] = "file"  # what it says is among the facts
     return {**settings, "seed": config.seed}
 
 
@@ -259,7 +261,7 @@ def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
     """What --llm and --data stand for, by content: a wrong one is refused before any stage runs."""
     origins: dict[str, Any] = {}
     template = this.config.prompt.template
-    origins["prompt.template"] = f"{template} ({_template_mark(template)})" if is_file(template) else template
+    origins["prompt.template"] = f"file ({template_mark(template)})" if is_file(template) else template
     if {"adapt", "distil", "fuse", "evaluate"} & set(wanted):
         origins["llm"] = EMBEDDED if this.config.llm.model == EMBEDDED else this.llm().identity
     if "prepare" in wanted and this.config.data.source != "world":
@@ -332,15 +334,10 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
     if stage == "pretrain":
         facts["words"] = fingerprint({"words": _template_words(config.prompt.template)})
     if stage in ("adapt", "fuse", "evaluate"):
-        facts["templates"] = _template_mark(config.prompt.template)
+        facts["templates"] = template_mark(config.prompt.template)
     if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
         facts["llm"] = this.llm().identity
     return json.loads(json.dumps(facts))
-
-
-def _template_mark(name: str) -> str:
-    """Fingerprint of what the templates say that prompt.template chooses from."""
-    return fingerprint({name: dataclasses.asdict(template) for name, template in read_templates(name).items()})
 
 
 def _template_words(name: str) -> list[str]:
@@ -382,6 +379,8 @@ def _check_inputs(this: Run, needed: list[str], wanted: tuple[str, ...], recorde
 def _stage(this: Run, stage: str) -> None:
     """Find the artifact of a stage, or make it."""
     facts = _facts(this, stage)
+    if fingerprint(facts) != this.marks[stage]:
+        raise UserError(f"a file that stage {stage} reads has changed since the run began: start it again")
     place = this.artifact(stage)
     if this.store.manifest(stage, this.marks[stage]) is not None:
         this.console.line(f"{stage:<9} stands already: {place}")
@@ -777,8 +776,7 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
         hidden=config.align.hidden,
         projection=None if "projections" in left else start,
         trained=this.artifact("fuse").local() / "projection.safetensors" if "projections" in left else None,
-        # scores are those of the answer, whatever was trained on
-        settings=config.fuse if stage == "align" else dataclasses.replace(config.fuse, loss="answer"),
+        settings=config.fuse,
         seed=config.seed,
     )
 
@@ -813,7 +811,7 @@ def _evaluate(this: Run) -> dict[str, Any]:
         "collab": _collab_builder(this, this.artifact("collab")),
         "text-only": partial(
             build_adapted, this.llm(), _titles(log), config.prompt, log.facts["noun"],
-            this.artifact("adapt").local() / "adapter",
+            this.artifact("adapt").local() / "adapter", config.adapt.loss,
         ),
         "sella-rec": _fuse_builder(this, "fuse"),
     }  # fmt: skip

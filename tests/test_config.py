@@ -161,6 +161,18 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--collab.beta2 0.9", ["collab.beta2", "0.9", "collab.model", "mf"]),
         ("--adapt.targets q_proj all-linear", ["adapt.targets", "q_proj", "all-linear"]),
         ("--adapt.targets", ["adapt.targets", "empty", "all-linear"]),
+        (
+            "--align.contrastive rince --align.rince-q 1 --align.temperature 0.01",
+            ["rince_q is 1", "temperature 0.01"],
+        ),
+        ("--align.side users --data.split-by random", ["align.side is users", "data.split_by is random"]),
+        ("--distil.prompt {text}", ["distil.prompt is '{text}'", "no token"]),
+        ("--distil.prompt Movie:{text!r}", ["distil.prompt is 'Movie:{text!r}'", "plainly"]),
+        ("--fuse.tokens semantic --fuse.semantic frozen", ["fuse.train is tables projections", "fuse.semantic frozen"]),
+        (
+            "--fuse.train adapter --fuse.tokens user item --fuse.projections separate",
+            ["fuse.train is adapter", "separate"],
+        ),
         ("--fuse.tokens user item user", ["fuse.tokens", "user item user"]),
         ("--fuse.train tables tables", ["fuse.train", "tables tables"]),
         ("--fuse.tokens semantic item --fuse.projections separate", ["projections is separate", "semantic item"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sellarec.config import parse
+from sellarec.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "jobs"))
@@ -48,6 +49,15 @@ def test_a_table_has_means_and_the_outermost_bounds_and_replaces_itself_in_a_fil
     found = file.read_text()
     assert found.startswith("# Results\n") and "nothing" in found and "new" in found and "mf" not in found
     assert found.count("<!-- sella -->") == found.count("<!-- end of sella -->") == 1
+
+
+def test_a_file_that_lost_one_of_a_tables_lines_is_left_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "results.md"
+    for text in ("a\n<!-- sella -->\nold\n\n## More\n", "<!-- end of sella -->\n<!-- sella -->\n## More\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="or both the wrong way round"):
+            reproduce.put_between(file, "sella", "new\n")
+        assert file.read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -166,6 +166,8 @@ def build_fuse(
     folder = source.folder()
     model = llms.load_model(folder, source.storage)
     tokens = soft_tokens(settings)
+    if settings.loss != "answer":
+        llms.check_output_layer(model)
     prompts = make_prompts(folder, titles, prompt, noun, model, "fused", settings.loss, tokens)
     embeddings = model.get_input_embeddings().weight
     norm = embeddings.detach().float().norm(dim=1).mean().item()

@@ -148,13 +148,11 @@ def make_prompts(
     loss: str = "answer",
     soft: Sequence[str] = SOFT,
 ) -> Prompts:
-    """The prompts that a model reads.
+    """The prompts that a model reads; a loss over tokens wants room for the answer, when scoring too.
 
     Raises:
-        UserError: they can't be made for it, or a loss over tokens can't be.
+        UserError: they can't be made for it.
     """
-    if loss != "answer":
-        llms.check_output_layer(model)
     context, tokenizer = llms.context_length(model.config), llms.load_tokenizer(folder)
     return Prompts(tokenizer, titles, settings, noun, context, kind, answers=loss != "answer", soft=soft)
 
@@ -163,7 +161,8 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
     """The task of training a fresh adapter: LoRA (arXiv 2106.09685), as rsLoRA (2312.03732) or DoRA (2402.09353) where asked for.
 
     Raises:
-        UserError: the model has no layer of the names in adapt.targets, or cannot be loaded.
+        UserError: the model has no layer of the names in adapt.targets, its logits don't go with the loss, or it can't be
+            loaded.
     """
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
@@ -178,6 +177,8 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
         raise UserError(
             f"adapt.targets names {', '.join(missing)}, but the linear layers of {source.name} are {', '.join(sorted(layers))}"
         )
+    if settings.loss != "answer":
+        llms.check_output_layer(model)
     prompts = make_prompts(folder, titles, prompt, noun, model, "text", settings.loss)
     lora = LoraConfig(
         r=settings.rank,
@@ -194,9 +195,11 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
     return TextTask(source, get_peft_model(model, lora), prompts, settings.loss)
 
 
-def build_adapted(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, adapter: Path) -> TextTask:
-    """The task of scoring with a trained adapter."""
+def build_adapted(
+    source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, adapter: Path, loss: str
+) -> TextTask:
+    """The task of scoring with an adapter that was trained with a loss, on the prompts that it was trained on."""
     folder = source.folder()
     model = llms.load_model(folder, source.storage)
-    prompts = make_prompts(folder, titles, prompt, noun, model, "text")
+    prompts = make_prompts(folder, titles, prompt, noun, model, "text", loss)
     return TextTask(source, llms.with_adapter(model, adapter), prompts)

@@ -200,7 +200,7 @@ def check_output_layer(model: Any) -> None:
         logits = model(input_ids=tokens, use_cache=False).logits
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         output = model.get_output_embeddings()
-        if output is None or not torch.allclose(output(hidden), logits, rtol=1e-4, atol=1e-4):
+        if output is None or not torch.allclose(output(hidden).float(), logits.float(), rtol=1e-4, atol=1e-4):
             raise UserError(
                 f"a model of type {model.config.model_type} makes more of its output layer's logits, so a loss over tokens can't "
                 "be taken of it: take adapt.loss and fuse.loss answer"

@@ -105,7 +105,8 @@ class SegmentTokenizer:
         from jinja2 import TemplateError
 
         try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+            template = _NO_CLOCK + self._tokenizer.get_chat_template()
+            return str(self._tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False))
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
             raise UserError(
@@ -210,6 +211,10 @@ def compile_template(
 
 _MARKS = {name: chr(0xE000 + number) for number, name in enumerate(("history", "title", *SOFT, "answer"))}
 """What slots are while turns are put together: characters that no text has (Unicode's private use area)."""
+
+
+_NO_CLOCK = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
+"""Before a chat template: some write today's date, by which prompts would differ from one day to the next."""
 
 
 def _marked(text: str, noun: str) -> str:

@@ -1,5 +1,6 @@
 """Prompt templates, which are data: YAML files in sellarec/templates, or the user's own."""
 
+import dataclasses
 import difflib
 import importlib.resources
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from sellarec.artifacts import fingerprint
 from sellarec.errors import UserError
 
 SOFT = ("user", "item", "semantic")
@@ -22,7 +24,8 @@ AUTO = ("full", "compact")
 
 
 Pieces = tuple[Mapping[str, str], ...]
-"""A text in pieces: of each the first text stands whose soft tokens, which it is found by, are all injected; "" needs none."""
+"""A text in pieces, of each the texts by the soft tokens that they speak of ("" of none): of those whose tokens are all
+injected, the one of most tokens stands."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,11 @@ class Template:
         soft = [] if kind == "text" else [name for name in SOFT if name in soft]
         turns = []
         for role, pieces in self.text if kind == "text" else self.fused:
-            fitting = (
-                next((text for tokens, text in piece.items() if set(tokens.split()) <= set(soft)), "")
-                for piece in pieces
-            )
-            turns.append(Turn(role, "".join(fitting)))
+            text = ""
+            for piece in pieces:
+                fitting = [tokens for tokens in piece if set(tokens.split()) <= set(soft)]
+                text += piece[max(fitting, key=lambda tokens: len(tokens.split()))] if fitting else ""
+            turns.append(Turn(role, text))
         key = f"{kind} with the tokens {' '.join(soft)}" if soft else kind
         _check_slots(self.where, key, "".join(turn.text for turn in turns), ("history", "title", *soft))
         return tuple(turns)
@@ -119,6 +122,16 @@ def read_template(name: str) -> Template:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"prompt template {path} is not readable YAML: {' '.join(str(error).split())}") from error
     return _template(f"prompt template {path}", content)
+
+
+def template_mark(name: str) -> str:
+    """Fingerprint of what the templates say that prompt.template chooses from, wherever they lie."""
+    return fingerprint(
+        {
+            "file" if is_file(each) else each: dataclasses.asdict(dataclasses.replace(template, where=""))
+            for each, template in read_templates(name).items()
+        }
+    )
 
 
 def _template(where: str, content: Any) -> Template:

@@ -41,7 +41,7 @@ from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.errors import UserError
 from sellarec.fusion.fuse import collaborative_tokens, soft_tokens
 from sellarec.language.llm import LlmSource, find_llm, load_tokenizer
-from sellarec.language.templates import is_file
+from sellarec.language.templates import is_file, template_mark
 from sellarec.serving.card import model_card
 from sellarec.serving.recommender import CATALOG, EXPORT, FORMAT, HISTORIES, MODEL, TEMPLATE
 from sellarec.training.graph import ShardedGraph
@@ -119,6 +119,9 @@ def export_run(run: str, out: Path, histories: bool, with_model: bool) -> None:
         raise UserError(f"{out} is there already: give another folder, or delete it")
     finished = read_run(run)
     source = _base_model(finished)
+    template = finished.config.prompt.template
+    if template_mark(template) != finished.manifests["fuse"]["templates"]:
+        raise UserError(f"prompt template {template} isn't as the run was made with: put it back")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -168,6 +171,8 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     base = {"name": config.llm.model, "revision": source.revision, "identity": source.identity, "copied": copied}
+    if copied:
+        base["files"] = find_llm(str(out / MODEL), None).identity
     facts = {
         "format": FORMAT,
         "run": finished.name,

@@ -29,7 +29,7 @@ from sellarec.data.log import Log, read_log
 from sellarec.errors import UserError
 from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, soft_tokens
 from sellarec.language.adapt import TextTask, make_prompts
-from sellarec.language.llm import LlmSource, check_folder, find_llm
+from sellarec.language.llm import LlmSource, find_llm
 from sellarec.training.table import Jagged, SavedTable, Table
 from sellarec.training.task import Batch, Task, Vectors
 
@@ -117,7 +117,11 @@ class Recommender:
         self._tables = {
             feature: SavedTable(folder / "tables", table.name) for table in task.tables for feature in table.features
         }
-        task.model.to(device, dtype).eval()
+        task.model.to(device).eval()
+        for (
+            weight
+        ) in task.model.parameters():  # not buffers, as FSDP2: rounded rotary frequencies would be other positions
+            weight.data = weight.data.to(dtype)
 
     def score(
         self, users: Sequence[Id], items: Sequence[Id], histories: Sequence[Sequence[Id]] | None = None
@@ -263,7 +267,8 @@ class Recommender:
             raise UserError(f"{self._folder} was written without histories: give the histories of the users to score")
         wanted, place = np.unique(user, return_inverse=True)
         column = pyarrow.dataset.field("user")
-        low, high = int(wanted.min(initial=0)), int(wanted.max(initial=0))
+        known = wanted[wanted != UNKNOWN]
+        low, high = (int(known[0]), int(known[-1])) if len(known) else (0, -1)
         # the bounds skip row groups by their statistics
         table = pyarrow.dataset.dataset(folder, format="parquet").to_table(
             filter=(column >= low) & (column <= high) & column.isin(wanted)
@@ -309,11 +314,12 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         hidden=config.align.hidden,
         projection=None if is_trained else folder / PROJECTION,
         trained=folder / PROJECTION if is_trained else None,
-        settings=replace(config.fuse, loss="answer"),
+        settings=config.fuse,
         seed=config.seed,
     )
     adapted = task.model.scorer.llm
-    text_task = TextTask(source, adapted, make_prompts(source.folder(), titles, config.prompt, noun, adapted, "text"))
+    text = make_prompts(source.folder(), titles, config.prompt, noun, adapted, "text", config.adapt.loss)
+    text_task = TextTask(source, adapted, text)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.llm.dtype)
     return Recommender(folder, log, task, text_task, config.evaluate.batch, config.evaluate.micro_batch, dtype, where)
@@ -328,7 +334,8 @@ def _base_model(folder: Path, facts: dict[str, Any], llm: str | None) -> LlmSour
     if facts["copied"]:
         if llm is not None:
             raise UserError(f"llm is {llm}, but {folder} holds its base model itself: leave llm out")
-        check_folder(folder / MODEL)
+        if find_llm(str(folder / MODEL), None).identity != facts["files"]:
+            raise UserError(f"{folder / MODEL} isn't the base model that was exported: its files differ; export again")
         return LlmSource(str(folder / MODEL), None, facts["identity"])
     if facts["revision"] is not None:
         if llm is not None:

@@ -219,6 +219,9 @@ class Engine:
             found = tables.look_up(ids, shares)
             return found | {name: found[name].values for name in shares}
         vectors: Vectors = {}
+        if self._smoothed is None and not self.trains_tables:  # they stay as they are
+            with torch.no_grad():
+                self._smoothed = self._smooth()
         rows = self._smoothed if self._smoothed is not None else self._smooth()
         columns = rows.shape[1] // 2
         for kind in KINDS:
@@ -259,10 +262,11 @@ class Engine:
         training = model is not None and model.training
         if model is not None:
             model.eval()
-        if self._graph is not None:
+        if self._graph is not None and self._smoothed is None:
             self._smoothed = self._smooth()
         yield
-        self._smoothed = None
+        if self.trains_tables:
+            self._smoothed = None
         if model is not None:
             model.train(training)
 

@@ -60,7 +60,8 @@ def _score(scoring: Scoring) -> None:
     for name, build in scoring.build.items():
         start = time.monotonic()
         task = together(build, workers)
-        engine = together(partial(Engine, task, workers, 0, scoring.settings, scoring.storage, scoring.dtype), workers)
+        dtype = scoring.dtype if task.blocks else "float32"  # as each was trained
+        engine = together(partial(Engine, task, workers, 0, scoring.settings, scoring.storage, dtype), workers)
         slices = split_slices(order, task, task.prepare_to_score, workers, 0, order.steps_per_epoch)
         found = engine.score(
             slices, partial(report_scored, workers, scoring.board, scoring.stage, name, "rows scored", order)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sellarec.config import DENSE_TABLE_OPTIMIZERS, Sparse, Tables
+from sellarec.config import DENSE_TABLE_OPTIMIZERS, Dense, Sparse, Tables
 from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, column_share, describe
 from sellarec.training.table import Jagged, Table, initial_rows
 
@@ -116,7 +116,8 @@ class ShardedTables:
             decay = optimizer.table_weight_decay
             if owned:
                 kind = torch.optim.Adam if optimizer.table_optimizer == "adam" else torch.optim.AdamW
-                self._adam = kind(owned, lr=optimizer.table_learning_rate, weight_decay=decay, fused=True)
+                betas = (0.9, optimizer.beta2 if isinstance(optimizer, Dense) else 0.999)
+                self._adam = kind(owned, lr=optimizer.table_learning_rate, betas=betas, weight_decay=decay, fused=True)
 
     @property
     def optimizer(self) -> str:

@@ -178,7 +178,7 @@ def test_a_world_that_cannot_be_made_is_refused(changes, named):
 
 def test_questions_in_a_text_are_worded_as_the_compact_prompt(large):
     template = read_template("compact")
-    (turn,) = template.text
+    (turn,) = template.turns("text")
     pattern = re.escape(turn.text).replace(r"\{history\}", "(.+)").replace(r"\{title\}", "(.+)")
     answers = "|".join(re.escape(answer) for answer in template.answers)
     for row in large.items.slice(0, 20).to_pylist():

@@ -71,7 +71,7 @@ def test_the_saved_adapter_loads_elsewhere_and_gives_the_same_logits(models, tit
     plain = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(logits_of(plain, batch), logits, rtol=0, atol=1e-4)
     assert (without - logits).abs().max() > 0.1
-    again = build_adapted(task.source, titles, language_cases.PROMPT, "movie", tmp_path / "adapter")
+    again = build_adapted(task.source, titles, language_cases.PROMPT, "movie", tmp_path / "adapter", "answer")
     torch.testing.assert_close(again.score(again.model, batch, {}), task.score(task.model, batch, {}))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(models[model])

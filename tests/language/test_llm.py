@@ -235,7 +235,7 @@ def test_stage_adapt_saves_what_scoring_loads(decoder, titles, tmp_path):
     score = task.score(task.model, batch, {})
     assert (score - fresh).abs().min() > 1e-4
     task.save(tmp_path, {name: weight.detach() for name, weight in trained.items()})
-    again = build_adapted(source, titles, PROMPT, "movie", tmp_path / "adapter")
+    again = build_adapted(source, titles, PROMPT, "movie", tmp_path / "adapter", "answer")
     torch.testing.assert_close(again.score(again.model, batch_of(again, ROWS, None), {}), score)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         decoder

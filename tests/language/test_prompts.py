@@ -421,6 +421,13 @@ def test_a_text_without_roles_is_a_users_turn_where_the_chat_template_is_asked_f
         make(chat, titles, template="compact", chat="model")
 
 
+def test_prompts_are_the_same_on_any_day(chat, titles):
+    """Some chat templates write today's date."""
+    chat.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    said = chat.decode(tokens_of(build(make(chat, titles, template="sella"), [(3, [1])]), 0))
+    assert said.startswith("26 Jul 2024\n<|im_start|>system")
+
+
 def test_a_chat_template_that_takes_no_system_turn_is_refused(chat, titles):
     chat.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(UserError, match=r"System role not supported.*prompt\.chat plain"):

@@ -5,7 +5,8 @@ import yaml
 
 from sellarec.config import parse
 from sellarec.errors import UserError
-from sellarec.language.templates import AUTO, Turn, built_in_templates, read_template, read_templates
+from sellarec.language.templates import AUTO, Turn, built_in_templates, read_template, read_templates, template_mark
+from sellarec.pipeline import settings_of
 
 GOOD = {
     "text": [{"user": "Liked: {history}. Next {noun}: {title}. Good?"}],
@@ -69,7 +70,10 @@ def test_a_text_in_pieces_says_what_the_injected_tokens_need(tmp_path):
         ({"text": "{title} {history} {title}"}, r"text has 2 places for \{title\}"),
         ({"text": "{title}"}, r"no place for \{history\}"),
         ({"text": "{user} {history} {title}"}, r"text has a slot \{user\}"),
-        ({"fused": "{user} {history} {item} {title}"}, r"fused has no place for \{semantic\}"),
+        (
+            {"fused": "{user} {history} {item} {title}"},
+            r"fused with the tokens user item semantic has no place for \{semantic\}",
+        ),
         ({"text": "{history} {title} {year}"}, r"a slot \{year\}, but its slots are history, title, noun"),
         ({"text": "{history!r} {title}"}, r"slot \{history!r\}"),
         ({"text": "{history} {title:5}"}, r"slot \{title:5\}"),
@@ -125,3 +129,12 @@ def test_the_embedded_model_has_no_chat_template():
     with pytest.raises(UserError, match=r"prompt\.chat is model, but llm\.model is embedded"):
         parse(["demo", "--prompt.chat", "model"])
     assert parse(["demo", "--prompt.chat", "model", "--llm", "a/b"]).prompt.chat == "model"
+
+
+def test_a_templates_mark_is_what_it_says_wherever_it_lies(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    one, two = (write(tmp_path / name, GOOD) for name in ("a", "b"))
+    assert template_mark(one) == template_mark(two) != template_mark(write(tmp_path / "b", GOOD | {"none": "nothing"}))
+    runs = [parse(["demo", "--prompt.template", path]) for path in (one, two)]
+    assert settings_of("fuse", runs[0]) == settings_of("fuse", runs[1])

@@ -27,6 +27,7 @@ from sellarec.evaluation.results import evaluate_scores
 from sellarec.fusion.fuse import FuseTask, build_fuse
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt, build_adapted
+from sellarec.language.templates import template_mark
 from sellarec.serving.export import export_run
 from sellarec.training.table import Table
 from sellarec.training.task import INITIAL
@@ -150,7 +151,8 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str]) -
     )
     task = build(fuse / "projection.safetensors")
     task.model.eval()
-    finish("fuse", {"steps": 1, "kept_step": 1, "template": "compact"}, llm=source.identity)
+    marked = {"llm": source.identity, "templates": template_mark("compact")}
+    finish("fuse", {"steps": 1, "kept_step": 1, "template": "compact"}, **marked)
     workspace = Workspace(folder, log, task, source, config)
     test = workspace.test_rows()
     records = evaluate_scores(
@@ -329,7 +331,9 @@ def test_explanations_are_what_the_score_loses(made, recommender):
     assert all(abs(part) > 1e-4 for part in found["tokens"].values())
     titles = workspace.log.items(["title"])["title"].to_pylist()
     adapter = workspace.artifact("adapt") / "adapter"
-    text_task = build_adapted(workspace.source, titles, workspace.config.prompt, workspace.log.facts["noun"], adapter)
+    text_task = build_adapted(
+        workspace.source, titles, workspace.config.prompt, workspace.log.facts["noun"], adapter, "answer"
+    )
     with torch.no_grad():
         text_only = text_task.score(text_task.model, small.batch_of(text_task, rows, None), {}).item()
     assert found["text_only"] == pytest.approx(text_only, abs=1e-5)
@@ -468,6 +472,16 @@ def test_a_base_model_that_has_changed_since_the_run_is_refused(made, tmp_path):
     manifest = json.loads((fuse / "manifest.json").read_text())
     (fuse / "manifest.json").write_text(json.dumps({**manifest, "llm": "0" * 64}))
     with pytest.raises(UserError, match="aren't those that the run was made with"):
+        export_run(str(run), tmp_path / "out", histories=True, with_model=False)
+
+
+def test_a_prompt_template_that_has_changed_since_the_run_is_refused(made, tmp_path):
+    workspace, _ = made()
+    run = copy_run(workspace, tmp_path / "copy")
+    fuse = tmp_path / "copy/artifacts" / json.loads((run / "artifacts.json").read_text())["fuse"]
+    manifest = json.loads((fuse / "manifest.json").read_text())
+    (fuse / "manifest.json").write_text(json.dumps({**manifest, "templates": "0" * 16}))
+    with pytest.raises(UserError, match="prompt template compact isn't as the run was made with"):
         export_run(str(run), tmp_path / "out", histories=True, with_model=False)
 
 
