@@ -14,6 +14,7 @@ from small import save_table, small_log
 from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Adapt, Collab, Fuse, Prompt, Tables
+from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.fusion.fuse import build_fuse
 from sellarec.language import llm as llms
@@ -98,11 +99,11 @@ def adapt_task(case: Case) -> TextTask:
     return task
 
 
-def fuse_task(case: Case, folder: Path) -> Task:
-    """With matrix factorisation of as many users as items, whose tables are in `folder`."""
+def fuse_task(case: Case, log: Log) -> Task:
+    """With matrix factorisation of as many users as items, whose tables are in the log's folder."""
     torch.manual_seed(SEED)
     source = llms.LlmSource(str(case.model), None, "", case.storage)
-    collab = build_collab(small_log(folder, ITEMS, ITEMS, np.ones(ITEMS, bool)), Collab(dim=4), folder)
+    collab = build_collab(log, Collab(dim=4), log.directory)
     width = llms.load_model(case.model).config.hidden_size
     rows = np.random.default_rng(9).standard_normal((ITEMS, width)).astype(np.float32)
     semantic = Table("semantic", ITEMS, width, ("semantic",), read=lambda low, high: rows[low:high])
@@ -111,17 +112,18 @@ def fuse_task(case: Case, folder: Path) -> Task:
     )  # fmt: skip
 
 
-def save_tables(folder: Path) -> None:
+def save_tables(folder: Path) -> Log:
     for number, name in enumerate(("user", "item")):
         save_table(folder / "tables", name, np.random.default_rng(number).standard_normal((ITEMS, 4)), (2,))
+    return small_log(folder, ITEMS, ITEMS, np.ones(ITEMS, bool))
 
 
-def train(case: Case, tables: Path | None = None) -> dict[str, Any]:
+def train(case: Case, log: Log | None = None) -> dict[str, Any]:
     """What a worker finds: the losses; whole gradients of each step, before clipping has any effect, and at last the weights; the
     types of the optimizer's state, and the bytes of frozen weights that it holds."""
     dense.MIN_BLOCK_BYTES = case.min_block
     workers = workers_of()
-    task = adapt_task(case) if tables is None else fuse_task(case, tables)
+    task = adapt_task(case) if log is None else fuse_task(case, log)
     engine = Engine(task, workers, SEED, case.settings, Tables(), case.dtype)
     gradients: list[dict[str, np.ndarray]] = []
     trained = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}

@@ -161,15 +161,14 @@ def test_fuse_takes_the_same_steps_with_stored_bfloat16_and_checkpointed(
 ):
     """The language model is frozen there, and stays in evaluation mode; gradients go through it to projections and tables."""
     if "fuse" not in plain:
-        folder = tmp_path_factory.mktemp("tables")
-        language_cases.save_tables(folder)
+        log = language_cases.save_tables(tmp_path_factory.mktemp("tables"))
         settings = Fuse(micro_batch=BATCH, clip=1e3, unseen_dropout=0.3)
         case = Case(rounded, titles, settings, adapter=adapter)
-        plain["fuse"] = folder, gloo.call(1, language_cases.train, case, folder)[0]
-    folder, twin = plain["fuse"]
+        plain["fuse"] = log, gloo.call(1, language_cases.train, case, log)[0]
+    log, twin = plain["fuse"]
     settings = Fuse(micro_batch=2, clip=1e3, unseen_dropout=0.3, checkpoint_activations=True)
     case = Case(models["qwen2"], titles, settings, storage="bfloat16", adapter=adapter)
-    for worker in gloo.call(workers, language_cases.train, case, folder):
+    for worker in gloo.call(workers, language_cases.train, case, log):
         np.testing.assert_allclose(worker["losses"], twin["losses"], **LOSS)
         for name, value in twin["weights"].items():
             np.testing.assert_allclose(worker["weights"][name], value, err_msg=name, **WEIGHTS)

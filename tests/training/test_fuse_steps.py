@@ -28,6 +28,7 @@ pytestmark = pytest.mark.distributed
 
 DIM, WIDTH = 8, 16
 SASREC = Collab(model="sasrec", dim=DIM, layers=1, history=4, init_std=0.4)
+LIGHTGCN = Collab(model="lightgcn", dim=DIM, layers=2, init_std=0.4)
 MF = Collab(dim=DIM, init_std=0.4)
 ADAPTED: dict[str, Any] = {"train": ("projections", "adapter"), "tokens": ("user", "item"), "learning_rate": 0.003}
 CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
@@ -37,9 +38,10 @@ CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "all": (SASREC, {"train": ("adapter", "tables", "projections"), "projections": "separate", "experts": 2}),
     "tables alone": (MF, {"tokens": ("user",), "train": ("tables",), "table_optimizer": "adam"}),
     "frozen sasrec": (SASREC, {"tokens": ("user",), "train": ("projections",), "experts": 3}),
+    "frozen lightgcn": (LIGHTGCN, {"train": ("projections",)}),
     "semantic alone": (SASREC, {"tokens": ("semantic",), "norm": "none"}),
 }
-QUICK = ("collm", "all", "tables alone")
+QUICK = ("collm", "all", "tables alone", "frozen lightgcn")
 LEFT: dict[str, tuple[set[str], set[str]]] = {
     "as it is": ({"user", "item", "semantic"}, {"projection.safetensors"}),
     "collm": (set(), {"projection.safetensors"}),
@@ -50,6 +52,7 @@ LEFT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "tables alone": ({"user"}, set()),
     "frozen sasrec": (set(), {"projection.safetensors"}),
+    "frozen lightgcn": (set(), {"projection.safetensors"}),
     "semantic alone": ({"semantic"}, {"projection.safetensors"}),
 }
 """Tables, and files of dense weights: what is trained, and nothing else."""
@@ -59,7 +62,7 @@ LEFT: dict[str, tuple[set[str], set[str]]] = {
 def inputs(decoder, tmp_path_factory) -> dict[str, Path]:
     """By collaborative model, what the stages before fuse leave; the adapter isn't fresh."""
     made = {}
-    for collab in (MF, SASREC):
+    for collab in (MF, SASREC, LIGHTGCN):
         folder = made[collab.model] = tmp_path_factory.mktemp(collab.model)
         (folder / "decoder").symlink_to(decoder)
         generator = np.random.default_rng(4)
