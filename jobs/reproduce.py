@@ -46,6 +46,19 @@ TABLES = {
         f"collm-{model}": Table(("collm-ml-1m", f"collm-{model}"), (1, 2, 3, 4, 5), SCORES, published=COLLM)
         for model in ("mf", "lightgcn", "sasrec", "din", "fism")
     },
+    "sella-ml-1m": Table(
+        recipes=("collm-ml-1m", "sella-official"),
+        seeds=(1, 2, 3),
+        variants={
+            MAIN: (),
+            "without alignment": ("--align.weight", "0"),
+            "without warm start": ("--fuse.warm-start", "False"),
+            "user and item": ("--fuse.tokens", "user", "item"),
+            "user and semantic": ("--fuse.tokens", "user", "semantic"),
+            "item and semantic": ("--fuse.tokens", "item", "semantic"),
+        },
+        published={MAIN: ".7606 / .7464"},  # with Qwen2-7B
+    ),
     **{
         name: Table(("log", name), (1,), RANKING)
         for name in ("gowalla-lightgcn", "ml-1m-lightgcn", "beauty-sasrec", "games-sasrec")

@@ -754,15 +754,13 @@ def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
 
 
 def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
-    """Builds the recommender from what stages before fuse left (align), or as stage fuse left it.
-
-    What fuse doesn't train is not in its artifact, and is read from where fuse itself reads it.
-    """
-    from sellarec.fusion.fuse import collaborative_tokens, soft_tokens
+    """Builds the recommender from what stages before fuse left (align), or as stage fuse left it."""
+    from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens
 
     log, config = this.log(), this.config
-    left = config.fuse.train if stage == "fuse" else ()
-    tables = this.artifact("fuse" if "tables" in left else "align")
+    trained = config.fuse if stage == "fuse" else dataclasses.replace(config.fuse, train=())
+    of = made_by(trained)
+    tables = this.artifact(of["tables"])
     start = this.artifact("align").local() / "projection.safetensors" if config.fuse.warm_start else None
     return partial(
         _build_fuse,
@@ -772,24 +770,19 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
         titles=_titles(log),
         prompt=config.prompt,
         noun=log.facts["noun"],
-        adapter=this.artifact("fuse" if "adapter" in left else "adapt").local() / "adapter",
+        adapter=this.artifact(of["adapter"]).local() / "adapter",
         hidden=config.align.hidden,
-        projection=None if "projections" in left else start,
-        trained=this.artifact("fuse").local() / "projection.safetensors" if "projections" in left else None,
+        projection=start if of["projections"] == "align" else None,
+        trained=this.artifact("fuse").local() / "projection.safetensors" if of["projections"] == "fuse" else None,
         settings=config.fuse,
         seed=config.seed,
     )
 
 
 def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> Any:
-    from sellarec.fusion.fuse import build_fuse
-    from sellarec.training.table import SavedTable, Table
+    from sellarec.fusion.fuse import build_fuse, semantic_table
 
-    semantic = None
-    if "semantic" in arguments["settings"].tokens:
-        saved = SavedTable(tables, "semantic")
-        semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
-    return build_fuse(collab=collab(), semantic=semantic, **arguments)
+    return build_fuse(collab=collab(), semantic=semantic_table(tables, arguments["settings"]), **arguments)
 
 
 def _fuse(this: Run) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from sellarec.language.adapt import answer_score, count_targets, make_prompts, p
 from sellarec.language.prompts import SOFT, Prompts
 from sellarec.language.scorer import PromptScorer
 from sellarec.training.stream import Prepare
-from sellarec.training.table import Table
+from sellarec.training.table import SavedTable, Table
 from sellarec.training.task import Batch, Peers, Task, Vectors
 
 
@@ -191,6 +191,21 @@ def build_fuse(
     # items are represented by their rows alone
     collab.network.requires_grad_("tables" in settings.train and "user" in tokens)
     return FuseTask(Recommender(adapted, hybrid, collab.network), collab, semantic, prompts, settings, seed)
+
+
+def made_by(settings: Fuse) -> dict[str, str]:
+    """The stage whose artifact holds the tables, the projections and the adapter of a fused model: what fuse doesn't train is
+    where it was read from."""
+    before = {"tables": "align", "projections": "align", "adapter": "adapt"}
+    return {part: "fuse" if part in settings.train else stage for part, stage in before.items()}
+
+
+def semantic_table(folder: Path, settings: Fuse) -> Table | None:
+    """The saved distilled vectors among the tables of a folder; None where no token takes them."""
+    if "semantic" not in settings.tokens:
+        return None
+    saved = SavedTable(folder, "semantic")
+    return Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
 
 
 def soft_tokens(settings: Fuse) -> tuple[str, ...]:

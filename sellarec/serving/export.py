@@ -39,7 +39,7 @@ from sellarec.collab.task import WEIGHTS, CollabTask, build_collab
 from sellarec.config import EMBEDDED, Config, parse, to_yaml
 from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import collaborative_tokens, soft_tokens
+from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens
 from sellarec.language.llm import LlmSource, find_llm, load_tokenizer
 from sellarec.language.templates import is_file, template_mark
 from sellarec.serving.card import model_card
@@ -84,8 +84,7 @@ def read_run(run: str) -> Finished:
     config = parse([str(place.local() / "config.yaml")], program="export.py")
     found = {stage: store.manifest(stage, marks[stage].removeprefix(f"{stage}-")) for stage in marks}
     needed = [*NEEDED, *["pretrain"] * (config.llm.model == EMBEDDED)]
-    if not {"tables", "projections"} <= set(config.fuse.train):
-        needed.append("align")
+    needed += set(made_by(config.fuse).values()) - set(needed)
     missing = [stage for stage in needed if found.get(stage) is None]
     if missing:
         raise UserError(
@@ -138,18 +137,16 @@ def export_run(run: str, out: Path, histories: bool, with_model: bool) -> None:
 
 
 def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, with_model: bool) -> None:
-    config, fuse = finished.config, finished.folder("fuse")
+    config = finished.config
     log = read_log(finished.folder("prepare"))
     copied = with_model or config.llm.model == EMBEDDED
     if copied:
         _copy(source.folder(), out / MODEL, [path.name for path in source.folder().iterdir() if _is_of_model(path)])
     load_tokenizer(source.folder()).save_pretrained(out / "tokenizer")
-    # what stage fuse didn't train is where it was read from
-    trained = config.fuse.train
-    adapter = fuse if "adapter" in trained else finished.folder("adapt")
-    shutil.copytree(adapter / "adapter", out / "adapter")
-    _copy(fuse if "projections" in trained else finished.folder("align"), out, [PROJECTION])
-    rows = fuse if "tables" in trained else finished.folder("align")
+    of = {part: finished.folder(stage) for part, stage in made_by(config.fuse).items()}
+    shutil.copytree(of["adapter"] / "adapter", out / "adapter")
+    _copy(of["projections"], out, [PROJECTION])
+    rows = of["tables"]
     _copy(rows, out, [name for name in (WEIGHTS,) if (rows / name).is_file()])
     if is_file(config.prompt.template):
         shutil.copyfile(Path(config.prompt.template).expanduser(), out / TEMPLATE)

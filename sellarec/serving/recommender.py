@@ -27,10 +27,10 @@ from sellarec.config import parse
 from sellarec.data.keys import keys_of
 from sellarec.data.log import Log, read_log
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, soft_tokens
+from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, semantic_table, soft_tokens
 from sellarec.language.adapt import TextTask, make_prompts
 from sellarec.language.llm import LlmSource, find_llm
-from sellarec.training.table import Jagged, SavedTable, Table
+from sellarec.training.table import Jagged, SavedTable
 from sellarec.training.task import Batch, Task, Vectors
 
 TEMPLATE = "template.yaml"
@@ -296,10 +296,6 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
     log = read_log(folder / CATALOG)
     titles, noun = [*log.items(["title"])["title"].to_pylist(), ""], log.facts["noun"]
     tokens = soft_tokens(config.fuse)
-    semantic = None
-    if "semantic" in tokens:
-        saved = SavedTable(folder / "tables", "semantic")
-        semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
     is_trained = "projections" in config.fuse.train
     task = build_fuse(
         source=source,
@@ -310,7 +306,7 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         collab=build_collab(
             log, replace(config.collab, train_on="rows"), folder, represented=collaborative_tokens(tokens)
         ),
-        semantic=semantic,
+        semantic=semantic_table(folder / "tables", config.fuse),
         hidden=config.align.hidden,
         projection=None if is_trained else folder / PROJECTION,
         trained=folder / PROJECTION if is_trained else None,

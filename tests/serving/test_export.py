@@ -465,12 +465,17 @@ def test_what_cannot_be_exported_is_refused(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def change_fuse(run: Path, **changes: str) -> None:
+    """Other facts in the manifest of the run's fuse artifact."""
+    fuse = run.parents[1] / "artifacts" / json.loads((run / "artifacts.json").read_text())["fuse"]
+    manifest = json.loads((fuse / "manifest.json").read_text())
+    (fuse / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
 def test_a_base_model_that_has_changed_since_the_run_is_refused(made, tmp_path):
     workspace, _ = made()
     run = copy_run(workspace, tmp_path / "copy")
-    fuse = tmp_path / "copy/artifacts" / json.loads((run / "artifacts.json").read_text())["fuse"]
-    manifest = json.loads((fuse / "manifest.json").read_text())
-    (fuse / "manifest.json").write_text(json.dumps({**manifest, "llm": "0" * 64}))
+    change_fuse(run, llm="0" * 64)
     with pytest.raises(UserError, match="aren't those that the run was made with"):
         export_run(str(run), tmp_path / "out", histories=True, with_model=False)
 
@@ -478,9 +483,7 @@ def test_a_base_model_that_has_changed_since_the_run_is_refused(made, tmp_path):
 def test_a_prompt_template_that_has_changed_since_the_run_is_refused(made, tmp_path):
     workspace, _ = made()
     run = copy_run(workspace, tmp_path / "copy")
-    fuse = tmp_path / "copy/artifacts" / json.loads((run / "artifacts.json").read_text())["fuse"]
-    manifest = json.loads((fuse / "manifest.json").read_text())
-    (fuse / "manifest.json").write_text(json.dumps({**manifest, "templates": "0" * 16}))
+    change_fuse(run, templates="0" * 16)
     with pytest.raises(UserError, match="prompt template compact isn't as the run was made with"):
         export_run(str(run), tmp_path / "out", histories=True, with_model=False)
 

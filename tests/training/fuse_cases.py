@@ -14,11 +14,10 @@ from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Collab, Evaluate, Fuse, Prompt, Tables
 from sellarec.data.log import read_log
-from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, soft_tokens
+from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, semantic_table, soft_tokens
 from sellarec.language.llm import find_llm
 from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, prepared, row_groups, slices
-from sellarec.training.table import SavedTable, Table
 
 STEPS, HIDDEN = 5, 6
 
@@ -54,10 +53,7 @@ def task_of(case: Case, trained: bool) -> FuseTask:
     tokens = soft_tokens(case.settings)
     log = read_log(case.inputs / "log")
     collab = build_collab(log, case.collab, tables, represented=collaborative_tokens(tokens))
-    semantic = None
-    if "semantic" in tokens:
-        saved = SavedTable(tables / "tables", "semantic")
-        semantic = Table("semantic", saved.facts["rows"], saved.facts["columns"], ("semantic",), read=saved.read)
+    semantic = semantic_table(tables / "tables", case.settings)
     return build_fuse(
         find_llm(str(case.inputs / "decoder"), None), titles_of(case.inputs), Prompt(template="compact"), "movie",
         (case.output if "adapter" in left else case.inputs) / "adapter", collab, semantic, HIDDEN,
