@@ -12,7 +12,7 @@ from sellarec.errors import exit_status
 
 def main(arguments: list[str]) -> None:
     check_environment()
-    from sellarec.config import parse_evaluation  # after the check: these import what it looks for
+    from sellarec.command_line import parse_evaluation  # after the check: these import what it looks for
 
     settings = parse_evaluation(arguments)
     from sellarec.evaluation.artifact import evaluate_artifact

@@ -8,7 +8,8 @@ from sellarec.errors import UserError, exit_status
 
 def main(arguments: list[str]) -> None:
     check_environment()
-    from sellarec.config import Sparse, parse_planning  # after the check: these import what it looks for
+    from sellarec.command_line import parse_planning  # after the check: these import what it looks for
+    from sellarec.config import Sparse
 
     settings = parse_planning(arguments)
     from sellarec.training.launch import room_for_tables

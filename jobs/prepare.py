@@ -8,7 +8,7 @@ from sellarec.errors import UserError, exit_status
 
 def main(arguments: list[str]) -> None:
     check_environment()
-    from sellarec.config import parse_prepare  # after the check: these import what it looks for
+    from sellarec.command_line import parse_prepare  # after the check: these import what it looks for
 
     settings = parse_prepare(arguments)
     from sellarec.artifacts import Place, lease

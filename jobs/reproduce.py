@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
             )
     check_environment()
     from sellarec.artifacts import Place
-    from sellarec.config import parse
+    from sellarec.command_line import parse
     from sellarec.evaluation.results import format_table
     from sellarec.pipeline import Run, run
 

@@ -8,7 +8,7 @@ from sellarec.errors import exit_status
 
 def main(arguments: list[str]) -> None:
     check_environment()
-    from sellarec.config import parse  # after the check: these import what it looks for
+    from sellarec.command_line import parse  # after the check: these import what it looks for
 
     config = parse(arguments)
     from sellarec.pipeline import Run, run

@@ -20,17 +20,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
-from sellarec.config import (
-    EMBEDDED,
-    STAGES,
-    Config,
-    Language,
-    Selection,
-    Sparse,
-    check_layer,
-    result_settings,
-    to_yaml,
-)
+from sellarec.checks import check_layer
+from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, result_settings, to_yaml
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of

@@ -12,22 +12,9 @@ from typing import Any
 import pytest
 
 import sellarec.config
-from sellarec.config import (
-    COLLAB_MODELS,
-    STAGES,
-    Align,
-    Collab,
-    Config,
-    Fuse,
-    Tables,
-    built_in_recipes,
-    check,
-    leaves,
-    parse,
-    read_recipe,
-    result_settings,
-    to_yaml,
-)
+from sellarec.checks import check
+from sellarec.command_line import built_in_recipes, parse, read_recipe
+from sellarec.config import COLLAB_MODELS, STAGES, Align, Collab, Config, Fuse, Tables, leaves, result_settings, to_yaml
 from sellarec.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from sellarec.config import Config, parse
+from sellarec.command_line import parse
+from sellarec.config import Config
 
 # SeLLa-Rec's paper and code, MovieLens-1M: by stage what its scripts set, and by the recipe's names.
 SELLA: dict[str, dict[str, Any]] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sellarec.config import parse
+from sellarec.command_line import parse
 from sellarec.errors import UserError
 
 ROOT = Path(__file__).parents[1]

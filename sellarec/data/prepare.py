@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from sellarec.config import Data, seconds
+from sellarec.checks import seconds
+from sellarec.config import Data
 from sellarec.data import phases
 from sellarec.data.files import file_hashes, file_size
 from sellarec.data.log import Log, read_log

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from sellarec.artifacts import Place
 from sellarec.collab.rows import flat, lists
 from sellarec.collab.task import build_collab
-from sellarec.config import Config, Evaluation, parse
+from sellarec.command_line import parse
+from sellarec.config import Config, Evaluation
 from sellarec.data.log import Log, read_log
 from sellarec.errors import UserError
 from sellarec.evaluation.queries import PROTOCOL, write_candidates, write_queries

@@ -36,7 +36,8 @@ from sellarec.alignment.align import PROJECTION
 from sellarec.artifacts import Place, Store
 from sellarec.collab.rows import flat, last, lists
 from sellarec.collab.task import WEIGHTS, CollabTask, build_collab
-from sellarec.config import EMBEDDED, Config, parse, to_yaml
+from sellarec.command_line import parse
+from sellarec.config import EMBEDDED, Config, to_yaml
 from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.errors import UserError
 from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens

@@ -23,7 +23,7 @@ from torch import Tensor
 from sellarec.alignment.align import PROJECTION
 from sellarec.collab.rows import flat, lists
 from sellarec.collab.task import build_collab
-from sellarec.config import parse
+from sellarec.command_line import parse
 from sellarec.data.keys import keys_of
 from sellarec.data.log import Log, read_log
 from sellarec.errors import UserError

@@ -533,7 +533,7 @@ import sys, pathlib, torch
 folder = pathlib.Path(sys.argv[1])
 import sellarec
 assert pathlib.Path(sellarec.__file__).is_relative_to(folder), sellarec.__file__
-from sellarec.config import parse
+from sellarec.command_line import parse
 from sellarec.errors import UserError
 from small import Alone, batch_of, make, some_rows, vectors_of
 config = parse(["--collab", "popularity", "--collab.dropout", "0.5"])

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sellarec.artifacts import Place
-from sellarec.config import Adapt, Config, Distil, Llm, Pretrain, Prompt, check
+from sellarec.checks import check
+from sellarec.config import Adapt, Config, Distil, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt

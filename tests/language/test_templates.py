@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from sellarec.config import parse
+from sellarec.command_line import parse
 from sellarec.errors import UserError
 from sellarec.language.templates import AUTO, Turn, built_in_templates, read_template, read_templates, template_mark
 from sellarec.pipeline import settings_of

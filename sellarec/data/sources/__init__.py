@@ -18,7 +18,7 @@ def open_source(data: Data) -> Source:
     Raises:
         UserError: files that are missing or of another format, or settings that the source doesn't know.
     """
-    from sellarec.config import seconds
+    from sellarec.checks import seconds
     from sellarec.data.sources import amazon, collm, lcrec, lightgcn, movielens, recbole, tables
     from sellarec.data.world import generate_world
 

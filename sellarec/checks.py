@@ -1,0 +1,452 @@
+"""What settings are refused, and why: out of range, contradictory, or read by nothing in the mode they stand in."""
+
+import dataclasses
+import difflib
+import math
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from sellarec.config import (
+    ALL_LINEAR,
+    DENSE_SETTINGS,
+    DENSE_TABLE_OPTIMIZERS,
+    EMBEDDED,
+    MODEL_SETTINGS,
+    SAMPLED,
+    STAGES,
+    TABLE_SETTINGS,
+    Align,
+    Collab,
+    Config,
+    Data,
+    Dense,
+    Fuse,
+    leaves,
+)
+from sellarec.errors import UserError
+from sellarec.language.templates import read_templates
+
+MAX_INTEGER = 2**31 - 1
+"""No count is above it."""
+
+MAX_WORLD = 10_000_000
+"""The generated world is made in memory."""
+
+
+def check(config: Config) -> None:
+    """Refuse settings that are out of range or contradict each other, before any work.
+
+    Raises:
+        UserError: naming the settings and their values.
+    """
+    check_bounds(config)
+    for name, value, _ in leaves(config):
+        if name.rpartition(".")[2] == "warmup" and value > 1:
+            raise UserError(f"{name} is {value}: a fraction of the steps from 0 to 1 is needed")
+    if config.name is not None and not re.fullmatch(r"\w[\w.-]*", config.name, re.ASCII):
+        raise UserError(
+            f"name is '{config.name}', but it names a folder below runs/: letters, digits, '.', '_' and '-' are allowed, "
+            "beginning with a letter or digit; give --name"
+        )
+    for name in config.stages:
+        if name not in STAGES:
+            near = difflib.get_close_matches(name, STAGES, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"there is no stage '{name}': {hint}the stages are {', '.join(STAGES)}")
+    check_data(config.data)
+    data = config.data
+    if data.source != "log" and data.history_cap < config.prompt.history:
+        raise UserError(
+            f"prompt.history is {config.prompt.history}, but data.history_cap keeps only {data.history_cap} items a row: "
+            "raise data.history_cap or lower prompt.history"
+        )
+    defaults = {name: value for name, value, _ in leaves(Config())}
+    for name, value, _ in leaves(config):
+        if value != defaults[name] and name.startswith("pretrain.") and config.llm.model != EMBEDDED:
+            raise UserError(
+                f"{name} is {value}, but llm.model is {config.llm.model}: only the embedded model is pre-trained here; "
+                "leave out one of the two"
+            )
+    if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):
+        raise UserError(
+            f"llm.revision is {config.llm.revision}, but llm.model is {config.llm.model}: only a hub id has revisions"
+        )
+    if config.stages and "pretrain" in config.stages and config.llm.model != EMBEDDED:
+        raise UserError(
+            f"stages names pretrain, but llm.model is {config.llm.model}: only the embedded model is pre-trained here; "
+            "leave out one of the two"
+        )
+    if config.pretrain.hidden % (2 * config.pretrain.heads):
+        raise UserError(
+            f"pretrain.hidden is {config.pretrain.hidden} and pretrain.heads {config.pretrain.heads}: "
+            "the width must be a multiple of twice the heads (rotary embeddings take pairs)"
+        )
+    check_width("collab.dim", config.collab.dim)
+    _check_collab(config)
+    if not 0 <= config.adapt.dropout < 1:
+        raise UserError(f"adapt.dropout is {config.adapt.dropout}: a share from 0 to below 1 is needed")
+    _check_align(config)
+    _check_dense(config)
+    _check_adapt(config)
+    _check_distil(config)
+    _check_prompt(config)
+    _check_fuse(config)
+
+
+def _check_align(config: Config) -> None:
+    align, defaults = config.align, Align()
+    for name in ("rince_q", "rince_lambda"):
+        value = getattr(align, name)
+        if value != getattr(defaults, name) and align.contrastive != "rince":
+            raise UserError(
+                f"align.{name} is {value}, but align.contrastive is {align.contrastive}, which doesn't read it: leave out one of "
+                "the two"
+            )
+        if not 0 < value <= 1:
+            raise UserError(f"align.{name} is {value}: a number above 0, at most 1, is needed")
+    if align.history != defaults.history and align.side == "items":
+        raise UserError(
+            f"align.history is {align.history}, but align.side is items, which reads no history: leave out one of the two"
+        )
+    if align.contrastive == "rince" and align.rince_q / align.temperature > 40:
+        raise UserError(
+            f"align.rince_q is {align.rince_q} and align.temperature {align.temperature}: exp(q / temperature) overflows; raise "
+            "the temperature or lower q"
+        )
+    if align.side != "items" and config.data.split_by == "random":
+        raise UserError(
+            f"align.side is {align.side}, but data.split_by is random: histories of train rows then hold positives of valid and "
+            "test, to which users would be drawn; take align.side items, or another split"
+        )
+    if align.side != "items" and config.data.source != "log" and align.history > config.data.history_cap:
+        raise UserError(
+            f"align.history is {align.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
+            "data.history_cap or lower align.history"
+        )
+
+
+def _check_dense(config: Config) -> None:
+    for section in dataclasses.fields(config):
+        settings = getattr(config, section.name)
+        if not isinstance(settings, Dense):
+            continue
+        name = section.name
+        if settings.beta2 >= 1:
+            raise UserError(f"{name}.beta2 is {settings.beta2}: a share from 0 to below 1 is needed")
+        if settings.schedule != "wsd" and settings.decay != Dense.decay:
+            raise UserError(
+                f"{name}.decay is {settings.decay}, but {name}.schedule is {settings.schedule}, for which it means nothing: "
+                "leave out one of the two"
+            )
+        if settings.schedule == "wsd" and settings.warmup + settings.decay > 1:
+            raise UserError(
+                f"{name}.warmup is {settings.warmup} and {name}.decay {settings.decay}: of schedule wsd they are fractions of "
+                "the steps that don't overlap, at most 1 together"
+            )
+
+
+def _check_adapt(config: Config) -> None:
+    targets = config.adapt.targets
+    if not targets:
+        raise UserError("adapt.targets is empty: give names of linear layers, or all-linear")
+    if ALL_LINEAR in targets and len(targets) > 1:
+        raise UserError(f"adapt.targets is {', '.join(targets)}: {ALL_LINEAR} takes every layer, so it stands alone")
+
+
+def _check_distil(config: Config) -> None:
+    prompt = config.distil.prompt
+    try:
+        pieces = list(Formatter().parse(prompt))
+        fields = [name for _, name, _, _ in pieces if name is not None]
+    except ValueError as error:
+        raise UserError(f"distil.prompt is '{prompt}', whose braces don't close ({error}): write {{text}}") from error
+    unknown = [name for name in fields if name not in ("text", "noun", "Noun")]
+    if unknown or fields.count("text") != 1:
+        raise UserError(
+            f"distil.prompt is '{prompt}', with the fields {', '.join(fields) or 'none'}: {{text}} once is needed, {{noun}} and "
+            "{Noun} are allowed"
+        )
+    if any(form or conversion for _, _, form, conversion in pieces):
+        raise UserError(f"distil.prompt is '{prompt}': its fields are written plainly, as {{text}}")
+    if not "".join(literal for literal, _, _, _ in pieces).strip():
+        raise UserError(
+            f"distil.prompt is '{prompt}', which makes no token of an item without a text: put words around {{text}}"
+        )
+    if config.llm.model == EMBEDDED:
+        check_layer(config.distil.layer, config.pretrain.layers, "the embedded model (pretrain.layers)")
+
+
+def check_layer(layer: int, layers: int, model: str) -> None:
+    """Raises UserError where a model of so many layers has no hidden states of distil.layer."""
+    if not -layers - 1 <= layer <= layers:
+        raise UserError(
+            f"distil.layer is {layer}, but {model} has {layers} layers: {-layers - 1} to {layers} is needed, where 0 is the "
+            "input embeddings"
+        )
+
+
+def _check_prompt(config: Config) -> None:
+    prompt = config.prompt
+    for template in read_templates(prompt.template).values():
+        template.turns("fused", config.fuse.tokens)
+    if prompt.chat == "model" and config.llm.model == EMBEDDED:
+        raise UserError(
+            f"prompt.chat is model, but llm.model is {EMBEDDED}, whose tokenizer has no chat template: take prompt.chat "
+            "plain, or give --llm a model that was tuned for chats"
+        )
+
+
+def _check_fuse(config: Config) -> None:
+    fuse, defaults = config.fuse, Fuse()
+    if not 0 <= fuse.unseen_dropout < 1:
+        raise UserError(f"fuse.unseen_dropout is {fuse.unseen_dropout}: a share from 0 to below 1 is needed")
+    if not fuse.tokens:
+        raise UserError(
+            "fuse.tokens names none: the model without soft tokens is the one that stage adapt trains, which stage evaluate "
+            "scores as text-only beside the others; name some of user, item, semantic"
+        )
+    if not fuse.train:
+        raise UserError("fuse.train names nothing to train: name some of tables, projections, adapter")
+    for name in ("tokens", "train"):
+        named = getattr(fuse, name)
+        if len(set(named)) < len(named):
+            raise UserError(f"fuse.{name} is {' '.join(named)}: name each once")
+    if fuse.tokens == ("semantic",) and fuse.semantic == "frozen" and "tables" in fuse.train:
+        raise UserError(
+            f"fuse.train is {' '.join(fuse.train)}, but fuse.tokens is semantic and fuse.semantic frozen: no table is left to "
+            "train; leave tables out, or fuse.semantic"
+        )
+    if fuse.projections == "separate" and not {"user", "item"} <= set(fuse.tokens):
+        raise UserError(
+            f"fuse.projections is separate, but fuse.tokens is {' '.join(fuse.tokens)}: user and item have a projection each "
+            "only where both are injected; leave out one of the two"
+        )
+    unread: dict[str, str] = {}
+    if fuse.tokens == ("semantic",):
+        of_rows = ("experts", "warm_start", "unseen_dropout")
+        unread |= dict.fromkeys(of_rows, "fuse.tokens is semantic, which takes no collaborative row")
+    if "semantic" not in fuse.tokens:
+        unread["semantic"] = f"fuse.tokens is {' '.join(fuse.tokens)}, without it"
+    if "tables" not in fuse.train:
+        unread["semantic"] = f"fuse.train is {' '.join(fuse.train)}, without the tables"
+        unread |= dict.fromkeys(TABLE_SETTINGS, f"fuse.train is {' '.join(fuse.train)}, without the tables")
+    if fuse.train == ("tables",) and ("user" not in fuse.tokens or not _has_dense_weights(config.collab)):
+        of_tables = ("beta2",) if fuse.table_optimizer in DENSE_TABLE_OPTIMIZERS else ()
+        dense = [name for name in DENSE_SETTINGS if name not in of_tables]
+        unread |= dict.fromkeys(dense, "fuse.train is tables, which have no dense weights here")
+    for name, reason in unread.items():
+        if getattr(fuse, name) != getattr(defaults, name):
+            raise UserError(f"fuse.{name} is {getattr(fuse, name)}, but {reason}: leave out one of the two")
+    if "projections" not in fuse.train:
+        drawn = [
+            f"fuse.{name} is {value}"
+            for name, value, is_drawn in (
+                ("tokens", " ".join(fuse.tokens), "semantic" in fuse.tokens),
+                ("warm_start", fuse.warm_start, not fuse.warm_start),
+                ("experts", fuse.experts, fuse.experts > 1),
+                ("projections", fuse.projections, fuse.projections == "separate"),
+            )
+            if is_drawn
+        ]
+        if drawn:
+            raise UserError(
+                f"fuse.train is {' '.join(fuse.train)}, without projections, but {drawn[0]}: weights that "
+                "align doesn't leave would stay as they were drawn, and two projections be one; add projections to fuse.train, "
+                "or take one collaborative projection from align"
+            )
+
+
+def _has_dense_weights(collab: Collab) -> bool:
+    from importlib import import_module  # a model's file loads torch
+
+    return "learning_rate" in import_module(f"sellarec.collab.models.{collab.model}").Model.reads
+
+
+def _check_collab(config: Config) -> None:
+    collab, defaults = config.collab, Collab()
+    for name in ("init_users", "init_items"):
+        if getattr(collab, name) is not None and collab.init_from is not None:
+            raise UserError(
+                f"collab.{name} is {getattr(collab, name)} and collab.init_from {collab.init_from}: rows start from one of them"
+            )
+    for name in ("collab", "align"):
+        if collab.loss != "bce" and getattr(config, name).select_on == "auc":
+            raise UserError(
+                f"collab.loss is {collab.loss}, which ranks the items of one user, but {name}.select_on is auc, which compares "
+                f"users: take --{name}.select-on uauc"
+            )
+    for name, unread in (
+        ("negatives", collab.loss not in SAMPLED),
+        ("negatives_per_row", collab.loss not in SAMPLED or collab.negatives == "in-batch"),
+        ("shared_negatives", collab.loss not in SAMPLED or collab.negatives == "in-batch"),
+    ):
+        if unread and getattr(collab, name) != getattr(defaults, name):
+            raise UserError(
+                f"collab.{name} is {getattr(collab, name)}, but collab.loss is {collab.loss} and collab.negatives "
+                f"{collab.negatives}, for which it means nothing: leave out one of them"
+            )
+    if not collab.hidden or min(collab.hidden) < 1:
+        raise UserError(f"collab.hidden is {collab.hidden}: one width or more, each at least 1, are needed")
+    if not 0 <= collab.dropout < 1:
+        raise UserError(f"collab.dropout is {collab.dropout}: a share from 0 to below 1 is needed")
+    changed = [name for name in MODEL_SETTINGS if getattr(collab, name) != getattr(defaults, name)]
+    if collab.model == "mf" and not changed and collab.train_on == "rows":
+        return
+    from importlib import import_module  # a model's file loads torch
+
+    model = import_module(f"sellarec.collab.models.{collab.model}").Model
+    for whose in ("users", "items"):
+        path = getattr(collab, f"init_{whose}")
+        if path is not None and (whose not in model.init_from_vectors or (whose == "users" and not collab.user_rows)):
+            raise UserError(
+                f"collab.init_{whose} is {path}, but collab.model is {collab.model} with collab.user_rows {collab.user_rows}, "
+                f"which has no rows of {whose} to start: leave it out"
+            )
+    ignored = [name for name in model.ignores if getattr(collab, name) != getattr(defaults, name)]
+    dense_tables = collab.table_optimizer in DENSE_TABLE_OPTIMIZERS
+    for name in (*changed, *ignored):
+        if name not in model.reads and not (name == "beta2" and dense_tables):
+            raise UserError(
+                f"collab.{name} is {getattr(collab, name)}, but collab.model is {collab.model}, which doesn't read it: leave out "
+                "one of the two"
+            )
+    if config.data.source != "log" and "history" in model.reads and collab.history > config.data.history_cap:
+        raise UserError(
+            f"collab.history is {collab.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
+            "data.history_cap or lower collab.history"
+        )
+    if collab.loss not in model.losses:
+        raise UserError(
+            f"collab.loss is {collab.loss}, but collab.model is {collab.model}, which is trained with {' or '.join(model.losses)}"
+        )
+    if "heads" in model.reads and collab.dim % collab.heads:
+        raise UserError(
+            f"collab.dim is {collab.dim} and collab.heads {collab.heads}: the width must be a multiple of the heads"
+        )
+    if not model.is_product and (
+        collab.loss == "full-softmax"
+        or collab.shared_negatives
+        or (collab.loss != "bce" and collab.negatives == "in-batch")
+    ):
+        raise UserError(
+            f"collab.model is {collab.model}, whose score is no product of a user's and an item's vector, but collab.loss "
+            f"{collab.loss} (collab.negatives {collab.negatives}, collab.shared_negatives {collab.shared_negatives}) scores "
+            "many items at once: draw negatives for each row (collab.negatives uniform or popularity, not shared)"
+        )
+    if not model.is_product and collab.select_on not in ("auc", "uauc"):
+        raise UserError(
+            f"collab.model is {collab.model}, whose score is no product of a user's and an item's vector, but collab.select_on "
+            f"{collab.select_on} ranks the whole catalog: take auc or uauc"
+        )
+    if collab.train_on == "sequences":
+        if not model.has_positions:
+            raise UserError(
+                f"collab.train_on is sequences, but collab.model is {collab.model}, which scores rows: take rows"
+            )
+        if collab.loss == "bce" or collab.negatives == "in-batch" or collab.shared_negatives or collab.user_rows:
+            raise UserError(
+                f"collab.train_on is sequences, collab.loss {collab.loss}, collab.negatives {collab.negatives}, "
+                f"collab.shared_negatives {collab.shared_negatives} and collab.user_rows {collab.user_rows}: sequences take a "
+                "ranking loss with negatives drawn for each target or the full softmax, and no rows of users"
+            )
+
+
+def check_bounds(settings: Any) -> None:
+    for name, value, _ in leaves(settings):
+        if isinstance(value, float | int) and not isinstance(value, bool):
+            low = _LOWEST.get(name.rpartition(".")[2], 0)
+            if not value >= low or math.isinf(value):
+                raise UserError(f"{name} is {value}, but must be a finite number, at least {low}")
+            high = MAX_WORLD if name.startswith("data.world.") else MAX_INTEGER
+            if isinstance(value, int) and value > high:
+                raise UserError(f"{name} is {value}, but must be at most {high:,}")
+
+
+def check_width(name: str, dim: int) -> None:
+    if dim % 4:
+        raise UserError(f"{name} is {dim}: the table kernels need a multiple of 4")
+
+
+def check_data(data: Data) -> None:
+    """Refuse settings of data that contradict each other.
+
+    Raises:
+        UserError: naming the settings and their values.
+    """
+    if data.source == "world" and data.path is not None:
+        raise UserError(
+            f"data.source is world, which is generated, but data.path is {data.path}: "
+            "leave the path out, or name the recipe of your data (for instance `train.py ml-latest-small --data ...`)"
+        )
+    defaults = {name: value for name, value, _ in leaves(Data(), "data.")}
+    mapped = [name for name, value, _ in leaves(data.item_columns, "data.item_columns.") if value != defaults[name]]
+    if mapped and data.items is None:
+        raise UserError(
+            f"{mapped[0]} names a column of the items' tables, but data.items names no tables: give --data.items"
+        )
+    for name, value, _ in leaves(data, "data."):
+        sources = next((found for beginning, found in _ONLY_FOR.items() if name.startswith(beginning)), None)
+        if value != defaults[name] and sources is not None and data.source not in sources:
+            raise UserError(
+                f"{name} is {value}, but data.source is {data.source}, for which it means nothing: leave out one of the two"
+            )
+    if data.source == "log":
+        for name, value, _ in leaves(data, "data."):
+            if value != defaults[name] and name not in ("data.source", "data.path", "data.noun", "data.expected"):
+                raise UserError(
+                    f"{name} is {value}, but data.source is log, which is prepared already: leave out one of the two"
+                )
+    if not (abs(sum(data.split) - 1) <= 1e-6 and min(data.split) > 0):
+        raise UserError(f"data.split is {data.split}: three fractions above 0 that add up to 1 are needed")
+    if (data.split_by == "dates") != (data.split_dates is not None):
+        raise UserError(
+            f"data.split_by is {data.split_by} and data.split_dates {data.split_dates}: a split by dates needs both, "
+            "another one neither"
+        )
+    for name in ("period", "split_dates"):
+        dates = getattr(data, name)
+        if dates is not None and seconds(dates[0]) >= seconds(dates[1]):
+            raise UserError(f"data.{name} is {dates[0]} and {dates[1]}: the second date must come after the first")
+
+
+def seconds(date: str) -> int:
+    """Seconds since 1970 of a date, or a date and time, in UTC.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found = datetime.fromisoformat(date)
+    except ValueError as error:
+        raise UserError(f"'{date}' is no date as 2017-12-01 or 2017-12-16T12:00") from error
+    return int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp())
+
+
+# Settings that say something of some sources only, by the beginning of their names.
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    "data.world.": ("world",),
+    "data.dataset": ("movielens", "amazon"),
+    "data.categories": ("amazon",),
+    "data.form": ("amazon",),
+    "data.period": ("amazon",),
+    "data.columns.": ("tables",),
+    "data.items": ("tables",),
+    "data.item_columns.": ("tables",),
+    "data.positive_rating": ("movielens", "amazon", "recbole", "tables"),
+}
+
+# Lowest values that make sense, by the last part of the name; 0 where a name isn't listed.
+_LOWEST: dict[str, float] = {
+    **dict.fromkeys(
+        ("workers", "batch", "micro_batch", "max_steps", "patience", "valid_rows", "history_cap", "history"), 1
+    ),
+    **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
+    **dict.fromkeys(("negatives_per_row", "block", "experts"), 1),
+    "layer": -MAX_INTEGER,
+    **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
+    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker"), 1e-6),
+    "seed": 0,
+}
