@@ -214,7 +214,7 @@ def _check_fuse(config: Config) -> None:
         named = getattr(fuse, name)
         if len(set(named)) < len(named):
             raise UserError(f"fuse.{name} is {' '.join(named)}: name each once")
-    if fuse.tokens == ("semantic",) and fuse.semantic == "frozen" and "tables" in fuse.train:
+    if fuse.tokens == ("semantic",) and fuse.semantic == "frozen" and "tables" in fuse.train and not fuse.collab_score:
         raise UserError(
             f"fuse.train is {' '.join(fuse.train)}, but fuse.tokens is semantic and fuse.semantic frozen: no table is left to "
             "train; leave tables out, or fuse.semantic"
@@ -224,16 +224,23 @@ def _check_fuse(config: Config) -> None:
             f"fuse.projections is separate, but fuse.tokens is {' '.join(fuse.tokens)}: user and item have a projection each "
             "only where both are injected; leave out one of the two"
         )
+    if fuse.collab_score and fuse.loss != "answer":
+        raise UserError(
+            f"fuse.collab_score is True, but fuse.loss is {fuse.loss}: the collaborative score is added to the score of the "
+            "answers, which a loss over tokens doesn't read; take fuse.loss answer, or leave fuse.collab_score out"
+        )
     unread: dict[str, str] = {}
     if fuse.tokens == ("semantic",):
-        of_rows = ("experts", "warm_start", "unseen_dropout")
+        of_rows = ("experts", "warm_start", *(() if fuse.collab_score else ("unseen_dropout",)))
         unread |= dict.fromkeys(of_rows, "fuse.tokens is semantic, which takes no collaborative row")
     if "semantic" not in fuse.tokens:
         unread["semantic"] = f"fuse.tokens is {' '.join(fuse.tokens)}, without it"
     if "tables" not in fuse.train:
         unread["semantic"] = f"fuse.train is {' '.join(fuse.train)}, without the tables"
         unread |= dict.fromkeys(TABLE_SETTINGS, f"fuse.train is {' '.join(fuse.train)}, without the tables")
-    if fuse.train == ("tables",) and ("user" not in fuse.tokens or not _has_dense_weights(config.collab)):
+    if fuse.train == ("tables",) and not (
+        ("user" in fuse.tokens or fuse.collab_score) and _has_dense_weights(config.collab)
+    ):
         of_tables = ("beta2",) if fuse.table_optimizer in DENSE_TABLE_OPTIMIZERS else ()
         dense = [name for name in DENSE_SETTINGS if name not in of_tables]
         unread |= dict.fromkeys(dense, "fuse.train is tables, which have no dense weights here")

@@ -474,6 +474,9 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     warm_start: bool = True
     """Start the collaborative projection (both of them, and every expert) from the one that align trained, else from random
     weights."""
+    collab_score: bool = False
+    """Add the collaborative model's own score of the row to the language model's, which then learns what that one leaves to be
+    told. Not with a loss over tokens."""
     unseen_dropout: float = 0.35
     """Share of training rows whose user (and, drawn apart, whose item) is treated as unseen, that is as a row of zeros: the
     dropout of collaborative tokens."""

@@ -746,7 +746,7 @@ def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
 
 def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
     """Builds the recommender from what stages before fuse left (align), or as stage fuse left it."""
-    from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens
+    from sellarec.fusion.fuse import made_by, represented
 
     log, config = this.log(), this.config
     trained = config.fuse if stage == "fuse" else dataclasses.replace(config.fuse, train=())
@@ -755,7 +755,7 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
     start = this.artifact("align").local() / "projection.safetensors" if config.fuse.warm_start else None
     return partial(
         _build_fuse,
-        _collab_builder(this, tables, represented=collaborative_tokens(soft_tokens(config.fuse))),
+        _collab_builder(this, tables, represented=represented(config.fuse)),
         tables.local() / "tables",
         source=this.llm(),
         titles=_titles(log),

@@ -171,6 +171,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             ["table_learning_rate is 1", "fuse.train is projections"],
         ),
         ("--fuse.train adapter --fuse.table-optimizer sgd", ["table_optimizer is sgd", "fuse.train is adapter"]),
+        ("--fuse.collab-score True --fuse.loss sequence", ["fuse.collab_score", "fuse.loss is sequence"]),
         ("--fuse.train tables", ["fuse.train is tables", "fuse.tokens is user item semantic"]),
         ("--fuse.train adapter --fuse.tokens user --fuse.warm-start False", ["fuse.train", "fuse.warm_start is False"]),
         ("--fuse.train adapter --fuse.tokens user --fuse.experts 2", ["fuse.train is adapter", "fuse.experts is 2"]),

@@ -31,13 +31,18 @@ from sellarec.training.task import Batch, Peers, Task, Vectors
 
 
 class Recommender(nn.Module):
-    """The language model, the projections whose tokens it reads, and the collaborative model that they are made of."""
+    """The language model, the projections whose tokens it reads, and the collaborative model that they are made of.
 
-    def __init__(self, llm: nn.Module, projection: HybridProjection, network: CollabModel) -> None:
+    Args:
+        adds_to: the token (of the vocabulary) to whose logit the collaborative model's score is added; None for none.
+    """
+
+    def __init__(self, llm: nn.Module, projection: HybridProjection, network: CollabModel, adds_to: int | None) -> None:
         super().__init__()
         self.scorer = PromptScorer(llm)
         self.projection = projection
         self.network = network
+        self.adds_to = adds_to
 
     def train(self, mode: bool = True) -> "Recommender":
         """What is frozen stays as it is evaluated: dropout in it would only be noise."""
@@ -56,7 +61,12 @@ class Recommender(nn.Module):
         }
         tokens = self.projection({name: made_by[name]() for name in self.projection.tokens})
         slots = {name: batch[f"{name}_position"] for name in tokens}
-        return self.scorer(batch["tokens"], batch["mask"], slots, tokens, batch.get("targets"))
+        found = self.scorer(batch["tokens"], batch["mask"], slots, tokens, batch.get("targets"))
+        if self.adds_to is None:
+            return found
+        # the score is a difference of two logits, so this adds to it
+        _, (score,) = self.network(batch, vectors, self.network.item(batch, vectors)[:, None])
+        return found.index_add(1, torch.tensor([self.adds_to], device=found.device), score.float())
 
 
 class FuseTask(Task):
@@ -135,6 +145,7 @@ class FuseTask(Task):
             **self.prompts.facts(),
             "tokens": tokens,
             "trained": list(self._settings.train),
+            "collab_score": self._settings.collab_score,
             "trained_weights": trained,
         }
 
@@ -174,9 +185,9 @@ def build_fuse(
     width = embeddings.shape[1]
     adapted = llms.with_adapter(model, adapter, trains="adapter" in settings.train)
     projections: dict[str, nn.Module] = {}
-    represented = collaborative_tokens(tokens)
-    shared = ("collaborative",) if represented else ()
-    for name in represented if settings.projections == "separate" else shared:
+    projected = collaborative_tokens(tokens)
+    shared = ("collaborative",) if projected else ()
+    for name in projected if settings.projections == "separate" else shared:
         experts = [Projection(collab.network.dim, hidden, width) for _ in range(settings.experts)]
         if projection is not None:
             for expert in experts:  # they then drift apart by what the gate, which is drawn, gives them
@@ -189,8 +200,9 @@ def build_fuse(
         hybrid.load_state_dict(load_file(trained))
     hybrid.requires_grad_("projections" in settings.train)
     # items are represented by their rows alone
-    collab.network.requires_grad_("tables" in settings.train and "user" in tokens)
-    return FuseTask(Recommender(adapted, hybrid, collab.network), collab, semantic, prompts, settings, seed)
+    collab.network.requires_grad_("tables" in settings.train and ("user" in tokens or settings.collab_score))
+    adds_to = prompts.segments.yes if settings.collab_score else None
+    return FuseTask(Recommender(adapted, hybrid, collab.network, adds_to), collab, semantic, prompts, settings, seed)
 
 
 def made_by(settings: Fuse) -> dict[str, str]:
@@ -211,6 +223,11 @@ def semantic_table(folder: Path, settings: Fuse) -> Table | None:
 def soft_tokens(settings: Fuse) -> tuple[str, ...]:
     """The tokens that are injected, in one order however they are named."""
     return tuple(name for name in SOFT if name in settings.tokens)
+
+
+def represented(settings: Fuse) -> tuple[str, ...] | None:
+    """Of user and item, what the collaborative model is only asked to represent; None: all that it does, where it scores too."""
+    return None if settings.collab_score else collaborative_tokens(soft_tokens(settings))
 
 
 def collaborative_tokens(tokens: Sequence[str]) -> tuple[str, ...]:

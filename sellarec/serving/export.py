@@ -40,7 +40,7 @@ from sellarec.command_line import parse
 from sellarec.config import EMBEDDED, Config, to_yaml
 from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens
+from sellarec.fusion.fuse import made_by, represented, soft_tokens
 from sellarec.language.llm import LlmSource, find_llm, load_tokenizer
 from sellarec.language.templates import is_file, template_mark
 from sellarec.serving.card import model_card
@@ -152,7 +152,7 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
     if is_file(config.prompt.template):
         shutil.copyfile(Path(config.prompt.template).expanduser(), out / TEMPLATE)
     tokens = soft_tokens(config.fuse)
-    collab = build_collab(log, config.collab, rows, represented=collaborative_tokens(tokens))
+    collab = build_collab(log, config.collab, rows, represented=represented(config.fuse))
     smoothed = [] if collab.graph is None or not collab.tables else ["user", "item"]
     semantic = ["semantic"] * ("semantic" in tokens)
     names = [name for name in (*(table.name for table in collab.tables), *semantic) if name not in smoothed]

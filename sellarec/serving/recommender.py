@@ -27,7 +27,7 @@ from sellarec.command_line import parse
 from sellarec.data.keys import keys_of
 from sellarec.data.log import Log, read_log
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, semantic_table, soft_tokens
+from sellarec.fusion.fuse import FuseTask, build_fuse, represented, semantic_table
 from sellarec.language.adapt import TextTask, make_prompts
 from sellarec.language.llm import LlmSource, find_llm
 from sellarec.training.table import Jagged, SavedTable
@@ -157,7 +157,8 @@ class Recommender:
         the score loses by that is the token's part. The parts of tokens that tell the same don't add up to the score.
 
         Returns:
-            score: the log-odds; tokens: by name (of those injected), what the score loses without it; text_only: the score
+            score: the log-odds; tokens: by name (of those injected), what the score loses without it; collab: the
+            collaborative model's score in it (`fuse.collab_score`), or None; text_only: the score
             of the adapted language model on the prompt without soft tokens; unknown_user and unknown_item.
         """
         users, items, found = self._find([user], [item], None if history is None else [history])
@@ -175,9 +176,17 @@ class Recommender:
                 parts[name] = score - float(self.score_rows(users, items, shown)[0])
             finally:
                 handle.remove()
+        collab, model = None, self._task.model
+        if model.adds_to is not None:
+            kept, model.adds_to = model.adds_to, None
+            try:
+                collab = score - float(self.score_rows(users, items, shown)[0])
+            finally:
+                model.adds_to = kept
         return {
             "score": score,
             "tokens": parts,
+            "collab": collab,
             "text_only": float(self._score(self._text_task, users, items, shown)[0]),
             "unknown_user": bool(users[0] == UNKNOWN),
             "unknown_item": bool(items[0] == UNKNOWN),
@@ -295,7 +304,6 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
     source = replace(_base_model(folder, facts["base_model"], llm), storage=config.llm.storage)
     log = read_log(folder / CATALOG)
     titles, noun = [*log.items(["title"])["title"].to_pylist(), ""], log.facts["noun"]
-    tokens = soft_tokens(config.fuse)
     is_trained = "projections" in config.fuse.train
     task = build_fuse(
         source=source,
@@ -303,9 +311,7 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         prompt=config.prompt,
         noun=noun,
         adapter=folder / "adapter",
-        collab=build_collab(
-            log, replace(config.collab, train_on="rows"), folder, represented=collaborative_tokens(tokens)
-        ),
+        collab=build_collab(log, replace(config.collab, train_on="rows"), folder, represented=represented(config.fuse)),
         semantic=semantic_table(folder / "tables", config.fuse),
         hidden=config.align.hidden,
         projection=None if is_trained else folder / PROJECTION,

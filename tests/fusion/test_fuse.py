@@ -17,7 +17,7 @@ from small import Alone, represent, save_table, small_log
 from sellarec.collab.task import WEIGHTS, build_collab
 from sellarec.config import Adapt, Collab, Fuse, Prompt
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, soft_tokens
+from sellarec.fusion.fuse import FuseTask, build_fuse, represented, soft_tokens
 from sellarec.fusion.projection import Projection
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
@@ -71,7 +71,7 @@ def make(decoder, titles, tmp_path_factory):
         origin = None if dim != DIM else start if dense is None else dense
         fuse = Fuse(**{"unseen_dropout": 0.3} | changes)
         tokens = soft_tokens(fuse)
-        collab = build_collab(log, settings, origin, represented=collaborative_tokens(tokens))
+        collab = build_collab(log, settings, origin, represented=represented(fuse))
         semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=lambda low, high: TABLES["semantic"][low:high])
         return build_fuse(
             source, titles, PROMPT, "movie", adapter or folder / "adapter", collab,
@@ -143,6 +143,25 @@ def test_exactly_the_slots_of_the_tokens_are_replaced(make, tokens):
             expected[row, batch[f"{name}_position"][row]] = made[name][row]
     assert torch.equal(seen["inputs_embeds"], expected)
     assert seen["attention_mask"].tolist() == batch["mask"].long().tolist()
+
+
+@pytest.mark.parametrize("model", ["mf", "sasrec", "din", "fism"])
+@pytest.mark.parametrize("tokens", [("user",), ("semantic",), SOFT], ids=" ".join)
+def test_the_collaborative_score_is_added_to_the_language_models(make, model, tokens):
+    """To the score, with a gradient to what the collaborative model reads, unseen rows as zeros in both."""
+    task = make(tokens=tokens, model=model, collab_score=True)
+    unseen = {"user_seen": np.array([True, False, True, True, False, True])}
+    batch = batch_of(task, rows(6, **unseen), None)
+    vectors = look_up(task, batch)
+    both = task.score(task.model, batch, vectors)
+    task.model.adds_to = None
+    alone = task.score(task.model, batch, vectors)
+    collab = task.collab.score(None, batch, vectors)
+    assert collab.abs().max() > 0.01
+    torch.testing.assert_close(both - alone, collab, rtol=1e-4, atol=1e-5)
+    item = vectors["item"].values if isinstance(vectors["item"], Jagged) else vectors["item"]
+    (gradient,) = torch.autograd.grad((both - alone).sum(), [item])
+    assert gradient.abs().max() > 0
 
 
 def test_tokens_have_the_norm_of_the_models_embeddings(task):

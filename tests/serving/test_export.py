@@ -78,7 +78,7 @@ def interactions(titles: list[str]) -> pa.Table:
     return table.set_column(3, "timestamp", pa.array((10 * table["timestamp"].to_numpy()).astype(np.int64)))
 
 
-def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str]) -> Workspace:
+def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], **fuse_settings: Any) -> Workspace:
     titles = [*titles[:-1], ""]  # the last item, which has no train row, has no title either
     items = pa.table({"item": [f"i{number}" for number in range(len(titles))], "title": titles})
     store = Store(Place.of(str(folder)))
@@ -110,7 +110,7 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str]) -
         adapt=Adapt(rank=2),
         collab=Collab(model=model, dim=DIM, **{} if model in ("mf", "lightgcn") else {"history": 3}),
         align=Align(hidden=HIDDEN),
-        fuse=Fuse(max_steps=1),
+        fuse=Fuse(max_steps=1, **fuse_settings),
         evaluate=Evaluate(batch=16, micro_batch=4, replicates=20),
     )
     source = llms.find_llm(str(decoder), None)
@@ -220,16 +220,17 @@ def named(workspace: Workspace, rows: pa.Table) -> tuple[list[str], list[str], l
 
 @pytest.fixture(scope="module")
 def made(decoder, titles, tmp_path_factory):
-    """By model, the run and its export."""
+    """By model and settings of fuse, the run and its export."""
     found: dict[str, tuple[Workspace, Path]] = {}
 
-    def make(model: str = "mf") -> tuple[Workspace, Path]:
-        if model not in found:
+    def make(model: str = "mf", **fuse_settings: Any) -> tuple[Workspace, Path]:
+        key = f"{model} {fuse_settings}"
+        if key not in found:
             folder = tmp_path_factory.mktemp(model)
-            workspace = make_workspace(folder / "workspace", model, decoder, titles)
+            workspace = make_workspace(folder / "workspace", model, decoder, titles, **fuse_settings)
             export_run(str(workspace.run), folder / "export", histories=True, with_model=False)
-            found[model] = workspace, folder / "export"
-        return found[model]
+            found[key] = workspace, folder / "export"
+        return found[key]
 
     return make
 
@@ -341,6 +342,22 @@ def test_explanations_are_what_the_score_loses(made, recommender):
     assert recommender.score([user], [item], [history]).scores[0] == pytest.approx(whole, abs=1e-5)
     unknown = recommender.explain("nobody", item, [])
     assert unknown["unknown_user"] and not unknown["unknown_item"] and unknown["tokens"]["user"] == 0
+
+
+def test_a_collaborative_score_that_is_added_is_in_the_export_and_its_explanations(made, recommender):
+    workspace, export = made("sasrec", collab_score=True)
+    rows = workspace.test_rows()
+    found, (users, items, histories) = sellarec.load(export), named(workspace, rows)
+    np.testing.assert_allclose(found.score(users, items, histories).scores, stage_scores(workspace, rows), atol=1e-5)
+    batch = small.batch_of(workspace.task, rows.slice(0, 1), None)
+    with torch.no_grad():
+        collab = workspace.task.collab.score(None, batch, vectors_of(workspace, batch)).item()
+    explained = found.explain(users[0], items[0], histories[0])
+    assert explained["collab"] == pytest.approx(collab, abs=1e-5) and abs(collab) > 1e-3
+    assert (
+        found.explain(users[0], items[0], histories[0])["score"] == explained["score"]
+    )  # nothing is left on the model
+    assert recommender.explain(users[0], items[0], histories[0])["collab"] is None
 
 
 def test_the_export_is_evaluated_as_the_run_was(made, tmp_path):

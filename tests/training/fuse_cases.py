@@ -14,7 +14,7 @@ from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Collab, Evaluate, Fuse, Prompt, Tables
 from sellarec.data.log import read_log
-from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, semantic_table, soft_tokens
+from sellarec.fusion.fuse import FuseTask, build_fuse, represented, semantic_table
 from sellarec.language.llm import find_llm
 from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, prepared, row_groups, slices
@@ -50,9 +50,8 @@ def task_of(case: Case, trained: bool) -> FuseTask:
     torch.manual_seed(SEED)
     left = case.settings.train if trained else ()
     tables = case.output if "tables" in left else case.inputs
-    tokens = soft_tokens(case.settings)
     log = read_log(case.inputs / "log")
-    collab = build_collab(log, case.collab, tables, represented=collaborative_tokens(tokens))
+    collab = build_collab(log, case.collab, tables, represented=represented(case.settings))
     semantic = semantic_table(tables / "tables", case.settings)
     return build_fuse(
         find_llm(str(case.inputs / "decoder"), None), titles_of(case.inputs), Prompt(template="compact"), "movie",

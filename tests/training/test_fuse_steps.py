@@ -40,8 +40,9 @@ CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "frozen sasrec": (SASREC, {"tokens": ("user",), "train": ("projections",), "experts": 3}),
     "frozen lightgcn": (LIGHTGCN, {"train": ("projections",)}),
     "semantic alone": (SASREC, {"tokens": ("semantic",), "norm": "none"}),
+    "with the collaborative score": (MF, {"tokens": ("semantic",), "collab_score": True}),
 }
-QUICK = ("collm", "all", "tables alone", "frozen lightgcn")
+QUICK = ("collm", "all", "tables alone", "frozen lightgcn", "with the collaborative score")
 LEFT: dict[str, tuple[set[str], set[str]]] = {
     "as it is": ({"user", "item", "semantic"}, {"projection.safetensors"}),
     "collm": (set(), {"projection.safetensors"}),
@@ -54,6 +55,7 @@ LEFT: dict[str, tuple[set[str], set[str]]] = {
     "frozen sasrec": (set(), {"projection.safetensors"}),
     "frozen lightgcn": (set(), {"projection.safetensors"}),
     "semantic alone": ({"semantic"}, {"projection.safetensors"}),
+    "with the collaborative score": ({"user", "item", "semantic"}, {"projection.safetensors"}),
 }
 """Tables, and files of dense weights: what is trained, and nothing else."""
 
