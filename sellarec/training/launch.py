@@ -132,7 +132,7 @@ def train(training: Any, workers: int, gpus: bool, console: Console, on_record: 
 
     run_workers(
         train_worker, {"training": training}, training.stage, training.output, workers, gpus, console, on_record,
-        keep_freed_memory=not isinstance(training.settings, Language),
+        keep_freed_memory=not isinstance(training.settings, Language), stops=True,
     )  # fmt: skip
 
 
@@ -146,11 +146,19 @@ def run_workers(
     console: Console,
     on_record: Callable[[dict], None],
     keep_freed_memory: bool = False,
+    stops: bool = False,
 ) -> None:
     """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board.
 
     Args:
         keep_freed_memory: see KEEP_FREED_MEMORY; without effect on GPUs.
+        stops: whether the workers leave a checkpoint and end when the board asks for it, as it does after the first SIGINT
+            or SIGTERM. Others are broken off.
+
+    Raises:
+        UserError: a mistake that a worker found.
+        StageFailed: it failed for another reason, and again after RETRIES restarts.
+        KeyboardInterrupt: after SIGINT or SIGTERM.
     """
     import ray
     import ray.train
@@ -176,22 +184,56 @@ def run_workers(
         ),
     )
     console.line(f"{stage:<9} starting {workers} workers")
-    handler = signal.getsignal(signal.SIGINT)
-    with _showing(board, console, on_record) as errors:
+    failures: list[BaseException] = []
+
+    def fit() -> None:
         try:
             trainer.fit()
-        except SystemExit as error:  # Ray Train's own handler of Ctrl-C ends the process, with status 0
-            raise KeyboardInterrupt from error
-        except TrainingFailedError as error:
-            raise StageFailed(
-                f"stage {stage} failed, also when it was taken up again ({RETRIES} times at most): {cause_of(error)}"
-            ) from error
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
+        except BaseException as error:
+            failures.append(error)
+
+    asked = False
+    # in a thread of its own, where Ray Train leaves signals alone; it dies with the process where it is not waited for
+    training = threading.Thread(target=fit, daemon=True)
+    with _showing(board, console, on_record) as errors, _signals() as arrived:
+        training.start()
+        while training.is_alive():
+            if len(arrived) > 1 or (arrived and not stops):
+                raise KeyboardInterrupt
+            if arrived and not asked:
+                console.line(f"{stage:<9} stops after a checkpoint (again: at once)")
+                ray.get(board.stop.remote())
+                asked = True
+            training.join(0.2)
+    for error in failures:
+        if not isinstance(error, TrainingFailedError):
+            raise error
+        raise StageFailed(
+            f"stage {stage} failed, also when it was taken up again ({RETRIES} times at most): {cause_of(error)}"
+        ) from error
     if errors:
         raise UserError(errors[0])
+    if asked:
+        raise KeyboardInterrupt
     place.delete("checkpoints")
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM that arrive while the block runs, which then do nothing else. In other threads than the main one they
+    can't be had."""
+    arrived: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in kept:
+        signal.signal(number, lambda received, frame: arrived.append(received))
+    try:
+        yield arrived
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def run_task(function: Callable[..., dict[str, Any]], stage: str, console: Console, **arguments: Any) -> dict[str, Any]:

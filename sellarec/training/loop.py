@@ -125,7 +125,7 @@ def _train(training: Training) -> None:
     batches = split_slices(training.train, task, task.prepare, workers, position.step, steps)
     if isinstance(task, MeasuredTask) and position.step == 0:
         position.measured = engine.measure()
-    saved = time.monotonic()
+    saved, asked = time.monotonic(), _Asked(training.board)
     stopped = selection is not None and position.evaluations_without >= selection.patience
     while position.step < steps and not stopped:
         with reporter.waiting():
@@ -144,11 +144,15 @@ def _train(training: Training) -> None:
             improved = valid.evaluate(engine, position)
             reporter.evaluated(position)
             stopped = position.evaluations_without >= selection.patience
-        (due,) = workers.sum(time.monotonic() - saved > settings.checkpoint_every if workers.rank == 0 else 0.0)
-        if improved or due:
+        told = (asked.to_stop(), time.monotonic() - saved > settings.checkpoint_every) if workers.rank == 0 else (0, 0)
+        leave, due = workers.sum(*told)
+        if improved or due or leave:
             reporter.flush(position)
             _report_checkpoint(engine, position, improved)
             saved = time.monotonic()
+        if leave:
+            batches.close()
+            return
     batches.close()
     reporter.flush(position)
     if valid and position.best_step != position.step:
@@ -266,6 +270,20 @@ class _Valid:
             return True
         position.evaluations_without += 1
         return False
+
+
+class _Asked:
+    """Whether the driver asks for a stop, as far as the board has answered: no step waits for it."""
+
+    def __init__(self, board: Any) -> None:
+        self._board, self._answer = board, board.is_stopping.remote()
+
+    def to_stop(self) -> bool:
+        if not ray.wait([self._answer], timeout=0)[0]:
+            return False
+        stop = ray.get(self._answer)
+        self._answer = self._board.is_stopping.remote()
+        return stop
 
 
 class _Reporter:

@@ -8,10 +8,18 @@ PROGRESS_SECONDS = 5.0
 
 
 class ProgressBoard:
-    """Records of all workers of one stage, in order of arrival."""
+    """Records of all workers of one stage, in order of arrival; and whether the driver asks them to stop."""
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
+        self._stop = False
+
+    def stop(self) -> None:
+        """Ask the workers to leave a checkpoint and end."""
+        self._stop = True
+
+    def is_stopping(self) -> bool:
+        return self._stop
 
     def put(self, record: dict[str, Any]) -> None:
         self._records.append(record)

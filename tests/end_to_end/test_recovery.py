@@ -1,6 +1,7 @@
 """A worker that is killed: the run goes on from its last checkpoint to the result of an undisturbed run."""
 
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -107,7 +108,12 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
         main_job.end(job)
 
     assert f"{stage:<9} goes on from its checkpoint at step" in log.read_text()
-    first, second = (main_job.artifact(w, "run", stage) for w in (undisturbed, tmp_path / "killed"))
+    assert_same(stage, undisturbed, tmp_path / "killed")
+
+
+def assert_same(stage: str, undisturbed: Path, disturbed: Path) -> None:
+    """What a stage of the run left in two workspaces, bit for bit."""
+    first, second = (main_job.artifact(w, "run", stage) for w in (undisturbed, disturbed))
     facts = [main_job.read_json(folder / "training.json") for folder in (first, second)]
     assert facts[0]["evaluations"] == facts[1]["evaluations"]
     assert facts[0]["kept_step"] == facts[1]["kept_step"]
@@ -121,6 +127,27 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
         assert expected.keys() == found.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(found[name], value, err_msg=f"{file}: {name}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(number: int, undisturbed: Path, tmp_path: Path) -> None:
+    """And the same command goes on from there, to the result of an undisturbed run."""
+    common = ["demo", main_job.write_recipe(tmp_path), *COLLAB, "--workspace", tmp_path / "w"]
+    log = tmp_path / "stopped.log"
+    job = main_job.start(*common, "--collab.checkpoint-every", "9999", log=log)
+    try:
+        main_job.wait_for(log, "collab    step", job)
+        os.kill(job.pid, number)
+        assert job.wait(120) == 130, log.read_text()
+    finally:
+        main_job.end(job)
+    lines = log.read_text().splitlines()
+    assert any(line.endswith("stops after a checkpoint (again: at once)") for line in lines)
+    assert lines[-1].startswith("interrupted: what is finished is kept")
+    main_job.train(*common, log=tmp_path / "last.log")
+    (resumed,) = re.findall(r"goes on from its checkpoint at step (\d+)", (tmp_path / "last.log").read_text())
+    assert resumed == re.findall(r"step (\d+)/", log.read_text())[-1], "the stop left it, not an earlier improvement"
+    assert_same("collab", undisturbed, tmp_path / "w")
 
 
 def test_killed_job_goes_on_with_more_workers(undisturbed: Path, tmp_path: Path) -> None:
