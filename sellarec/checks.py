@@ -63,6 +63,11 @@ def check(config: Config) -> None:
             f"prompt.history is {config.prompt.history}, but data.history_cap keeps only {data.history_cap} items a row: "
             "raise data.history_cap or lower prompt.history"
         )
+    if config.profile.first < 2 or config.profile.steps < 1:
+        raise UserError(
+            f"profile.first is {config.profile.first} and profile.steps {config.profile.steps}: the first step that can be "
+            "profiled is the second, and one step the least"
+        )
     defaults = {name: value for name, value, _ in leaves(Config())}
     for name, value, _ in leaves(config):
         if value != defaults[name] and name.startswith("pretrain.") and config.llm.model != EMBEDDED:

@@ -495,6 +495,19 @@ class Evaluate(Language):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Traces of torch's profiler, of each worker, in `profile/` of the run's folder."""
+
+    stages: tuple[Literal["pretrain", "adapt", "collab", "align", "fuse"], ...] = runtime(())
+    """Stages of which some steps are profiled (default: none)."""
+    first: int = runtime(10)
+    """The first step that is profiled, counted from where the workers start, or take up, the stage; from 2 on, as the first
+    step starts things up."""
+    steps: int = runtime(5)
+    """Steps that are profiled."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Train a SeLLa-Rec recommender: prepare, pretrain, adapt, collab, distil, align, fuse, evaluate."""
 
@@ -519,6 +532,7 @@ class Config:
     align: Align = field(default_factory=Align)
     fuse: Fuse = field(default_factory=Fuse)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    profile: Profile = field(default_factory=Profile)
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:

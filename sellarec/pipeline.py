@@ -485,6 +485,7 @@ def _train(
         stage, build, settings, this.config.seed, train_order, valid, this.artifact(stage),
         dtype=dtype, storage=this.config.tables,
     )  # fmt: skip
+    training = dataclasses.replace(training, profiled=_profiled(this, stage, training.steps))
     train(training, this.config.workers, this.gpus(), this.console, partial(_to_tensorboard, this))
     this.artifact(stage).delete(WORK)
     found = this.artifact(stage).read_json("training.json")
@@ -559,15 +560,30 @@ def _check_labels(this: Run, stages: Sequence[str]) -> None:
                 )
 
 
+def _profiled(this: Run, stage: str, steps: int) -> Any:
+    from sellarec.training.loop import Profiled
+
+    asked = this.config.profile
+    if stage not in asked.stages:
+        return None
+    if asked.first > steps:
+        raise UserError(f"profile.first is {asked.first}, but stage {stage} takes {steps} steps: lower it")
+    return Profiled(asked.first, asked.steps, this.place / "profile")
+
+
 def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
-    """Progress records as TensorBoard scalars, by stage. None are written on remote workspaces."""
+    """The numbers of progress records as TensorBoard scalars, by stage. None are written on remote workspaces."""
     if "step" not in record or not this.place.is_local:
         return
     if this.writer is None:
         from torch.utils.tensorboard import SummaryWriter
 
         this.writer = SummaryWriter(str(this.place.folder / "tensorboard"))
-    shown: dict[str, Any] = {name: record[name] for name in ("loss", "rows/s", "data wait %") if name in record}
+    shown = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, float) and name not in ("step", "steps", "seconds left")
+    }
     shown |= {f"valid {name.upper()}": value for name, value in record.get("valid", {}).items() if value is not None}
     for name, value in shown.items():
         title = name.replace("/s", " per s").replace(" %", " (%)")

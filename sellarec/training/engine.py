@@ -81,6 +81,14 @@ class Workers:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def tell(self, *values: float) -> np.ndarray:
+        """Each worker's values on all workers: float64 [W, n]."""
+        told = torch.zeros(self.world_size, len(values), dtype=torch.float64)
+        told[self.rank] = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(told, group=self.control)  # each worker adds to zeros
+        return told.numpy()
+
     def collect(self, value: Any) -> list[Any] | None:
         """Each worker's value, by rank, on worker 0; None on the others."""
         gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
@@ -178,6 +186,9 @@ class Engine:
                 paths, *sizes, workers.tables if workers.world_size > 1 else None, workers.device
             )
         self._smoothed: Tensor | None = None
+        self.table_seconds = 0.0
+        """What steps have spent on tables so far: lookups, the exchange of their vectors and gradients, waiting for other workers
+        in it, and the update of rows. On GPUs only what the host waits."""
         self.optimizer = None
         if task.model is not None:
             task.model.to(workers.device)
@@ -297,7 +308,9 @@ class Engine:
         count = self._agree(batch, task.targets(batch).item())
         if self.tables is not None and self.trains_tables:
             self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
+        start = time.perf_counter()
         vectors = self._look_up(batch)
+        self.table_seconds += time.perf_counter() - start
         trained = {name: value for name, value in vectors.items() if name not in self._frozen_features}
         found = {name: value.values if isinstance(value, Jagged) else value for name, value in trained.items()}
         leaves = {name: value.detach().requires_grad_(self.trains_tables) for name, value in found.items()}
@@ -333,8 +346,10 @@ class Engine:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         if self.tables is not None and self.trains_tables:
+            start = time.perf_counter()
             torch.autograd.backward(list(found.values()), list(gradients.values()))
             self.tables.step()
+            self.table_seconds += time.perf_counter() - start
         return mean
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import random
+import resource
 import tempfile
 import time
 import zlib
@@ -18,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import ray
 import ray.train
 import torch
 import torch.distributed as dist
 
 from sellarec.artifacts import Place
-from sellarec.config import Dense, Selection, Steps, Tables
+from sellarec.config import Dense, Selection, Sparse, Steps, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training.engine import Engine, Workers, rank_queries, together
@@ -39,6 +42,21 @@ CHECKED_ROWS = 4
 
 
 @dataclass(frozen=True)
+class Profiled:
+    """Steps of which each worker writes a trace of torch's profiler.
+
+    Attributes:
+        first: the first of them, from 2 on, counted from where the workers start or take up a stage.
+        steps: how many.
+        place: a folder for `STAGE-step-N-worker-R.json.gz`, as chrome://tracing and Perfetto read them.
+    """
+
+    first: int
+    steps: int
+    place: Place
+
+
+@dataclass(frozen=True)
 class Training:
     """All that a worker needs to train one stage.
 
@@ -50,6 +68,7 @@ class Training:
         train: order of the training rows.
         valid: order of the rows by which the kept state is selected; None where it is the last one.
         output: the artifact that the result is written to.
+        profiled: the steps of which traces are written; None for none.
         board: actor that takes progress records.
         dtype: compute type of the dense part.
         storage: how embedding tables are stored and sharded.
@@ -65,6 +84,7 @@ class Training:
     board: Any = None
     dtype: str = "float32"
     storage: Tables = field(default_factory=Tables)
+    profiled: "Profiled | None" = None
 
     @property
     def steps(self) -> int:
@@ -121,12 +141,13 @@ def _train(training: Training) -> None:
     valid = _Valid(training, task, workers) if selection else None
     validate_every = max(1, round(selection.validate_every * training.train.steps_per_epoch)) if selection else 0
     steps = training.steps
-    reporter = _Reporter(training, workers, steps, position.step)
+    reporter = _Reporter(training, engine, steps, position.step)
+    profiler = _Profiler(training, workers, position.step)
     batches = split_slices(training.train, task, task.prepare, workers, position.step, steps)
     if isinstance(task, MeasuredTask) and position.step == 0:
         position.measured = engine.measure()
     saved, asked = time.monotonic(), _Asked(training.board)
-    stopped = selection is not None and position.evaluations_without >= selection.patience
+    stopped, leave = selection is not None and position.evaluations_without >= selection.patience, 0.0
     while position.step < steps and not stopped:
         with reporter.waiting():
             rows = next(batches)
@@ -136,24 +157,30 @@ def _train(training: Training) -> None:
         except FloatingPointError as error:
             raise FloatingPointError(f"stage {training.stage}, step {position.step + 1} of {steps}: {error}") from error
         position.step += 1
+        profiler.stepped(position.step)
         if len(position.first_losses) < FIRST_LOSSES:
             position.first_losses.append(loss)
-        reporter.step(position, loss, training.train.batch_rows(position.step - 1))
+        told = (0.0, 0.0)
+        if workers.rank == 0:
+            told = (asked.to_stop(), time.monotonic() - saved > settings.checkpoint_every)
+        everyone = workers.tell(*told, *reporter.own(rows))
+        leave, due = everyone[0, :2]
+        reporter.step(position, loss, training.train.batch_rows(position.step - 1), everyone[:, 2:])
         improved = False
         if selection and valid and (position.step % validate_every == 0 or position.step == steps):
             improved = valid.evaluate(engine, position)
             reporter.evaluated(position)
             stopped = position.evaluations_without >= selection.patience
-        told = (asked.to_stop(), time.monotonic() - saved > settings.checkpoint_every) if workers.rank == 0 else (0, 0)
-        leave, due = workers.sum(*told)
         if improved or due or leave:
             reporter.flush(position)
             _report_checkpoint(engine, position, improved)
             saved = time.monotonic()
         if leave:
-            batches.close()
-            return
+            break
     batches.close()
+    profiler.end()
+    if leave:
+        return
     reporter.flush(position)
     if valid and position.best_step != position.step:
         best = next(
@@ -286,16 +313,49 @@ class _Asked:
         return stop
 
 
-class _Reporter:
-    """Rank 0's progress records, at a steady rate."""
+class _Profiler:
+    """Torch's profiler over the steps that are asked for, on each worker."""
 
-    def __init__(self, training: Training, workers: Workers, steps: int, first_step: int) -> None:
-        self._training, self._rank, self._steps = training, workers.rank, steps
-        self._rows = 0.0
+    def __init__(self, training: Training, workers: Workers, start: int) -> None:
+        self._training, self._workers = training, workers
+        asked = training.profiled
+        self._first = -1 if asked is None else start + asked.first
+        self._last = -1 if asked is None else self._first + asked.steps
+        self._profile: torch.profiler.profile | None = None
+
+    def stepped(self, step: int) -> None:
+        """After each step."""
+        if step + 1 == self._first:
+            self._profile = torch.profiler.profile(record_shapes=True)
+            self._profile.start()
+        if step + 1 == self._last:
+            self.end()
+
+    def end(self) -> None:
+        """Write the trace, of fewer steps where the stage has ended."""
+        if self._profile is not None and self._training.profiled is not None:
+            self._profile.stop()
+            with self._training.profiled.place.writing() as folder:
+                name = f"{self._training.stage}-step-{self._first}-worker-{self._workers.rank}.json.gz"
+                self._profile.export_chrome_trace(str(folder / name))
+        self._profile = None
+
+
+class _Reporter:
+    """Rank 0's progress records, at a steady rate, of what all workers measure."""
+
+    def __init__(self, training: Training, engine: Engine, steps: int, first_step: int) -> None:
+        self._training, self._engine, self._steps = training, engine, steps
         self._clock = self._start = time.monotonic()
         self._first_step = first_step
         self._wait = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
         self._losses: list[float] = []
+        self._rows = 0.0
+        self._spent = np.zeros((self._engine.workers.world_size, 3))
+        self._memory = np.zeros(self._engine.workers.world_size)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -303,12 +363,28 @@ class _Reporter:
         yield
         self._wait += time.monotonic() - start
 
-    def step(self, position: Position, loss: float, rows: int) -> None:
+    def own(self, rows: pa.Table) -> tuple[float, float, float, float]:
+        """Of this worker since the last call: seconds of waiting for data, seconds spent on tables, tokens of the step's prompts,
+        and bytes of memory at the peak."""
+        tokens = pc.sum(pc.list_value_length(rows["tokens"])).as_py() if "tokens" in rows.column_names else 0
+        device = self._engine.workers.device
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        own = self._wait, self._engine.table_seconds, float(tokens or 0), float(memory)
+        self._wait = self._engine.table_seconds = 0.0
+        return own
+
+    def step(self, position: Position, loss: float, rows: int, everyone: np.ndarray) -> None:
+        """A step was taken; `everyone` is `own` of each worker, [W, 4]."""
         if position.step == self._first_step + 1:
             # the first step starts things up, so the time left is told by those after it
             self._start = time.monotonic()
         self._losses.append(loss)
         self._rows += rows
+        self._spent += everyone[:, :3]
+        self._memory = everyone[:, 3]
         if time.monotonic() - self._clock > PROGRESS_SECONDS:
             self.flush(position)
 
@@ -321,25 +397,39 @@ class _Reporter:
         loss = sum(self._losses) / len(self._losses)
         position.losses.append((position.step, loss))
         done = position.step - self._first_step - 1
-        self._send(
-            {
-                "step": position.step,
-                "steps": self._steps,
-                "loss": loss,
-                "rows/s": self._rows / seconds,
-                "data wait %": 100 * self._wait / seconds,
-                "seconds left": (now - self._start) / done * (self._steps - position.step) if done else None,
-            }
-        )
-        self._clock, self._wait, self._rows, self._losses = now, 0.0, 0.0, []
+        settings, rate = self._training.settings, self._engine.rate(position.step - 1, self._steps)
+        waited, tables, tokens = self._spent.T
+        record = {
+            "step": position.step,
+            "steps": self._steps,
+            "loss": loss,
+            "rows/s": self._rows / seconds,
+            **_mean_and_most("data wait %", 100 * waited / seconds),
+            **_mean_and_most("memory GiB", self._memory / 2**30),
+            "seconds left": (now - self._start) / done * (self._steps - position.step) if done else None,
+        }
+        if tokens.any():
+            record["tokens/s"] = tokens.sum() / seconds
+        if self._engine.trains_tables and isinstance(settings, Sparse):
+            record |= _mean_and_most("tables %", 100 * tables / seconds)
+            record["table learning rate"] = settings.table_learning_rate * rate
+        if self._engine.optimizer is not None and isinstance(settings, Dense):
+            record["learning rate"] = settings.learning_rate * rate
+        self._send(record)
+        self._clock = now
+        self._clear()
 
     def evaluated(self, position: Position) -> None:
         step, metrics = position.evaluations[-1]
         self._send({"step": step, "steps": self._steps, "valid": metrics, "best": position.best_step})
 
     def _send(self, record: dict[str, Any]) -> None:
-        if self._rank == 0:
+        if self._engine.workers.rank == 0:
             self._training.board.put.remote({"stage": self._training.stage, **record})
+
+
+def _mean_and_most(name: str, of_workers: np.ndarray) -> dict[str, float]:
+    return {name: float(of_workers.mean()), f"{name}, most": float(of_workers.max())}
 
 
 def seed_everything(*parts: int | str) -> None:

@@ -1,5 +1,6 @@
 """The main job on 1, 2 and 3 workers: the same steps, the same results; and what it leaves behind."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import main_job
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sellarec
 from sellarec.data.log import read_log
@@ -34,6 +36,7 @@ class Runs(dict[int, tuple[Path, str]]):
     def __missing__(self, workers: int) -> tuple[Path, str]:
         workspace = self._folder / f"workers-{workers}"
         arguments = ["demo", self._recipe, "--workers", str(workers), "--workspace", workspace, "--name", "run"]
+        arguments += ["--profile.stages", "collab", "--profile.first", "3", "--profile.steps", "2"]
         self[workers] = (workspace, main_job.train(*arguments, log=self._folder / f"{workers}.log"))
         return self[workers]
 
@@ -117,7 +120,19 @@ def test_what_the_run_leaves(runs: Runs) -> None:
     folder = workspace / "runs/run"
     for name in ("results.json", "report.html", "config.yaml", "artifacts.json"):
         assert (folder / name).is_file()
-    assert list((folder / "tensorboard").glob("events.*"))
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for stage in TRAINED:
+        shown = {"loss", "rows per s", "data wait (%)", "data wait (%), most", "memory GiB", "memory GiB, most"}
+        shown |= {"learning rate", "tokens per s"} if stage in ("pretrain", "adapt", "fuse") else set()
+        shown |= {"table learning rate", "tables (%)"} if stage in ("collab", "align", "fuse") else set()
+        assert {f"{stage}/{name}" for name in shown} <= set(board.Tags()["scalars"])
+    memory = {e.value for e in board.Scalars("collab/memory GiB, most")}
+    assert all(0.2 < value < 8 for value in memory)
+    for rank in range(2):
+        with gzip.open(folder / f"profile/collab-step-3-worker-{rank}.json.gz", "rt") as file:
+            names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+        # of two steps, each with an exchange of ids and one of vectors at the least
+        assert sum("all_to_all" in name for name in names) >= 4, f"worker {rank}"
     assert (main_job.artifact(workspace, "run", "align") / "alignment.json").is_file()
     assert "items find their vector first" in printed and "rows that find" in (folder / "report.html").read_text()
     assert "https://" not in (folder / "report.html").read_text()
