@@ -461,4 +461,5 @@ _LOWEST: dict[str, float] = {
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
     **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker"), 1e-6),
     "seed": 0,
+    "worker_timeout": 5,
 }

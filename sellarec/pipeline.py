@@ -486,7 +486,8 @@ def _train(
         dtype=dtype, storage=this.config.tables,
     )  # fmt: skip
     training = dataclasses.replace(training, profiled=_profiled(this, stage, training.steps))
-    train(training, this.config.workers, this.gpus(), this.console, partial(_to_tensorboard, this))
+    on_record = partial(_to_tensorboard, this)
+    train(training, this.config.workers, this.gpus(), this.console, on_record, this.config.worker_timeout)
     this.artifact(stage).delete(WORK)
     found = this.artifact(stage).read_json("training.json")
     assert found is not None
@@ -820,7 +821,7 @@ def _evaluate(this: Run) -> dict[str, Any]:
     scoring = Scoring("evaluate", build, config.evaluate, order, output, dtype=config.llm.dtype, storage=config.tables)
     run_workers(
         score_worker, {"scoring": scoring}, "evaluate", output, config.workers, this.gpus(), this.console,
-        partial(_to_tensorboard, this),
+        partial(_to_tensorboard, this), timeout=this.config.worker_timeout,
     )  # fmt: skip
     scored = pq.read_table(this.artifact("evaluate").local() / "scores.parquet")
     test, training = log.split("test"), log.split("train", ["user", "item", "label"])

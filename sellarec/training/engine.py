@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial, reduce
 from typing import Any, TypeVar
 
@@ -57,8 +58,9 @@ class Workers:
     control: dist.ProcessGroup
 
     @classmethod
-    def join(cls) -> "Workers":
-        """Make the process groups: tables, FSDP (its mesh makes its own) and control messages don't share one."""
+    def join(cls, timeout: float) -> "Workers":
+        """Make the process groups: tables, FSDP (its mesh makes its own) and control messages don't share one. A collective that
+        has waited `timeout` seconds for a worker fails."""
         import ray.train.torch
 
         context = ray.train.get_context()
@@ -69,8 +71,8 @@ class Workers:
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
             device=device,
-            tables=dist.new_group(),
-            control=dist.new_group(backend="gloo"),
+            tables=dist.new_group(timeout=timedelta(seconds=timeout)),
+            control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)),
         )
 
     def sum(self, *values: float) -> list[float]:

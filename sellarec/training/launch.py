@@ -12,7 +12,7 @@ from typing import Any
 from sellarec.artifacts import Place
 from sellarec.config import Language
 from sellarec.errors import StageFailed, UserError
-from sellarec.training.progress import Console, ProgressBoard, duration
+from sellarec.training.progress import WORKER_TIMEOUT, Console, ProgressBoard, duration
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Variables by which glibc keeps what a worker frees, instead of handing it back to the system. Large tensors come and go at
@@ -117,12 +117,15 @@ def check_room(workers: int) -> None:
         )
 
 
-def train(training: Any, workers: int, gpus: bool, console: Console, on_record: Callable[[dict], None]) -> None:
+def train(
+    training: Any, workers: int, gpus: bool, console: Console, on_record: Callable[[dict], None], timeout: float
+) -> None:
     """Run one stage's training to its end, surviving lost workers.
 
     Args:
         training: a `loop.Training` without its board.
         on_record: takes each progress record of rank 0, for TensorBoard.
+        timeout: seconds after which a worker that doesn't answer counts as lost.
 
     Raises:
         UserError: a mistake that a worker found.
@@ -132,7 +135,7 @@ def train(training: Any, workers: int, gpus: bool, console: Console, on_record: 
 
     run_workers(
         train_worker, {"training": training}, training.stage, training.output, workers, gpus, console, on_record,
-        keep_freed_memory=not isinstance(training.settings, Language), stops=True,
+        keep_freed_memory=not isinstance(training.settings, Language), stops=True, timeout=timeout,
     )  # fmt: skip
 
 
@@ -147,6 +150,7 @@ def run_workers(
     on_record: Callable[[dict], None],
     keep_freed_memory: bool = False,
     stops: bool = False,
+    timeout: float = WORKER_TIMEOUT,
 ) -> None:
     """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board.
 
@@ -154,6 +158,7 @@ def run_workers(
         keep_freed_memory: see KEEP_FREED_MEMORY; without effect on GPUs.
         stops: whether the workers leave a checkpoint and end when the board asks for it, as it does after the first SIGINT
             or SIGTERM. Others are broken off.
+        timeout: seconds after which a worker that doesn't answer counts as lost.
 
     Raises:
         UserError: a mistake that a worker found.
@@ -167,13 +172,14 @@ def run_workers(
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()
-    config = {name: dataclasses.replace(value, board=board) for name, value in config.items()}
+    config = {name: dataclasses.replace(value, board=board, timeout=timeout) for name, value in config.items()}
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
     storage = str(place.folder) if place.is_local else place.uri
     trainer = TorchTrainer(
         function,
         train_loop_config=config,
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker={"CPU": 1}),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=round(timeout)),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=storage,

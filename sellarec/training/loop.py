@@ -30,7 +30,7 @@ from sellarec.config import Dense, Selection, Sparse, Steps, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training.engine import Engine, Workers, rank_queries, together
-from sellarec.training.progress import PROGRESS_SECONDS
+from sellarec.training.progress import PROGRESS_SECONDS, WORKER_TIMEOUT
 from sellarec.training.scoring import distinct, report_scored, split_slices
 from sellarec.training.stream import Order, whole_batches
 from sellarec.training.task import CheckedTask, MeasuredTask, Task
@@ -70,6 +70,7 @@ class Training:
         output: the artifact that the result is written to.
         profiled: the steps of which traces are written; None for none.
         board: actor that takes progress records.
+        timeout: seconds after which a worker that doesn't answer counts as lost.
         dtype: compute type of the dense part.
         storage: how embedding tables are stored and sharded.
     """
@@ -82,6 +83,7 @@ class Training:
     valid: Order | None
     output: Place
     board: Any = None
+    timeout: float = WORKER_TIMEOUT
     dtype: str = "float32"
     storage: Tables = field(default_factory=Tables)
     profiled: "Profiled | None" = None
@@ -123,7 +125,7 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def _train(training: Training) -> None:
     settings = training.settings
-    workers = Workers.join()
+    workers = Workers.join(training.timeout)
     seed_everything(training.seed, training.stage)
     task = together(training.build, workers)
     engine = together(

@@ -16,6 +16,7 @@ from sellarec.config import Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.ranking import UserMetrics
 from sellarec.training.engine import Engine, Workers, rank_queries, together
+from sellarec.training.progress import WORKER_TIMEOUT
 from sellarec.training.stream import Order, Prepare, stream, whole_batches
 from sellarec.training.task import Task
 
@@ -25,6 +26,7 @@ class Scoring:
     """All that a worker needs to score one split with several tasks.
 
     Attributes:
+        timeout: seconds after which a worker that doesn't answer counts as lost.
         build: by model name, what makes the task with its trained weights; called on each worker.
         order: order of the rows.
         output: the place that `scores.parquet` is written to: column `row`, and one float32 column a model.
@@ -38,6 +40,7 @@ class Scoring:
     order: Order
     output: Place
     board: Any = None
+    timeout: float = WORKER_TIMEOUT
     dtype: str = "float32"
     storage: Tables = field(default_factory=Tables)
     queries: Order | None = None
@@ -54,7 +57,7 @@ def score_worker(config: dict[str, Any]) -> None:
 
 
 def _score(scoring: Scoring) -> None:
-    workers = Workers.join()
+    workers = Workers.join(scoring.timeout)
     order = scoring.order
     columns: dict[str, np.ndarray] = {}
     for name, build in scoring.build.items():

@@ -4,10 +4,12 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import main_job
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -127,6 +129,36 @@ def assert_same(stage: str, undisturbed: Path, disturbed: Path) -> None:
         assert expected.keys() == found.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(found[name], value, err_msg=f"{file}: {name}")
+
+
+@pytest.mark.parametrize("stage", ["collab", pytest.param("fuse", marks=pytest.mark.slow)])
+def test_a_worker_that_hangs_is_lost_in_the_stated_time(
+    stage: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Stopped, not killed: it holds its connections, and the others wait for it."""
+    common = ["demo", main_job.write_recipe(tmp_path), *COLLAB]
+    undisturbed = request.getfixturevalue("undisturbed")
+    if stage == "fuse":
+        undisturbed = tmp_path / "undisturbed"
+        common = ["demo", main_job.write_recipe(tmp_path), "--name", "run", *LONGER["fuse"], "--stages", "fuse"]
+        for workspace in (undisturbed, tmp_path / "w"):
+            shutil.copytree(request.getfixturevalue("inputs") / "w", workspace)
+        main_job.train(*common, "--workspace", undisturbed, log=tmp_path / "log")
+    log, timeout = tmp_path / "hanging.log", 20
+    flags = ["--worker-timeout", str(timeout), f"--{stage}.checkpoint-every", "0.5", "--workspace", tmp_path / "w"]
+    job = main_job.start(*common, *flags, log=log)
+    try:
+        main_job.wait_for(log, "valid AUC", job)
+        workers = main_job.training_workers(job)
+        os.kill(workers[1].pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        main_job.wait_for(log, "goes on from its checkpoint at step", job)
+        assert time.monotonic() - stopped > timeout / 2, "it was lost before the time was over"
+        assert not workers[1].is_running() or workers[1].status() == psutil.STATUS_ZOMBIE
+        assert job.wait(300) == 0, log.read_text()
+    finally:
+        main_job.end(job)
+    assert_same(stage, undisturbed, tmp_path / "w")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
