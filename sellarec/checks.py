@@ -14,10 +14,12 @@ from sellarec.config import (
     DENSE_SETTINGS,
     DENSE_TABLE_OPTIMIZERS,
     EMBEDDED,
+    LORA_SETTINGS,
     MODEL_SETTINGS,
     SAMPLED,
     STAGES,
     TABLE_SETTINGS,
+    Adapt,
     Align,
     Collab,
     Config,
@@ -149,7 +151,18 @@ def _check_dense(config: Config) -> None:
 
 
 def _check_adapt(config: Config) -> None:
-    targets = config.adapt.targets
+    adapt, defaults, targets = config.adapt, Adapt(), config.adapt.targets
+    for name in LORA_SETTINGS if adapt.method == "full" else ():
+        if getattr(adapt, name) != getattr(defaults, name):
+            raise UserError(
+                f"adapt.{name} is {getattr(adapt, name)}, but adapt.method is full, which makes no LoRA matrices: leave out one "
+                "of the two"
+            )
+    if adapt.method == "full" and "adapter" in config.fuse.train:
+        raise UserError(
+            f"fuse.train is {' '.join(config.fuse.train)}, but adapt.method is full, which leaves a whole model and no adapter: "
+            "leave out adapter, or take adapt.method lora"
+        )
     if not targets:
         raise UserError("adapt.targets is empty: give names of linear layers, or all-linear")
     if ALL_LINEAR in targets and len(targets) > 1:

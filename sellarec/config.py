@@ -33,6 +33,9 @@ DENSE_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "beta2", "clip")
 TABLE_SETTINGS = ("table_optimizer", "table_learning_rate", "table_weight_decay")
 """Settings of a stage that trains tables."""
 
+LORA_SETTINGS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
+"""Settings of `adapt` that method lora reads."""
+
 MODEL_SETTINGS = ("user_rows", "layers", "heads", "hidden", "dropout", "history", *DENSE_SETTINGS)
 """Settings of `collab` that only some models read."""
 
@@ -287,8 +290,11 @@ class Pretrain(Steps, Dense, Backpropagation):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapt(Steps, Selection, Dense, Backpropagation):
-    """LoRA tuning of the language model on text-only prompts."""
+    """Tuning of the language model on text-only prompts."""
 
+    method: Literal["lora", "full"] = "lora"
+    """lora: small matrices beside the weights are trained, and saved as an adapter; full: all weights of the model, which is
+    saved whole, and takes the place of the one that was tuned."""
     epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int | None = 500

@@ -92,7 +92,7 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         if config.data.source != "world":
             data = {name: value for name, value in data.items() if not name.startswith("world.")}
         return {"data": data}
-    if stage == "pretrain":
+    if stage == "pretrain" or (stage == "adapt" and config.adapt.method == "full"):
         del settings["llm"]["storage"]  # no weight is frozen there
     if "prompt" in settings and is_file(config.prompt.template):
         settings["prompt"]["template"] = "file"  # what it says is among the facts
@@ -160,6 +160,16 @@ class Run:
             folder = str(self.artifact("pretrain").local() / "model")
             return LlmSource(folder, None, f"pretrain-{mark}", self.config.llm.storage)
         return dataclasses.replace(self.given_llm, storage=self.config.llm.storage)
+
+    def adapted(self, stage: str = "adapt") -> dict[str, Any]:
+        """The language model that stage adapt leaves: its source, and the adapter on it, from the artifact of a stage; None where
+        all its weights were tuned."""
+        from sellarec.language.llm import LlmSource
+
+        if self.config.adapt.method == "lora":
+            return {"source": self.llm(), "adapter": self.artifact(stage).local() / "adapter"}
+        folder, mark = str(self.artifact("adapt").local() / "model"), self.marks["adapt"]
+        return {"source": LlmSource(folder, None, f"adapt-{mark}", self.config.llm.storage), "adapter": None}
 
     @cached_property
     def given_llm(self) -> Any:
@@ -704,8 +714,7 @@ def _distil(this: Run) -> dict[str, Any]:
         this.console,
         items=[str(path) for path in log.paths("items")],
         settings=config.distil,
-        source=this.llm(),
-        adapter=this.artifact("adapt").local() / "adapter",
+        **this.adapted(),
         noun=log.facts["noun"],
         workers=config.workers,
         gpus=this.gpus(),
@@ -757,11 +766,10 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
         _build_fuse,
         _collab_builder(this, tables, represented=collaborative_tokens(soft_tokens(config.fuse))),
         tables.local() / "tables",
-        source=this.llm(),
+        **this.adapted(of["adapter"]),
         titles=_titles(log),
         prompt=config.prompt,
         noun=log.facts["noun"],
-        adapter=this.artifact(of["adapter"]).local() / "adapter",
         hidden=config.align.hidden,
         projection=start if of["projections"] == "align" else None,
         trained=this.artifact("fuse").local() / "projection.safetensors" if of["projections"] == "fuse" else None,
@@ -794,8 +802,8 @@ def _evaluate(this: Run) -> dict[str, Any]:
     build: dict[str, Callable[[], Any]] = {
         "collab": _collab_builder(this, this.artifact("collab")),
         "text-only": partial(
-            build_adapted, this.llm(), _titles(log), config.prompt, log.facts["noun"],
-            this.artifact("adapt").local() / "adapter", config.adapt.loss,
+            build_adapted, **this.adapted(), titles=_titles(log), prompt=config.prompt, noun=log.facts["noun"],
+            loss=config.adapt.loss,
         ),
         "sella-rec": _fuse_builder(this, "fuse"),
     }  # fmt: skip

@@ -148,6 +148,9 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--collab.beta2 0.9", ["collab.beta2", "0.9", "collab.model", "mf"]),
         ("--adapt.targets q_proj all-linear", ["adapt.targets", "q_proj", "all-linear"]),
         ("--adapt.targets", ["adapt.targets", "empty", "all-linear"]),
+        ("--adapt.method full --adapt.rank 4", ["adapt.rank is 4", "adapt.method is full"]),
+        ("--adapt.method full --adapt.targets q_proj", ["adapt.targets", "q_proj", "adapt.method is full"]),
+        ("--adapt.method full --fuse.train adapter", ["fuse.train is adapter", "adapt.method is full"]),
         (
             "--align.contrastive rince --align.rince-q 1 --align.temperature 0.01",
             ["rince_q is 1", "temperature 0.01"],

@@ -144,7 +144,7 @@ def build_fuse(
     titles: list[str],
     prompt: Prompt,
     noun: str,
-    adapter: Path,
+    adapter: Path | None,
     collab: CollabTask,
     semantic: Table | None,
     hidden: int,
@@ -156,7 +156,7 @@ def build_fuse(
     """The task of training what `settings.train` names, or (with `trained`) of scoring with trained projections.
 
     Args:
-        adapter: folder of the adapter that it starts from.
+        adapter: folder of the adapter that it starts from; None where adapt left a whole model.
         collab: the collaborative model, with the rows that it starts from, of what the tokens take.
         semantic: the table of distilled vectors; None where no token takes it.
         hidden: width of the collaborative projection's hidden layer.
@@ -194,8 +194,8 @@ def build_fuse(
 
 
 def made_by(settings: Fuse) -> dict[str, str]:
-    """The stage whose artifact holds the tables, the projections and the adapter of a fused model: what fuse doesn't train is
-    where it was read from."""
+    """The stage whose artifact holds the tables, the projections and the adapter (or the wholly tuned model) of a fused model:
+    what fuse doesn't train is where it was read from."""
     before = {"tables": "align", "projections": "align", "adapter": "adapt"}
     return {part: "fuse" if part in settings.train else stage for part, stage in before.items()}
 

@@ -11,6 +11,7 @@ from sellarec.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -235,8 +236,17 @@ def compute_in(model: Any, dtype: Any) -> None:
             module.register_forward_hook(restore)
 
 
-def with_adapter(model: "PreTrainedModel", folder: Path, trains: bool = False) -> "PeftModel":
-    """The model with a saved adapter on it; of its weights the adapter's are trained where it `trains`, else none.
+def save_model(
+    model: "PreTrainedModel", weights: "dict[str, Tensor]", tokenizer: "PreTrainedTokenizerBase", folder: Path
+) -> None:
+    """Write a Hugging Face folder of a model's config, these weights, which are all that it has, and its tokenizer."""
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def with_adapter(model: "PreTrainedModel", folder: Path | None, trains: bool = False) -> "PreTrainedModel | PeftModel":
+    """The model with a saved adapter on it; of its weights the adapter's are trained where it `trains`, else none. Without a
+    folder the model as it is.
 
     Raises:
         UserError: the folder's weights are not an adapter of this model; no tensor is silently left out.
@@ -244,6 +254,9 @@ def with_adapter(model: "PreTrainedModel", folder: Path, trains: bool = False) -
     from peft import PeftConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    if folder is None:
+        model.requires_grad_(False)
+        return model.eval()
     try:
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = not trains

@@ -105,8 +105,7 @@ class PretrainTask(Task):
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         state = {name.removeprefix("llm."): value for name, value in weights.items()}
-        self.model.llm.save_pretrained(folder / "model", state_dict=state)
-        self._tokenizer.save_pretrained(folder / "model")
+        llms.save_model(self.model.llm, state, self._tokenizer, folder / "model")
 
     def facts(self) -> dict[str, Any]:
         return {"weights": sum(weight.numel() for weight in self.model.parameters())}

@@ -4,9 +4,9 @@ export.json                 what it is, of which run, the base model; written la
 README.md                   the model card
 config.yaml, results.json   the run's
 template.yaml               the prompt template, where it is the user's own
-adapter/                    PEFT's format
+adapter/                    PEFT's format; none where all weights of the base model were tuned
 tokenizer/                  the base model's
-model/                      the base model: the embedded one, or where it was asked for
+model/                      the base model: the embedded one, one whose weights were tuned, or where it was asked for
 projection.safetensors      the projections; where stage fuse didn't train them, the aligned one
 collab.safetensors          the collaborative model's dense weights, where it has some
 tables/                     rows of users, items and distilled vectors, of those that the soft tokens take
@@ -109,7 +109,7 @@ def export_run(run: str, out: Path, histories: bool, with_model: bool) -> None:
         run: the run's folder or URI.
         out: the export's folder, which isn't there yet.
         histories: whether users' last positives are written too.
-        with_model: whether the base model is copied where it isn't the embedded one, which always is.
+        with_model: whether the base model is copied where the run took it as it is: one that the run made always is.
 
     Raises:
         UserError: `out` is there or can't be written, the run isn't finished, or its base model isn't found or has changed.
@@ -140,12 +140,14 @@ def export_run(run: str, out: Path, histories: bool, with_model: bool) -> None:
 def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, with_model: bool) -> None:
     config = finished.config
     log = read_log(finished.folder("prepare"))
-    copied = with_model or config.llm.model == EMBEDDED
+    is_tuned = config.adapt.method == "full"
+    copied = with_model or is_tuned or config.llm.model == EMBEDDED
     if copied:
         _copy(source.folder(), out / MODEL, [path.name for path in source.folder().iterdir() if _is_of_model(path)])
     load_tokenizer(source.folder()).save_pretrained(out / "tokenizer")
     of = {part: finished.folder(stage) for part, stage in made_by(config.fuse).items()}
-    shutil.copytree(of["adapter"] / "adapter", out / "adapter")
+    if not is_tuned:
+        shutil.copytree(of["adapter"] / "adapter", out / "adapter")
     _copy(of["projections"], out, [PROJECTION])
     rows = of["tables"]
     _copy(rows, out, [name for name in (WEIGHTS,) if (rows / name).is_file()])
@@ -185,12 +187,15 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
 
 
 def _base_model(finished: Finished) -> LlmSource:
-    """The language model that the run was made with.
+    """The language model that fuse took: the one that the run was made with, or what adapt left where it tuned all weights.
 
     Raises:
         UserError: it isn't found, or its files have changed since.
     """
     name = finished.config.llm.model
+    if finished.config.adapt.method == "full":
+        folder = finished.folder("adapt") / "model"
+        return LlmSource(str(folder), None, finished.artifacts["adapt"].uri.rpartition("/")[2])
     if name == EMBEDDED:
         folder = finished.folder("pretrain") / "model"
         return LlmSource(str(folder), None, finished.artifacts["pretrain"].uri.rpartition("/")[2])

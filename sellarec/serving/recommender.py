@@ -302,7 +302,7 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         titles=titles,
         prompt=config.prompt,
         noun=noun,
-        adapter=folder / "adapter",
+        adapter=folder / "adapter" if config.adapt.method == "lora" else None,
         collab=build_collab(
             log, replace(config.collab, train_on="rows"), folder, represented=collaborative_tokens(tokens)
         ),

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from small import save_table
 
 from sellarec.artifacts import fingerprint
-from sellarec.config import Adapt, Align, Collab, Config, Fuse, Prompt
+from sellarec.config import Adapt, Align, Collab, Config, Fuse, Llm, Prompt
 from sellarec.fusion.projection import Projection
 from sellarec.language.adapt import build_adapt
+from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
 from sellarec.pipeline import Run, _fuse_builder
 
@@ -90,3 +91,30 @@ def test_each_part_is_read_from_where_it_was_left(workspace, changes):
             assert torch.equal(weight, trained[name]), name
         else:
             assert torch.equal(weight, initial[name]), name
+
+
+def test_a_wholly_tuned_model_is_what_all_later_stages_read(workspace):
+    config = Config(
+        workspace=str(workspace), collab=Collab(dim=DIM), align=Align(hidden=HIDDEN), adapt=Adapt(method="full"),
+        prompt=Prompt(template="compact"), llm=Llm(storage="bfloat16"),
+    )  # fmt: skip
+    run = Run.of(config)
+    run.marks = dict.fromkeys(("prepare", "pretrain", "align"), "x") | {"adapt": "full", "fuse": "full"}
+    task = build_adapt(run.llm(), ["a"] * run.log().facts["items"], config.prompt, "book", config.adapt)
+    tuned = {name: weight.detach() + 0.5 for name, weight in task.model.named_parameters()}
+    run.artifact("adapt").local().mkdir()
+    task.save(run.artifact("adapt").local(), tuned)
+    assert run.adapted()["adapter"] is None and "adapt-full" in run.adapted()["source"].identity
+
+    start = _fuse_builder(run, "align")()
+    trained = {n: w.detach() for n, w in start.model.named_parameters() if w.requires_grad}
+    assert trained and all(name.startswith("projection.") for name in trained)
+    run.artifact("fuse").local().mkdir()
+    start.save(run.artifact("fuse").local(), trained)
+    save_tables(run.artifact("fuse").local(), run.log().facts, 2.0)
+    for recommender in (start, _fuse_builder(run, "fuse")()):
+        found = dict(recommender.model.scorer.named_parameters())
+        assert found.keys() == tuned.keys()
+        assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in tuned.items())
+    encoder = ItemEncoder(**run.adapted(), noun="book", settings=config.distil)
+    assert all(torch.equal(weight, tuned[f"llm.{n}"].bfloat16()) for n, weight in encoder._model.named_parameters())

@@ -78,7 +78,7 @@ def interactions(titles: list[str]) -> pa.Table:
     return table.set_column(3, "timestamp", pa.array((10 * table["timestamp"].to_numpy()).astype(np.int64)))
 
 
-def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str]) -> Workspace:
+def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], method: str = "lora") -> Workspace:
     titles = [*titles[:-1], ""]  # the last item, which has no train row, has no title either
     items = pa.table({"item": [f"i{number}" for number in range(len(titles))], "title": titles})
     store = Store(Place.of(str(folder)))
@@ -107,7 +107,7 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str]) -
         data=Data(source="log", path="somewhere"),
         llm=Llm(model=str(decoder)),
         prompt=Prompt(template="compact", history=3),
-        adapt=Adapt(rank=2),
+        adapt=Adapt(method="full") if method == "full" else Adapt(rank=2),
         collab=Collab(model=model, dim=DIM, **{} if model in ("mf", "lightgcn") else {"history": 3}),
         align=Align(hidden=HIDDEN),
         fuse=Fuse(max_steps=1),
@@ -118,9 +118,15 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str]) -
     adapt = build_adapt(source, titles, config.prompt, log.facts["noun"], config.adapt)
     weights = {name: weight.detach() for name, weight in adapt.model.named_parameters() if weight.requires_grad}
     for weight in weights.values():
-        torch.nn.init.normal_(weight, std=0.05)
-    adapter = place("adapt") / "adapter"
-    adapt.save(adapter.parent, weights)
+        if method == "full":
+            weight += 0.05 * torch.randn_like(weight)
+        else:
+            torch.nn.init.normal_(weight, std=0.05)
+    tuned = place("adapt")
+    adapt.save(tuned, weights)
+    adapted: dict[str, Any] = {"source": source, "adapter": tuned / "adapter"}
+    if method == "full":
+        adapted = {"source": llms.find_llm(str(tuned / "model"), None), "adapter": None}
     finish("adapt", {"steps": 3, "kept_step": 2})
 
     fuse, generator = place("fuse"), np.random.default_rng(3)
@@ -140,8 +146,9 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str]) -
     def build(trained: Path | None) -> FuseTask:
         table = Table("semantic", count, WIDTH, ("semantic",), read=lambda start, stop: semantic[start:stop])
         return build_fuse(
-            source, titles, config.prompt, log.facts["noun"], adapter, build_collab(log, config.collab, fuse), table,
-            HIDDEN, None, trained, config.fuse, 1,
+            **adapted, titles=titles, prompt=config.prompt, noun=log.facts["noun"],
+            collab=build_collab(log, config.collab, fuse), semantic=table, hidden=HIDDEN, projection=None, trained=trained,
+            settings=config.fuse, seed=1,
         )  # fmt: skip
 
     torch.manual_seed(6)
@@ -417,6 +424,25 @@ def test_a_copied_base_model_is_used(made, tmp_path):
         recommender.score(["1"], ["i1"])
     with pytest.raises(UserError, match="holds its base model itself"):
         sellarec.load(tmp_path / "whole", llm=workspace.source.name)
+
+
+def test_a_wholly_tuned_model_is_always_copied_and_needs_no_base_model(decoder, titles, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(decoder, base)
+    workspace = make_workspace(tmp_path / "workspace", "mf", base, titles, method="full")
+    shutil.rmtree(base)
+    export_run(str(workspace.run), tmp_path / "export", histories=True, with_model=False)
+    tuned = load_file(workspace.artifact("adapt") / "model/model.safetensors")
+    copied = load_file(tmp_path / "export/model/model.safetensors")
+    assert copied.keys() == tuned.keys() and all(torch.equal(copied[name], weight) for name, weight in tuned.items())
+    assert not (tmp_path / "export/adapter").exists()
+    card = (tmp_path / "export/README.md").read_text()
+    assert "whose weights were all tuned" in card and "all weights tuned (adapt-" in card
+    rows, recommender = workspace.test_rows(), sellarec.load(tmp_path / "export")
+    users, items, histories = named(workspace, rows)
+    found = recommender.score(users, items, histories).scores
+    np.testing.assert_allclose(found, stage_scores(workspace, rows), atol=1e-5)
+    assert np.isfinite(recommender.explain(users[0], items[0], histories[0])["text_only"])
 
 
 def test_another_base_model_is_refused(made, tmp_path, decoder):

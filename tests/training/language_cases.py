@@ -95,7 +95,8 @@ def redraw(model: torch.nn.Module) -> None:
 def adapt_task(case: Case) -> TextTask:
     source = llms.LlmSource(str(case.model), None, "", case.storage)
     task = build_adapt(source, case.titles, PROMPT, "movie", case.settings)
-    redraw(task.model)
+    if case.settings.method == "lora":
+        redraw(task.model)
     return task
 
 
@@ -153,7 +154,7 @@ def train(case: Case, log: Log | None = None) -> dict[str, Any]:
         engine.export(output)
         found["checked"] = check(engine, task, output)
         if workers.rank == 0:
-            _spoil(case.folder / "adapter" / "adapter_model.safetensors")
+            _spoil(next(file for file in case.folder.rglob("*.safetensors")))
         dist.barrier(group=workers.control)
         found["spoilt"] = check(engine, task, output)
     return found
@@ -173,7 +174,7 @@ def _spoil(file: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(file)
-    name = sorted(name for name in weights if "lora_B" in name)[0]
+    name = min(name for name in weights if "lora_B" in name or ".0." in name)
     save_file(weights | {name: weights[name] * 1.2}, file, metadata={"format": "pt"})
 
 

@@ -31,6 +31,7 @@ def adapt(**changes: Any) -> Adapt:
 
 
 GPT2 = {"targets": ("c_attn", "c_proj")}
+FULL = {"method": "full", "learning_rate": 0.001}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
     "rslora, all-linear": ("llama", {"rslora": True, "targets": ("all-linear",)}, {}),
@@ -49,6 +50,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         GPT2 | {"dora": True, "checkpoint_activations": True},
         {"storage": "bfloat16"},
     ),
+    "full": ("llama", FULL, {}),
+    "full, tied, stored bfloat16, checkpointed": (
+        "qwen2",
+        FULL | {"checkpoint_activations": True},
+        {"storage": "bfloat16"},
+    ),
+    "full, gpt2, gathered with the root": ("gpt2", FULL, {"min_block": 1 << 20}),
 }
 
 
@@ -62,7 +70,8 @@ def plain():
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, models, titles, plain, tmp_path, name, workers):
-    """Losses, gradients and weights of each step; scores; and what was saved gives the same logits when PEFT loads it."""
+    """Losses, gradients and weights of each step; scores; and what was saved gives the same logits when PEFT, or Transformers,
+    loads it."""
     model, settings, changes = CASES[name]
     case = Case(models[model], titles, adapt(**settings), **changes)
     if name not in plain:
@@ -79,7 +88,10 @@ def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, models, titl
                 np.testing.assert_allclose(worker["gradients"][step][weight], gradient, err_msg=told, **GRADIENTS)
         for weight, value in twin["weights"].items():
             assert worker["weights"][weight].dtype == np.float32
-            np.testing.assert_allclose(worker["weights"][weight], value, err_msg=weight, **WEIGHTS)
+            # of a bias of attention's keys the gradient is 0 but for rounding, of which AdamW makes whole steps
+            largest = np.abs([gradients[weight] for gradients in twin["gradients"]]).max(0)
+            moved = largest > GRADIENTS["atol"]
+            np.testing.assert_allclose(worker["weights"][weight][moved], value[moved], err_msg=weight, **WEIGHTS)
     np.testing.assert_allclose(found[0]["scores"]["score"], twin["scores"], rtol=1e-3, atol=2e-3)
     assert all(worker["checked"] is None for worker in found), found[0]["checked"]
     assert "gives other logits than the trained model" in found[0]["spoilt"]
@@ -87,10 +99,12 @@ def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, models, titl
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("workers", "then"), [(1, 3), (3, 2)])
-def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(gloo, models, titles, tmp_path, workers, then):
+@pytest.mark.parametrize(("workers", "then", "changes"), [(1, 3, {"dora": True}), (3, 2, {"dora": True}), (3, 2, FULL)])
+def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(
+    gloo, models, titles, tmp_path, workers, then, changes
+):
     """It holds what is trained, with its optimizer's state; the frozen weights come from the model's folder again."""
-    settings = adapt(dora=True, checkpoint_activations=True)
+    settings = adapt(checkpoint_activations=True, **changes)
     case = Case(models["qwen2"], titles, settings, "bfloat16", checkpoint=tmp_path)
     whole = gloo.call(workers, language_cases.train, replace(case, save_at=2))[0]
     resumed = gloo.call(then, language_cases.train, replace(case, start_at=2))[0]
