@@ -11,6 +11,7 @@ from typing import Any
 
 from sellarec.config import (
     ALL_LINEAR,
+    DECODER_SETTINGS,
     DENSE_SETTINGS,
     DENSE_TABLE_OPTIMIZERS,
     EMBEDDED,
@@ -26,6 +27,7 @@ from sellarec.config import (
     Data,
     Dense,
     Fuse,
+    Pretrain,
     leaves,
 )
 from sellarec.errors import UserError
@@ -65,21 +67,10 @@ def check(config: Config) -> None:
             f"prompt.history is {config.prompt.history}, but data.history_cap keeps only {data.history_cap} items a row: "
             "raise data.history_cap or lower prompt.history"
         )
-    defaults = {name: value for name, value, _ in leaves(Config())}
-    for name, value, _ in leaves(config):
-        if value != defaults[name] and name.startswith("pretrain.") and config.llm.model != EMBEDDED:
-            raise UserError(
-                f"{name} is {value}, but llm.model is {config.llm.model}: only the embedded model is pre-trained here; "
-                "leave out one of the two"
-            )
+    _check_pretrain(config)
     if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):
         raise UserError(
             f"llm.revision is {config.llm.revision}, but llm.model is {config.llm.model}: only a hub id has revisions"
-        )
-    if config.stages and "pretrain" in config.stages and config.llm.model != EMBEDDED:
-        raise UserError(
-            f"stages names pretrain, but llm.model is {config.llm.model}: only the embedded model is pre-trained here; "
-            "leave out one of the two"
         )
     if config.pretrain.hidden % (2 * config.pretrain.heads):
         raise UserError(
@@ -96,6 +87,28 @@ def check(config: Config) -> None:
     _check_distil(config)
     _check_prompt(config)
     _check_fuse(config)
+
+
+def _check_pretrain(config: Config) -> None:
+    settings, defaults, model = config.pretrain, Pretrain(), config.llm.model
+    if settings.continued and model == EMBEDDED:
+        raise UserError(
+            f"pretrain.continued is True, but llm.model is {EMBEDDED}, which is pre-trained from nothing: leave it out, or give "
+            "--llm the model to go on with"
+        )
+    changed = [name for name, value, _ in leaves(settings) if value != getattr(defaults, name)]
+    if not config.pretrains and (changed or "pretrain" in config.stages):
+        named = f"pretrain.{changed[0]} is {getattr(settings, changed[0])}" if changed else "stages names pretrain"
+        raise UserError(
+            f"{named}, but llm.model is {model}, which is taken as it is: leave out one of the two, or pre-train it further with "
+            "--pretrain.continued True"
+        )
+    for name in changed:
+        if settings.continued and name in DECODER_SETTINGS:
+            raise UserError(
+                f"pretrain.{name} is {getattr(settings, name)}, but pretrain.continued is True, and the model that llm.model "
+                f"{model} names has its own: leave out one of the two"
+            )
 
 
 def _check_align(config: Config) -> None:

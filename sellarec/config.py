@@ -18,6 +18,9 @@ from sellarec.data.sources.tables import Columns
 STAGES = ("prepare", "pretrain", "adapt", "collab", "distil", "align", "fuse", "evaluate")
 EMBEDDED = "embedded"
 
+DECODER_SETTINGS = ("vocabulary", "hidden", "layers", "heads")
+"""Settings of `pretrain` that say what the embedded decoder is."""
+
 ALL_LINEAR = "all-linear"
 """Of `adapt.targets`: every linear layer but the output layer."""
 
@@ -266,8 +269,10 @@ class Backpropagation(Language):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Steps, Dense, Backpropagation):
-    """The embedded decoder and its pre-training on the catalog's own text."""
+    """Pre-training on the catalog's own text: of the embedded decoder, or further of a given model."""
 
+    continued: bool = False
+    """Whether the model that --llm names is pre-trained further, with all its weights; the embedded one always is pre-trained."""
     batch: int = 16
     """Texts of the global batch of one optimizer step, all workers together."""
     epochs: float = 48.0
@@ -279,7 +284,7 @@ class Pretrain(Steps, Dense, Backpropagation):
     vocabulary: int = 1024
     """Largest size of the byte-level BPE vocabulary (tokens)."""
     context: int = 256
-    """Longest sequence (tokens)."""
+    """Longest sequence (tokens), never more than a given model's context."""
     hidden: int = 64
     """Width of the decoder."""
     layers: int = 3
@@ -522,6 +527,11 @@ class Config:
     align: Align = field(default_factory=Align)
     fuse: Fuse = field(default_factory=Fuse)
     evaluate: Evaluate = field(default_factory=Evaluate)
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the language model is what stage pretrain makes, of nothing or of what --llm names."""
+        return self.llm.model == EMBEDDED or self.pretrain.continued
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:

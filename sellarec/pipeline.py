@@ -60,17 +60,17 @@ COLLAB_ORIGINS = ("collab.init_from", "collab.init_users", "collab.init_items")
 
 def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
     """The stages whose artifacts a stage reads."""
-    embedded = ("pretrain",) if config.llm.model == EMBEDDED else ()
+    pretrained = ("pretrain",) if config.pretrains else ()
     collab = ("collab",) if config.align.init == "collab" else ()
     return {
         "prepare": (),
         "pretrain": ("prepare",),
-        "adapt": ("prepare", *embedded),
+        "adapt": ("prepare", *pretrained),
         "collab": ("prepare",),
-        "distil": ("prepare", *embedded, "adapt"),
+        "distil": ("prepare", *pretrained, "adapt"),
         "align": ("prepare", *collab, "distil"),
-        "fuse": ("prepare", *embedded, "adapt", "align"),
-        "evaluate": ("prepare", *embedded, "adapt", "collab", "align", "fuse"),
+        "fuse": ("prepare", *pretrained, "adapt", "align"),
+        "evaluate": ("prepare", *pretrained, "adapt", "collab", "align", "fuse"),
     }[stage]
 
 
@@ -155,7 +155,7 @@ class Run:
         """The source of the language model: `--llm`, or what stage pretrain made."""
         from sellarec.language.llm import LlmSource
 
-        if self.config.llm.model == EMBEDDED:
+        if self.config.pretrains:
             mark = self.marks["pretrain"]
             folder = str(self.artifact("pretrain").local() / "model")
             return LlmSource(folder, None, f"pretrain-{mark}", self.config.llm.storage)
@@ -222,7 +222,7 @@ def run(this: Run) -> None:
 
 def _run(this: Run) -> None:
     config, console = this.config, this.console
-    wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.llm.model == EMBEDDED)
+    wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.pretrains)
     this.store.check_writable()
     _check_sharding(this, wanted)
     _check_layer(this, wanted)
@@ -263,8 +263,10 @@ def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
     origins: dict[str, Any] = {}
     template = this.config.prompt.template
     origins["prompt.template"] = f"file ({template_mark(template)})" if is_file(template) else template
-    if {"adapt", "distil", "fuse", "evaluate"} & set(wanted):
-        origins["llm"] = EMBEDDED if this.config.llm.model == EMBEDDED else this.llm().identity
+    continued = this.config.pretrain.continued
+    if {"adapt", "distil", "fuse", "evaluate", *["pretrain"] * continued} & set(wanted):
+        given = EMBEDDED if this.config.llm.model == EMBEDDED else this.given_llm.identity
+        origins["llm"] = f"{given}, pre-trained further" if continued else given
     if "prepare" in wanted and this.config.data.source != "world":
         origins["data"] = this.hashes
     if "collab" in wanted:
@@ -332,11 +334,13 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
         facts |= this.given_vectors
         if config.collab.init_from is not None:
             facts["init_from"] = this.collab_start[1]
-    if stage == "pretrain":
+    if stage == "pretrain" and config.pretrain.continued:
+        facts["llm"] = this.given_llm.identity
+    elif stage == "pretrain":
         facts["words"] = fingerprint({"words": _template_words(config.prompt.template)})
     if stage in ("adapt", "fuse", "evaluate"):
         facts["templates"] = template_mark(config.prompt.template)
-    if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
+    if stage in ("adapt", "distil", "fuse", "evaluate") and not config.pretrains:
         facts["llm"] = this.llm().identity
     return json.loads(json.dumps(facts))
 
@@ -549,7 +553,7 @@ def _check_layer(this: Run, wanted: Sequence[str]) -> None:
 
     layer = this.config.distil.layer
     if "distil" in wanted and this.config.llm.model != EMBEDDED and layer != -1:
-        check_layer(layer, decoder_depth(this.llm()), this.config.llm.model)
+        check_layer(layer, decoder_depth(this.given_llm), this.config.llm.model)
 
 
 def _check_labels(this: Run, stages: Sequence[str]) -> None:
@@ -589,31 +593,36 @@ def _pretrain(this: Run) -> dict[str, Any]:
     from sellarec.training.stream import Order, row_groups
 
     log = this.log()
-    words = _template_words(this.config.prompt.template)
     settings = this.config.pretrain
-    with this.artifact("pretrain").writing() as folder:
-        build_decoder(log.items(["text"])["text"].to_pylist(), words, settings, this.config.seed, folder / "initial")
-    initial = this.artifact("pretrain") / "initial"
-    _check_prompts(this, initial.local())
+    if settings.continued:
+        start = this.given_llm.folder
+    else:
+        words = _template_words(this.config.prompt.template)
+        with this.artifact("pretrain").writing() as folder:
+            build_decoder(
+                log.items(["text"])["text"].to_pylist(), words, settings, this.config.seed, folder / "initial"
+            )
+        start = (this.artifact("pretrain") / "initial").local
+    _check_prompts(this, start())
     order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
-    return _train(this, "pretrain", partial(_build_pretrain, initial, settings), order)
+    return _train(this, "pretrain", partial(_build_pretrain, start, settings), order)
 
 
 def _check_prompts(this: Run, folder: Path) -> None:
-    """Raises UserError where prompts don't fit the context of the model that pre-training is about to make."""
-    from sellarec.language.llm import load_tokenizer
+    """Raises UserError where prompts don't fit the context of the model that is about to be pre-trained."""
+    from sellarec.language.llm import context_length, load_tokenizer, read_config
     from sellarec.language.prompts import Prompts
 
     log, config = this.log(), this.config
     answers = {config.adapt.loss, config.fuse.loss} != {"answer"}
-    tokenizer, context = load_tokenizer(folder), config.pretrain.context
+    tokenizer, context = load_tokenizer(folder), context_length(read_config(folder))
     Prompts(tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers)
 
 
-def _build_pretrain(initial: Place, settings: Any) -> Any:
+def _build_pretrain(start: Callable[[], Path], settings: Any) -> Any:
     from sellarec.language.pretrain import build_pretrain
 
-    return build_pretrain(initial.local(), settings)
+    return build_pretrain(start(), settings)
 
 
 def _adapt(this: Run) -> dict[str, Any]:

@@ -135,6 +135,12 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--data some/folder", ["data.source", "world", "data.path", "some/folder"]),
         ("--llm.revision main", ["llm.revision", "main", "llm.model", "embedded"]),
         ("--stages pretrain,adapt --llm x/y", ["pretrain", "llm.model", "x/y"]),
+        ("--pretrain.epochs 2 --llm x/y", ["pretrain.epochs is 2", "x/y", "pretrain.continued True"]),
+        ("--pretrain.continued True", ["pretrain.continued is True", "llm.model is embedded"]),
+        (
+            "--pretrain.continued True --llm x/y --pretrain.layers 2",
+            ["pretrain.layers is 2", "pretrain.continued", "x/y"],
+        ),
         ("--pretrain.hidden 60 --pretrain.heads 4", ["pretrain.hidden", "60", "pretrain.heads", "4"]),
         ("--prompt.history 60", ["prompt.history", "60", "data.history_cap", "50"]),
         ("--data.split 0.5 0.2 0.2", ["data.split", "0.5", "0.2"]),

@@ -68,7 +68,8 @@ def model_card(
     base = facts["base_model"]
     is_tuned = config.adapt.method == "full"
     if base["copied"]:
-        tuned = ", all weights tuned" if is_tuned else ""
+        tuned = ", pre-trained further on the catalog's texts" if config.pretrain.continued else ""
+        tuned += ", all weights tuned" if is_tuned else ""
         described = f"`{base['name']}`{tuned} ({base['identity']}), in `model/`."
     elif base["revision"] is not None:
         described = (

@@ -6,7 +6,7 @@ config.yaml, results.json   the run's
 template.yaml               the prompt template, where it is the user's own
 adapter/                    PEFT's format; none where all weights of the base model were tuned
 tokenizer/                  the base model's
-model/                      the base model: the embedded one, one whose weights were tuned, or where it was asked for
+model/                      the base model: one whose weights stages pretrain or adapt made, or where it was asked for
 projection.safetensors      the projections; where stage fuse didn't train them, the aligned one
 collab.safetensors          the collaborative model's dense weights, where it has some
 tables/                     rows of users, items and distilled vectors, of those that the soft tokens take
@@ -37,7 +37,7 @@ from sellarec.artifacts import Place, Store
 from sellarec.collab.rows import flat, last, lists
 from sellarec.collab.task import WEIGHTS, CollabTask, build_collab
 from sellarec.command_line import parse
-from sellarec.config import EMBEDDED, Config, to_yaml
+from sellarec.config import Config, to_yaml
 from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.errors import UserError
 from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens
@@ -84,7 +84,7 @@ def read_run(run: str) -> Finished:
     store = Store(Place(place.uri.rsplit("/", 2)[0]))
     config = parse([str(place.local() / "config.yaml")], program="export.py")
     found = {stage: store.manifest(stage, marks[stage].removeprefix(f"{stage}-")) for stage in marks}
-    needed = [*NEEDED, *["pretrain"] * (config.llm.model == EMBEDDED)]
+    needed = [*NEEDED, *["pretrain"] * config.pretrains]
     needed += set(made_by(config.fuse).values()) - set(needed)
     missing = [stage for stage in needed if found.get(stage) is None]
     if missing:
@@ -141,7 +141,7 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
     config = finished.config
     log = read_log(finished.folder("prepare"))
     is_tuned = config.adapt.method == "full"
-    copied = with_model or is_tuned or config.llm.model == EMBEDDED
+    copied = with_model or is_tuned or config.pretrains
     if copied:
         _copy(source.folder(), out / MODEL, [path.name for path in source.folder().iterdir() if _is_of_model(path)])
     load_tokenizer(source.folder()).save_pretrained(out / "tokenizer")
@@ -196,7 +196,7 @@ def _base_model(finished: Finished) -> LlmSource:
     if finished.config.adapt.method == "full":
         folder = finished.folder("adapt") / "model"
         return LlmSource(str(folder), None, finished.artifacts["adapt"].uri.rpartition("/")[2])
-    if name == EMBEDDED:
+    if finished.config.pretrains:
         folder = finished.folder("pretrain") / "model"
         return LlmSource(str(folder), None, finished.artifacts["pretrain"].uri.rpartition("/")[2])
     recorded = finished.manifests["fuse"]["llm"]

@@ -13,12 +13,13 @@ from small import save_table, small_log
 
 from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
-from sellarec.config import Adapt, Collab, Fuse, Prompt, Tables
+from sellarec.config import Adapt, Collab, Fuse, Pretrain, Prompt, Tables
 from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.fusion.fuse import build_fuse
 from sellarec.language import llm as llms
 from sellarec.language.adapt import TextTask, build_adapt
+from sellarec.language.pretrain import build_pretrain
 from sellarec.training import dense
 from sellarec.training.engine import Engine
 from sellarec.training.table import Table
@@ -111,6 +112,43 @@ def fuse_task(case: Case, log: Log) -> Task:
     return build_fuse(
         source, case.titles, PROMPT, "movie", case.adapter, collab, semantic, 6, None, None, case.settings, SEED
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Pre-training further for STEPS steps.
+
+    Attributes:
+        model: folder of the language model.
+        texts: of which a step's global batch are the next BATCH.
+        folder: what is exported goes there.
+    """
+
+    model: Path
+    texts: list[str]
+    settings: Pretrain
+    folder: Path | None = None
+
+
+def lines_of(case: Lines, task: Task, step: int, rank: int = 0, world_size: int = 1) -> pa.Table:
+    texts = case.texts[BATCH * step : BATCH * (step + 1)]
+    rows = task.prepare(pa.table({"text": texts, "weight": np.ones(BATCH, np.float32)}), 0, np.full(BATCH, step))
+    share = BATCH // world_size
+    return rows.slice(rank * share, share)
+
+
+def pretrain(case: Lines) -> dict[str, Any]:
+    """The losses, and on worker 0 the weights."""
+    workers, task = workers_of(), build_pretrain(case.model, case.settings)
+    dense.MIN_BLOCK_BYTES = 0
+    engine = Engine(task, workers, SEED, case.settings, Tables(), "float32")
+    losses = [
+        engine.step(lines_of(case, task, step, workers.rank, workers.world_size), step, engine.rate(step, STEPS))
+        for step in range(STEPS)
+    ]
+    weights = {name: weight.numpy() for name, weight in dense.trained_weights(task.model).items()}
+    engine.export(Place.of(str(case.folder)))
+    return {"losses": losses, "weights": weights}
 
 
 def save_tables(folder: Path) -> Log:

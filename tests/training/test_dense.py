@@ -9,11 +9,11 @@ import language_cases
 import numpy as np
 import pytest
 import torch
-from language_cases import BATCH, Case
+from language_cases import BATCH, STEPS, Case
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sellarec.config import Adapt, Fuse
+from sellarec.config import Adapt, Fuse, Pretrain
 from sellarec.language import llm as llms
 from sellarec.training import dense
 
@@ -111,6 +111,52 @@ def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(
     np.testing.assert_allclose(resumed["losses"], whole["losses"][2:], **LOSS)
     for name, value in whole["weights"].items():
         np.testing.assert_allclose(resumed["weights"][name], value, err_msg=name, **WEIGHTS)
+
+
+def pretrained_plainly(case: language_cases.Lines) -> tuple[list[float], torch.nn.Module]:
+    """By Transformers' own loss of each line alone, with whole logits."""
+    model, tokenizer = llms.load_model(case.model), llms.load_tokenizer(case.model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=case.settings.weight_decay)
+    losses = []
+    for step in range(STEPS):
+        lines = [text + tokenizer.eos_token for text in case.texts[BATCH * step : BATCH * (step + 1)]]
+        tokens = [tokenizer(line, return_tensors="pt")["input_ids"][:, : case.settings.context] for line in lines]
+        counts = [one.shape[1] - 1 for one in tokens]
+        found = [model(input_ids=one, labels=one).loss * count for one, count in zip(tokens, counts, strict=True)]
+        loss = torch.stack(found).sum() / sum(counts)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), case.settings.clip)
+        optimizer.param_groups[0]["lr"] = case.settings.learning_rate * (0.5, 1.0, 1.0, 0.5)[step]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_any_number_of_workers_pretrains_a_given_model_further_as_one_process(gloo, models, titles, tmp_path, name):
+    """With warm-up, stable rate and decay; lines are cut to the context. What is saved is a model with its tokenizer."""
+    texts = [f"{titles[number % 10]} and {titles[number % 7]}" for number in range(BATCH * STEPS)]
+    schedule = {"schedule": "wsd", "warmup": 0.5, "decay": 0.5, "learning_rate": 0.002}
+    case = language_cases.Lines(models[name], texts, Pretrain(context=12, micro_batch=2, **schedule))
+    losses, model = pretrained_plainly(case)
+    assert losses[-1] < losses[0]
+    for workers in (1, 2, 3):
+        found = gloo.call(workers, language_cases.pretrain, replace(case, folder=tmp_path / str(workers)))
+        for worker in found:
+            np.testing.assert_allclose(worker["losses"], losses, **LOSS)
+        plain = {f"llm.{name}": weight.detach().numpy() for name, weight in model.named_parameters()}
+        assert found[0]["weights"].keys() == plain.keys()
+        for weight, value in plain.items():
+            if not weight.endswith("c_attn.bias"):  # of keys its gradient is 0 but for rounding
+                np.testing.assert_allclose(found[0]["weights"][weight], value, err_msg=weight, **WEIGHTS)
+        source = llms.find_llm(str(tmp_path / str(workers) / "model"), None)
+        again = llms.load_model(source.folder())
+        for weight, value in again.named_parameters():
+            np.testing.assert_array_equal(value.detach(), found[0]["weights"][f"llm.{weight}"], err_msg=weight)
+        tokenizer = llms.load_tokenizer(source.folder())
+        assert tokenizer(titles)["input_ids"] == llms.load_tokenizer(models[name])(titles)["input_ids"]
 
 
 @pytest.mark.distributed
