@@ -245,6 +245,17 @@ def _check_fuse(config: Config) -> None:
             f"fuse.train is {' '.join(fuse.train)}, but fuse.tokens is semantic and fuse.semantic frozen: no table is left to "
             "train; leave tables out, or fuse.semantic"
         )
+    learned = fuse.represent == "learned"
+    if learned and "semantic" in fuse.tokens:
+        raise UserError(
+            f"fuse.represent is learned, but fuse.tokens is {' '.join(fuse.tokens)}: only users and items have rows of their "
+            "own; take --fuse.tokens user item, or one of them"
+        )
+    if learned and ("projections" in fuse.train or "tables" not in fuse.train):
+        raise UserError(
+            f"fuse.represent is learned, but fuse.train is {' '.join(fuse.train)}: the tokens are rows of tables, which start at "
+            "random, and are not projected; take --fuse.train tables, or tables adapter"
+        )
     if fuse.projections == "separate" and not {"user", "item"} <= set(fuse.tokens):
         raise UserError(
             f"fuse.projections is separate, but fuse.tokens is {' '.join(fuse.tokens)}: user and item have a projection each "
@@ -254,12 +265,16 @@ def _check_fuse(config: Config) -> None:
     if fuse.tokens == ("semantic",):
         of_rows = ("experts", "warm_start", "unseen_dropout")
         unread |= dict.fromkeys(of_rows, "fuse.tokens is semantic, which takes no collaborative row")
+    if learned:
+        unread |= dict.fromkeys(
+            ("projections", "experts", "norm", "warm_start"), "fuse.represent is learned, which projects nothing"
+        )
     if "semantic" not in fuse.tokens:
         unread["semantic"] = f"fuse.tokens is {' '.join(fuse.tokens)}, without it"
     if "tables" not in fuse.train:
         unread["semantic"] = f"fuse.train is {' '.join(fuse.train)}, without the tables"
         unread |= dict.fromkeys(TABLE_SETTINGS, f"fuse.train is {' '.join(fuse.train)}, without the tables")
-    if fuse.train == ("tables",) and ("user" not in fuse.tokens or not _has_dense_weights(config.collab)):
+    if fuse.train == ("tables",) and (learned or "user" not in fuse.tokens or not _has_dense_weights(config.collab)):
         of_tables = ("beta2",) if fuse.table_optimizer in DENSE_TABLE_OPTIMIZERS else ()
         dense = [name for name in DENSE_SETTINGS if name not in of_tables]
         unread |= dict.fromkeys(dense, "fuse.train is tables, which have no dense weights here")

@@ -458,6 +458,9 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     tokens: tuple[Literal["user", "item", "semantic"], ...] = ("user", "item", "semantic")
     """Soft tokens of the prompt: the user's row, the item's row, the item's distilled vector (user item is CoLLM's set). The
     text speaks of no other; tables that none takes are not read."""
+    represent: Literal["collaborative", "learned"] = "collaborative"
+    """What the tokens of user and item are: their projected rows of the collaborative model, or rows of their own, as wide as
+    the model's input embeddings, that start from small random numbers and know no collaborative model (PersonPrompt)."""
     train: tuple[Literal["tables", "projections", "adapter"], ...] = ("tables", "projections")
     """What is trained: the tables (with the collaborative model's dense weights), the projections with their gains, the LoRA
     weights that adapt left. The rest stays as it is read; CoLLM trains the projections alone."""

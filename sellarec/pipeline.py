@@ -62,6 +62,7 @@ def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
     """The stages whose artifacts a stage reads."""
     pretrained = ("pretrain",) if config.pretrains else ()
     collab = ("collab",) if config.align.init == "collab" else ()
+    aligned = ("align",) if config.fuse.represent == "collaborative" else ()
     return {
         "prepare": (),
         "pretrain": ("prepare",),
@@ -69,8 +70,8 @@ def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
         "collab": ("prepare",),
         "distil": ("prepare", *pretrained, "adapt"),
         "align": ("prepare", *collab, "distil"),
-        "fuse": ("prepare", *pretrained, "adapt", "align"),
-        "evaluate": ("prepare", *pretrained, "adapt", "collab", "align", "fuse"),
+        "fuse": ("prepare", *pretrained, "adapt", *aligned),
+        "evaluate": ("prepare", *pretrained, "adapt", "collab", *aligned, "fuse"),
     }[stage]
 
 
@@ -667,15 +668,12 @@ def _sequences(this: Run) -> Any:
     return Order(groups, this.config.collab.batch, this.config.seed)
 
 
-def _collab_builder(
-    this: Run, origin: Place | None, trains: str | None = None, represented: Sequence[str] | None = None
-) -> Callable[[], Any]:
+def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) -> Callable[[], Any]:
     """Builds the collaborative model.
 
     Args:
         origin: the artifact whose tables and dense weights it starts from; None for fresh ones.
         trains: the stage that trains it, which may take negatives; None where it is only scored with.
-        represented: of user and item, what it is only asked to represent; None: all that it does.
     """
     from sellarec.collab.task import build_collab, reads_counts
     from sellarec.data.log import item_counts
@@ -691,7 +689,7 @@ def _collab_builder(
         counts = place.local() / "counts.npy"
     start = None if origin is None else origin.local()
     given = _given_tables(this) if trains == "collab" else {}
-    return partial(build_collab, log, settings, start, counts, this.config.seed, given, represented)
+    return partial(build_collab, log, settings, start, counts, this.config.seed, given)
 
 
 def _given_tables(this: Run) -> dict[str, Path]:
@@ -764,24 +762,31 @@ def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
 
 def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
     """Builds the recommender from what stages before fuse left (align), or as stage fuse left it."""
-    from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens
+    from sellarec.collab.task import build_collab
+    from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens, token_rows
 
     log, config = this.log(), this.config
     trained = config.fuse if stage == "fuse" else dataclasses.replace(config.fuse, train=())
     of = made_by(trained)
-    tables = this.artifact(of["tables"])
-    start = this.artifact("align").local() / "projection.safetensors" if config.fuse.warm_start else None
+    learned = config.fuse.represent == "learned"
+    adapted = this.adapted(of["adapter"])
+    rows = token_rows(config.fuse, config.collab, adapted["source"])
+    tables = this.artifact(of["tables"]).local()
+    origin = None if learned and stage != "fuse" else tables
+    represented = collaborative_tokens(soft_tokens(config.fuse))
+    aligned = config.fuse.warm_start and not learned
+    start = this.artifact("align").local() / "projection.safetensors" if aligned else None
     return partial(
         _build_fuse,
-        _collab_builder(this, tables, represented=collaborative_tokens(soft_tokens(config.fuse))),
-        tables.local() / "tables",
-        **this.adapted(of["adapter"]),
+        partial(build_collab, log, rows, origin, represented=represented),
+        tables / "tables",
+        **adapted,
         titles=_titles(log),
         prompt=config.prompt,
         noun=log.facts["noun"],
         hidden=config.align.hidden,
-        projection=start if of["projections"] == "align" else None,
-        trained=this.artifact("fuse").local() / "projection.safetensors" if of["projections"] == "fuse" else None,
+        projection=start if of.get("projections") == "align" else None,
+        trained=this.artifact("fuse").local() / "projection.safetensors" if of.get("projections") == "fuse" else None,
         settings=config.fuse,
         seed=config.seed,
     )
@@ -796,7 +801,8 @@ def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> An
 def _fuse(this: Run) -> dict[str, Any]:
     config = this.config
     tokens, trained = (" and ".join(names) for names in (config.fuse.tokens, config.fuse.train))
-    this.console.line(f"fuse      tokens of {tokens}; trains {trained}")
+    what = "learned tokens" if config.fuse.represent == "learned" else "tokens"
+    this.console.line(f"fuse      {what} of {tokens}; trains {trained}")
     return _train(this, "fuse", _fuse_builder(this, "align"), _order(this, "train", config.fuse.batch, config.seed))
 
 

@@ -170,6 +170,31 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             ["fuse.train is adapter", "separate"],
         ),
         ("--fuse.tokens user item user", ["fuse.tokens", "user item user"]),
+        ("--fuse.represent learned", ["fuse.represent is learned", "fuse.tokens is user item semantic"]),
+        (
+            "--fuse.represent learned --fuse.tokens user item",
+            ["fuse.represent is learned", "fuse.train is tables projections"],
+        ),
+        (
+            "--fuse.represent learned --fuse.tokens user --fuse.train adapter",
+            ["fuse.represent is learned", "fuse.train is adapter"],
+        ),
+        *(
+            (
+                f"--fuse.represent learned --fuse.tokens user item --fuse.train tables --fuse.{setting}",
+                [f"fuse.{named}", "fuse.represent is learned"],
+            )
+            for setting, named in (
+                ("warm-start False", "warm_start is False"),
+                ("projections separate", "projections is separate"),
+                ("experts 2", "experts is 2"),
+                ("norm none", "norm is none"),
+            )
+        ),
+        (
+            "--fuse.represent learned --fuse.tokens user --fuse.train tables --collab sasrec --fuse.learning-rate 1",
+            ["fuse.learning_rate is 1", "fuse.train is tables"],
+        ),
         ("--fuse.train tables tables", ["fuse.train", "tables tables"]),
         ("--fuse.tokens semantic item --fuse.projections separate", ["projections is separate", "semantic item"]),
         ("--fuse.tokens semantic --fuse.experts 2", ["fuse.experts is 2", "fuse.tokens is semantic"]),
@@ -211,6 +236,8 @@ def test_fusing_no_token_is_refused_with_where_that_model_is():
         "--fuse.tokens user item --fuse.train adapter",
         "--fuse.tokens user --fuse.train tables --collab sasrec --fuse.learning-rate 0.001",
         "--fuse.train adapter tables projections --fuse.warm-start False",
+        "--fuse.represent learned --fuse.tokens user item --fuse.train tables",
+        "--fuse.represent learned --fuse.tokens item --fuse.train tables adapter --fuse.learning-rate 0.001",
     ],
 )
 def test_choices_of_fuse_that_go_together_are_taken(arguments):

@@ -179,6 +179,15 @@ def decoder_depth(source: LlmSource) -> int:
     return read_config(source.name, source.revision).num_hidden_layers
 
 
+def hidden_width(source: LlmSource) -> int:
+    """H, the width of a model's hidden states, by its config alone.
+
+    Raises:
+        UserError: its config can't be read.
+    """
+    return read_config(source.name, source.revision).hidden_size
+
+
 def read_config(name: str | Path, revision: str | None = None) -> Any:
     """The config of a folder or hub id.
 

@@ -7,7 +7,7 @@ template.yaml               the prompt template, where it is the user's own
 adapter/                    PEFT's format; none where all weights of the base model were tuned
 tokenizer/                  the base model's
 model/                      the base model: one whose weights stages pretrain or adapt made, or where it was asked for
-projection.safetensors      the projections; where stage fuse didn't train them, the aligned one
+projection.safetensors      the projections; where stage fuse didn't train them, the aligned one; none where tokens are learned
 collab.safetensors          the collaborative model's dense weights, where it has some
 tables/                     rows of users, items and distilled vectors, of those that the soft tokens take
 catalog/                    a log of users and items alone: manifest.json (the facts), items/, users/
@@ -40,7 +40,7 @@ from sellarec.command_line import parse
 from sellarec.config import Config, to_yaml
 from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens
+from sellarec.fusion.fuse import collaborative_tokens, made_by, soft_tokens, token_rows
 from sellarec.language.llm import LlmSource, find_llm, load_tokenizer
 from sellarec.language.templates import is_file, template_mark
 from sellarec.serving.card import model_card
@@ -148,13 +148,15 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
     of = {part: finished.folder(stage) for part, stage in made_by(config.fuse).items()}
     if not is_tuned:
         shutil.copytree(of["adapter"] / "adapter", out / "adapter")
-    _copy(of["projections"], out, [PROJECTION])
+    if "projections" in of:
+        _copy(of["projections"], out, [PROJECTION])
     rows = of["tables"]
     _copy(rows, out, [name for name in (WEIGHTS,) if (rows / name).is_file()])
     if is_file(config.prompt.template):
         shutil.copyfile(Path(config.prompt.template).expanduser(), out / TEMPLATE)
     tokens = soft_tokens(config.fuse)
-    collab = build_collab(log, config.collab, rows, represented=collaborative_tokens(tokens))
+    settings = token_rows(config.fuse, config.collab, source)
+    collab = build_collab(log, settings, rows, represented=collaborative_tokens(tokens))
     smoothed = [] if collab.graph is None or not collab.tables else ["user", "item"]
     semantic = ["semantic"] * ("semantic" in tokens)
     names = [name for name in (*(table.name for table in collab.tables), *semantic) if name not in smoothed]

@@ -59,7 +59,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(copied):
     tokenizer = llms.load_tokenizer(copied)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(copied)
-    with pytest.raises(UserError, match="has no end token, .* leave out pretrain.continued"):
+    with pytest.raises(UserError, match=r"has no end token, .* leave out pretrain.continued"):
         build_pretrain(copied, Pretrain())
 
 
@@ -103,7 +103,7 @@ def test_a_runs_name_belongs_to_whether_its_model_was_pretrained_further(run):
     run.place.write_json("artifacts.json", {"adapt": "adapt-x"})
     _check_name(run, _origins(run, LATER))
     other = Run.of(replace(run.config, pretrain=Pretrain()))
-    with pytest.raises(UserError, match="llm .*, pre-trained further then"):
+    with pytest.raises(UserError, match=r"llm .*, pre-trained further then"):
         _check_name(other, _origins(other, LATER))
 
 

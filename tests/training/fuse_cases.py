@@ -14,7 +14,7 @@ from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Collab, Evaluate, Fuse, Prompt, Tables
 from sellarec.data.log import read_log
-from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, semantic_table, soft_tokens
+from sellarec.fusion.fuse import FuseTask, build_fuse, collaborative_tokens, semantic_table, soft_tokens, token_rows
 from sellarec.language.llm import find_llm
 from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, prepared, row_groups, slices
@@ -51,11 +51,13 @@ def task_of(case: Case, trained: bool) -> FuseTask:
     left = case.settings.train if trained else ()
     tables = case.output if "tables" in left else case.inputs
     tokens = soft_tokens(case.settings)
-    log = read_log(case.inputs / "log")
-    collab = build_collab(log, case.collab, tables, represented=collaborative_tokens(tokens))
+    log, source = read_log(case.inputs / "log"), find_llm(str(case.inputs / "decoder"), None)
+    start = None if case.settings.represent == "learned" and not trained else tables
+    settings = token_rows(case.settings, case.collab, source)
+    collab = build_collab(log, settings, start, represented=collaborative_tokens(tokens))
     semantic = semantic_table(tables / "tables", case.settings)
     return build_fuse(
-        find_llm(str(case.inputs / "decoder"), None), titles_of(case.inputs), Prompt(template="compact"), "movie",
+        source, titles_of(case.inputs), Prompt(template="compact"), "movie",
         (case.output if "adapter" in left else case.inputs) / "adapter", collab, semantic, HIDDEN,
         None if "projections" in left else case.inputs / "projection.safetensors",
         case.output / "projection.safetensors" if "projections" in left else None, case.settings, SEED,
