@@ -16,7 +16,7 @@ from sellarec.fusion.projection import Projection
 from sellarec.language.adapt import build_adapt
 from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
-from sellarec.pipeline import Run, _fuse_builder
+from sellarec.pipeline import Run, _fuse_builder, inputs_of
 
 DIM, HIDDEN, WIDTH = 4, 6, 16
 
@@ -91,6 +91,31 @@ def test_each_part_is_read_from_where_it_was_left(workspace, changes):
             assert torch.equal(weight, trained[name]), name
         else:
             assert torch.equal(weight, initial[name]), name
+
+
+@pytest.mark.parametrize("train", [("tables",), ("tables", "adapter")])
+def test_learned_tokens_read_nothing_of_align(workspace, train):
+    fuse = Fuse(represent="learned", tokens=("user", "item"), train=train)
+    config = Config(workspace=str(workspace), fuse=fuse, prompt=Prompt(template="compact"))
+    assert "align" not in {*inputs_of("fuse", config), *inputs_of("evaluate", config)}
+    run = Run.of(config)
+    run.marks = dict.fromkeys(("prepare", "pretrain", "adapt"), "x") | {"fuse": fingerprint(train)}
+    start = _fuse_builder(run, "align")()
+    assert {(table.name, table.dim, table.read) for table in start.tables} == {
+        ("user", WIDTH, None),
+        ("item", WIDTH, None),
+    }
+    trained = {n: w.detach() + 0.5 for n, w in start.model.named_parameters() if w.requires_grad}
+    assert bool(trained) == ("adapter" in train) and all("lora_" in name for name in trained)
+    folder = run.artifact("fuse").local()
+    folder.mkdir()
+    start.save(folder, trained)
+    for table in start.tables:
+        save_table(folder / "tables", table.name, np.full((table.rows, WIDTH), 2.0, np.float32))
+    task = _fuse_builder(run, "fuse")()
+    assert all((table.read(0, table.rows) == 2).all() for table in task.tables)
+    found = dict(task.model.named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in trained.items())
 
 
 def test_a_wholly_tuned_model_is_what_all_later_stages_read(workspace):

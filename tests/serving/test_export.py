@@ -24,7 +24,7 @@ from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.evaluation.artifact import evaluate_artifact
 from sellarec.evaluation.results import evaluate_scores
-from sellarec.fusion.fuse import FuseTask, build_fuse
+from sellarec.fusion.fuse import FuseTask, build_fuse, token_rows
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt, build_adapted
 from sellarec.language.templates import template_mark
@@ -78,7 +78,9 @@ def interactions(titles: list[str]) -> pa.Table:
     return table.set_column(3, "timestamp", pa.array((10 * table["timestamp"].to_numpy()).astype(np.int64)))
 
 
-def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], method: str = "lora") -> Workspace:
+def make_workspace(
+    folder: Path, model: str, decoder: Path, titles: list[str], method: str = "lora", learned: bool = False
+) -> Workspace:
     titles = [*titles[:-1], ""]  # the last item, which has no train row, has no title either
     items = pa.table({"item": [f"i{number}" for number in range(len(titles))], "title": titles})
     store = Store(Place.of(str(folder)))
@@ -110,7 +112,7 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], m
         adapt=Adapt(method="full") if method == "full" else Adapt(rank=2),
         collab=Collab(model=model, dim=DIM, **{} if model in ("mf", "lightgcn") else {"history": 3}),
         align=Align(hidden=HIDDEN),
-        fuse=Fuse(max_steps=1),
+        fuse=Fuse(represent="learned", tokens=("user", "item"), train=("tables",)) if learned else Fuse(max_steps=1),
         evaluate=Evaluate(batch=16, micro_batch=4, replicates=20),
     )
     source = llms.find_llm(str(decoder), None)
@@ -130,7 +132,8 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], m
     finish("adapt", {"steps": 3, "kept_step": 2})
 
     fuse, generator = place("fuse"), np.random.default_rng(3)
-    fresh = build_collab(log, config.collab, None)
+    rows_of_tokens = token_rows(config.fuse, config.collab, source)
+    fresh = build_collab(log, rows_of_tokens, None)
     count = len(titles)
     last_item = rows["external_id"].to_pylist().index(f"i{count - 1}")
     semantic = generator.standard_normal((count, WIDTH)).astype(np.float32)
@@ -147,8 +150,8 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], m
         table = Table("semantic", count, WIDTH, ("semantic",), read=lambda start, stop: semantic[start:stop])
         return build_fuse(
             **adapted, titles=titles, prompt=config.prompt, noun=log.facts["noun"],
-            collab=build_collab(log, config.collab, fuse), semantic=table, hidden=HIDDEN, projection=None, trained=trained,
-            settings=config.fuse, seed=1,
+            collab=build_collab(log, rows_of_tokens, fuse), semantic=None if learned else table, hidden=HIDDEN,
+            projection=None, trained=trained, settings=config.fuse, seed=1,
         )  # fmt: skip
 
     torch.manual_seed(6)
@@ -156,7 +159,7 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], m
     task.save(
         fuse, {f"projection.{name}": weight.detach() for name, weight in task.model.projection.named_parameters()}
     )
-    task = build(fuse / "projection.safetensors")
+    task = build(None if learned else fuse / "projection.safetensors")
     task.model.eval()
     marked = {"llm": source.identity, "templates": template_mark("compact")}
     finish("fuse", {"steps": 1, "kept_step": 1, "template": "compact"}, **marked)
@@ -443,6 +446,21 @@ def test_a_wholly_tuned_model_is_always_copied_and_needs_no_base_model(decoder, 
     found = recommender.score(users, items, histories).scores
     np.testing.assert_allclose(found, stage_scores(workspace, rows), atol=1e-5)
     assert np.isfinite(recommender.explain(users[0], items[0], histories[0])["text_only"])
+
+
+def test_learned_tokens_are_exported(decoder, titles, tmp_path):
+    """Without a projection, and without the collaborative model, whose table of histories they know nothing of."""
+    workspace = make_workspace(tmp_path / "workspace", "svdpp", decoder, titles, learned=True)
+    export_run(str(workspace.run), tmp_path / "export", histories=True, with_model=False)
+    assert {file.stem for file in (tmp_path / "export/tables").glob("*.json")} == {"user", "item"}
+    assert not (tmp_path / "export/projection.safetensors").exists()
+    assert "Collaborative model: none." in (tmp_path / "export/README.md").read_text()
+    rows, recommender = workspace.test_rows(), sellarec.load(tmp_path / "export")
+    users, items, histories = named(workspace, rows)
+    found, expected = recommender.score(users, items, histories).scores, stage_scores(workspace, rows)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    explained = recommender.explain(users[0], items[0], histories[0])
+    assert set(explained["tokens"]) == {"user", "item"} and explained["tokens"]["item"] != 0
 
 
 def test_another_base_model_is_refused(made, tmp_path, decoder):
