@@ -147,7 +147,8 @@ class Llm:
     """Compute type of the language model (bfloat16 on GPUs; slow on CPUs). Trained weights stay float32."""
     storage: Literal["float32", "bfloat16"] = "float32"
     """Type that the frozen weights are held in: bfloat16 halves their memory and rounds them once, when they are loaded. What is
-    trained stays float32, and all is computed in `dtype`. Stage pretrain trains all of its weights, so it holds float32."""
+    trained stays float32, and all is computed in `dtype`. Stage pretrain trains all of its weights, as does adapt with method
+    full, so they hold float32."""
 
 
 @dataclass(frozen=True, kw_only=True)

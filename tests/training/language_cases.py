@@ -158,7 +158,7 @@ def save_tables(folder: Path) -> Log:
 
 
 def train(case: Case, log: Log | None = None) -> dict[str, Any]:
-    """What a worker finds: the losses; whole gradients of each step, before clipping has any effect, and at last the weights; the
+    """What a worker finds: the losses; whole gradients of each step, as they are clipped, and at last the weights; the
     types of the optimizer's state, and the bytes of frozen weights that it holds."""
     dense.MIN_BLOCK_BYTES = case.min_block
     workers = workers_of()
@@ -233,6 +233,7 @@ def train_plainly(case: Case) -> dict[str, Any]:
         batch = task.collate(prepared(task, step), step)
         loss = task.loss(task.model, batch, {}, None) / BATCH
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
         gradients.append({name: weight.grad.numpy().copy() for name, weight in trained.items()})
         optimizer.param_groups[0]["lr"] = settings.learning_rate * rate_at(step)
         optimizer.step()

@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "full": ("llama", FULL, {}),
     "full, tied, stored bfloat16, checkpointed": (
         "qwen2",
-        FULL | {"checkpoint_activations": True},
+        FULL | {"checkpoint_activations": True, "clip": 0.3},
         {"storage": "bfloat16"},
     ),
     "full, gpt2, gathered with the root": ("gpt2", FULL, {"min_block": 1 << 20}),
@@ -173,14 +173,16 @@ def test_frozen_weights_in_bfloat16_take_half_the_memory(gloo, models, titles, w
 
 
 @pytest.mark.distributed
-def test_all_in_bfloat16_trains_float32_weights(gloo, models, titles):
-    case = Case(models["llama"], titles, adapt(dora=True), "bfloat16", "bfloat16")
+@pytest.mark.parametrize("changes", [{"dora": True}, FULL])
+def test_all_in_bfloat16_trains_float32_weights(gloo, models, titles, tmp_path, changes):
+    case = Case(models["llama"], titles, adapt(**changes), "bfloat16", "bfloat16", folder=tmp_path)
     found = gloo.call(2, language_cases.train, case)
     twin = language_cases.train_plainly(case)
     np.testing.assert_allclose(found[0]["losses"], twin["losses"], rtol=0.05)
     assert found[0]["moments"] == {"torch.float32"}
     assert found[0]["losses"] != pytest.approx(twin["losses"], rel=1e-5), "computed in bfloat16"
     assert all(weight.dtype == np.float32 for weight in found[0]["weights"].values())
+    assert found[0]["checked"] is None
 
 
 @pytest.mark.distributed
