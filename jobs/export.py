@@ -22,7 +22,8 @@ class Settings:
     histories: bool = True
     """Whether each user's last positives are written too; without them they are given with each call."""
     with_model: bool = False
-    """Whether a base model that --llm named is copied too; else it is referenced by name and hash, or commit."""
+    """Whether a base model that --llm named is copied too, where the run took it as it is; else it is referenced by name and
+    hash, or commit."""
 
 
 def main(arguments: list[str]) -> None:

@@ -11,19 +11,23 @@ from typing import Any
 
 from sellarec.config import (
     ALL_LINEAR,
+    DECODER_SETTINGS,
     DENSE_SETTINGS,
     DENSE_TABLE_OPTIMIZERS,
     EMBEDDED,
+    LORA_SETTINGS,
     MODEL_SETTINGS,
     SAMPLED,
     STAGES,
     TABLE_SETTINGS,
+    Adapt,
     Align,
     Collab,
     Config,
     Data,
     Dense,
     Fuse,
+    Pretrain,
     leaves,
 )
 from sellarec.errors import UserError
@@ -68,21 +72,10 @@ def check(config: Config) -> None:
             f"profile.first is {config.profile.first} and profile.steps {config.profile.steps}: the first step that can be "
             "profiled is the second, and one step the least"
         )
-    defaults = {name: value for name, value, _ in leaves(Config())}
-    for name, value, _ in leaves(config):
-        if value != defaults[name] and name.startswith("pretrain.") and config.llm.model != EMBEDDED:
-            raise UserError(
-                f"{name} is {value}, but llm.model is {config.llm.model}: only the embedded model is pre-trained here; "
-                "leave out one of the two"
-            )
+    _check_pretrain(config)
     if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):
         raise UserError(
             f"llm.revision is {config.llm.revision}, but llm.model is {config.llm.model}: only a hub id has revisions"
-        )
-    if config.stages and "pretrain" in config.stages and config.llm.model != EMBEDDED:
-        raise UserError(
-            f"stages names pretrain, but llm.model is {config.llm.model}: only the embedded model is pre-trained here; "
-            "leave out one of the two"
         )
     if config.pretrain.hidden % (2 * config.pretrain.heads):
         raise UserError(
@@ -99,6 +92,28 @@ def check(config: Config) -> None:
     _check_distil(config)
     _check_prompt(config)
     _check_fuse(config)
+
+
+def _check_pretrain(config: Config) -> None:
+    settings, defaults, model = config.pretrain, Pretrain(), config.llm.model
+    if settings.continued and model == EMBEDDED:
+        raise UserError(
+            f"pretrain.continued is True, but llm.model is {EMBEDDED}, which is pre-trained from nothing: leave it out, or give "
+            "--llm the model to go on with"
+        )
+    changed = [name for name, value, _ in leaves(settings) if value != getattr(defaults, name)]
+    if not config.pretrains and (changed or "pretrain" in config.stages):
+        named = f"pretrain.{changed[0]} is {getattr(settings, changed[0])}" if changed else "stages names pretrain"
+        raise UserError(
+            f"{named}, but llm.model is {model}, which is taken as it is: leave out one of the two, or pre-train it further with "
+            "--pretrain.continued True"
+        )
+    for name in changed:
+        if settings.continued and name in DECODER_SETTINGS:
+            raise UserError(
+                f"pretrain.{name} is {getattr(settings, name)}, but pretrain.continued is True, and the model that llm.model "
+                f"{model} names has its own: leave out one of the two"
+            )
 
 
 def _check_align(config: Config) -> None:
@@ -154,7 +169,18 @@ def _check_dense(config: Config) -> None:
 
 
 def _check_adapt(config: Config) -> None:
-    targets = config.adapt.targets
+    adapt, defaults, targets = config.adapt, Adapt(), config.adapt.targets
+    for name in LORA_SETTINGS if adapt.method == "full" else ():
+        if getattr(adapt, name) != getattr(defaults, name):
+            raise UserError(
+                f"adapt.{name} is {getattr(adapt, name)}, but adapt.method is full, which makes no LoRA matrices: leave out one "
+                "of the two"
+            )
+    if adapt.method == "full" and "adapter" in config.fuse.train:
+        raise UserError(
+            f"fuse.train is {' '.join(config.fuse.train)}, but adapt.method is full, which leaves a whole model and no adapter: "
+            "leave out adapter, or take adapt.method lora"
+        )
     if not targets:
         raise UserError("adapt.targets is empty: give names of linear layers, or all-linear")
     if ALL_LINEAR in targets and len(targets) > 1:
@@ -224,6 +250,17 @@ def _check_fuse(config: Config) -> None:
             f"fuse.train is {' '.join(fuse.train)}, but fuse.tokens is semantic and fuse.semantic frozen: no table is left to "
             "train; leave tables out, or fuse.semantic"
         )
+    learned = fuse.represent == "learned"
+    if learned and "semantic" in fuse.tokens:
+        raise UserError(
+            f"fuse.represent is learned, but fuse.tokens is {' '.join(fuse.tokens)}: only users and items have rows of their "
+            "own; take --fuse.tokens user item, or one of them"
+        )
+    if learned and ("projections" in fuse.train or "tables" not in fuse.train):
+        raise UserError(
+            f"fuse.represent is learned, but fuse.train is {' '.join(fuse.train)}: the tokens are rows of tables, which start at "
+            "random, and are not projected; take --fuse.train tables, or tables adapter"
+        )
     if fuse.projections == "separate" and not {"user", "item"} <= set(fuse.tokens):
         raise UserError(
             f"fuse.projections is separate, but fuse.tokens is {' '.join(fuse.tokens)}: user and item have a projection each "
@@ -234,18 +271,26 @@ def _check_fuse(config: Config) -> None:
             f"fuse.collab_score is True, but fuse.loss is {fuse.loss}: the collaborative score is added to the score of the "
             "answers, which a loss over tokens doesn't read; take fuse.loss answer, or leave fuse.collab_score out"
         )
+    if fuse.collab_score and learned:
+        raise UserError(
+            "fuse.collab_score is True, but fuse.represent is learned: what is trained then has no collaborative model; leave "
+            "out one of the two"
+        )
     unread: dict[str, str] = {}
     if fuse.tokens == ("semantic",):
         of_rows = ("experts", "warm_start", *(() if fuse.collab_score else ("unseen_dropout",)))
         unread |= dict.fromkeys(of_rows, "fuse.tokens is semantic, which takes no collaborative row")
+    if learned:
+        unread |= dict.fromkeys(
+            ("projections", "experts", "norm", "warm_start"), "fuse.represent is learned, which projects nothing"
+        )
     if "semantic" not in fuse.tokens:
         unread["semantic"] = f"fuse.tokens is {' '.join(fuse.tokens)}, without it"
     if "tables" not in fuse.train:
         unread["semantic"] = f"fuse.train is {' '.join(fuse.train)}, without the tables"
         unread |= dict.fromkeys(TABLE_SETTINGS, f"fuse.train is {' '.join(fuse.train)}, without the tables")
-    if fuse.train == ("tables",) and not (
-        ("user" in fuse.tokens or fuse.collab_score) and _has_dense_weights(config.collab)
-    ):
+    trains_network = not learned and ("user" in fuse.tokens or fuse.collab_score)
+    if fuse.train == ("tables",) and not (trains_network and _has_dense_weights(config.collab)):
         of_tables = ("beta2",) if fuse.table_optimizer in DENSE_TABLE_OPTIMIZERS else ()
         dense = [name for name in DENSE_SETTINGS if name not in of_tables]
         unread |= dict.fromkeys(dense, "fuse.train is tables, which have no dense weights here")

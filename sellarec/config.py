@@ -18,6 +18,9 @@ from sellarec.data.sources.tables import Columns
 STAGES = ("prepare", "pretrain", "adapt", "collab", "distil", "align", "fuse", "evaluate")
 EMBEDDED = "embedded"
 
+DECODER_SETTINGS = ("vocabulary", "hidden", "layers", "heads")
+"""Settings of `pretrain` that say what the embedded decoder is."""
+
 ALL_LINEAR = "all-linear"
 """Of `adapt.targets`: every linear layer but the output layer."""
 
@@ -32,6 +35,9 @@ DENSE_SETTINGS = ("optimizer", "learning_rate", "weight_decay", "beta2", "clip")
 
 TABLE_SETTINGS = ("table_optimizer", "table_learning_rate", "table_weight_decay")
 """Settings of a stage that trains tables."""
+
+LORA_SETTINGS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
+"""Settings of `adapt` that method lora reads."""
 
 MODEL_SETTINGS = ("user_rows", "layers", "heads", "hidden", "dropout", "history", *DENSE_SETTINGS)
 """Settings of `collab` that only some models read."""
@@ -141,7 +147,8 @@ class Llm:
     """Compute type of the language model (bfloat16 on GPUs; slow on CPUs). Trained weights stay float32."""
     storage: Literal["float32", "bfloat16"] = "float32"
     """Type that the frozen weights are held in: bfloat16 halves their memory and rounds them once, when they are loaded. What is
-    trained stays float32, and all is computed in `dtype`. Stage pretrain trains all of its weights, so it holds float32."""
+    trained stays float32, and all is computed in `dtype`. Stage pretrain trains all of its weights, as does adapt with method
+    full, so they hold float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +270,10 @@ class Backpropagation(Language):
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Steps, Dense, Backpropagation):
-    """The embedded decoder and its pre-training on the catalog's own text."""
+    """Pre-training on the catalog's own text: of the embedded decoder, or further of a given model."""
 
+    continued: bool = False
+    """Whether the model that --llm names is pre-trained further, with all its weights; the embedded one always is pre-trained."""
     batch: int = 16
     """Texts of the global batch of one optimizer step, all workers together."""
     epochs: float = 48.0
@@ -276,7 +285,7 @@ class Pretrain(Steps, Dense, Backpropagation):
     vocabulary: int = 1024
     """Largest size of the byte-level BPE vocabulary (tokens)."""
     context: int = 256
-    """Longest sequence (tokens)."""
+    """Longest sequence (tokens), never more than a given model's context."""
     hidden: int = 64
     """Width of the decoder."""
     layers: int = 3
@@ -287,8 +296,11 @@ class Pretrain(Steps, Dense, Backpropagation):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapt(Steps, Selection, Dense, Backpropagation):
-    """LoRA tuning of the language model on text-only prompts."""
+    """Tuning of the language model on text-only prompts."""
 
+    method: Literal["lora", "full"] = "lora"
+    """lora: small matrices beside the weights are trained, and saved as an adapter; full: all weights of the model, which is
+    saved whole, and takes the place of the one that was tuned."""
     epochs: float = 1.0
     """Passes over the training rows."""
     max_steps: int | None = 500
@@ -447,6 +459,9 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     tokens: tuple[Literal["user", "item", "semantic"], ...] = ("user", "item", "semantic")
     """Soft tokens of the prompt: the user's row, the item's row, the item's distilled vector (user item is CoLLM's set). The
     text speaks of no other; tables that none takes are not read."""
+    represent: Literal["collaborative", "learned"] = "collaborative"
+    """What the tokens of user and item are: their projected rows of the collaborative model, or rows of their own, as wide as
+    the model's input embeddings, that start from small random numbers and know no collaborative model (PersonPrompt)."""
     train: tuple[Literal["tables", "projections", "adapter"], ...] = ("tables", "projections")
     """What is trained: the tables (with the collaborative model's dense weights), the projections with their gains, the LoRA
     weights that adapt left. The rest stays as it is read; CoLLM trains the projections alone."""
@@ -535,6 +550,11 @@ class Config:
     fuse: Fuse = field(default_factory=Fuse)
     evaluate: Evaluate = field(default_factory=Evaluate)
     profile: Profile = field(default_factory=Profile)
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the language model is what stage pretrain makes, of nothing or of what --llm names."""
+        return self.llm.model == EMBEDDED or self.pretrain.continued
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:

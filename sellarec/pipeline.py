@@ -60,17 +60,18 @@ COLLAB_ORIGINS = ("collab.init_from", "collab.init_users", "collab.init_items")
 
 def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
     """The stages whose artifacts a stage reads."""
-    embedded = ("pretrain",) if config.llm.model == EMBEDDED else ()
+    pretrained = ("pretrain",) if config.pretrains else ()
     collab = ("collab",) if config.align.init == "collab" else ()
+    aligned = ("align",) if config.fuse.represent == "collaborative" else ()
     return {
         "prepare": (),
         "pretrain": ("prepare",),
-        "adapt": ("prepare", *embedded),
+        "adapt": ("prepare", *pretrained),
         "collab": ("prepare",),
-        "distil": ("prepare", *embedded, "adapt"),
+        "distil": ("prepare", *pretrained, "adapt"),
         "align": ("prepare", *collab, "distil"),
-        "fuse": ("prepare", *embedded, "adapt", "align"),
-        "evaluate": ("prepare", *embedded, "adapt", "collab", "align", "fuse"),
+        "fuse": ("prepare", *pretrained, "adapt", *aligned),
+        "evaluate": ("prepare", *pretrained, "adapt", "collab", *aligned, "fuse"),
     }[stage]
 
 
@@ -92,7 +93,7 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         if config.data.source != "world":
             data = {name: value for name, value in data.items() if not name.startswith("world.")}
         return {"data": data}
-    if stage == "pretrain":
+    if stage == "pretrain" or (stage == "adapt" and config.adapt.method == "full"):
         del settings["llm"]["storage"]  # no weight is frozen there
     if "prompt" in settings and is_file(config.prompt.template):
         settings["prompt"]["template"] = "file"  # what it says is among the facts
@@ -155,11 +156,21 @@ class Run:
         """The source of the language model: `--llm`, or what stage pretrain made."""
         from sellarec.language.llm import LlmSource
 
-        if self.config.llm.model == EMBEDDED:
+        if self.config.pretrains:
             mark = self.marks["pretrain"]
             folder = str(self.artifact("pretrain").local() / "model")
             return LlmSource(folder, None, f"pretrain-{mark}", self.config.llm.storage)
         return dataclasses.replace(self.given_llm, storage=self.config.llm.storage)
+
+    def adapted(self, stage: str = "adapt") -> dict[str, Any]:
+        """The language model that stage adapt leaves: its source, and the adapter on it, from the artifact of a stage; None where
+        all its weights were tuned."""
+        from sellarec.language.llm import LlmSource
+
+        if self.config.adapt.method == "lora":
+            return {"source": self.llm(), "adapter": self.artifact(stage).local() / "adapter"}
+        folder, mark = str(self.artifact("adapt").local() / "model"), self.marks["adapt"]
+        return {"source": LlmSource(folder, None, f"adapt-{mark}", self.config.llm.storage), "adapter": None}
 
     @cached_property
     def given_llm(self) -> Any:
@@ -212,7 +223,7 @@ def run(this: Run) -> None:
 
 def _run(this: Run) -> None:
     config, console = this.config, this.console
-    wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.llm.model == EMBEDDED)
+    wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.pretrains)
     this.store.check_writable()
     _check_sharding(this, wanted)
     _check_layer(this, wanted)
@@ -253,8 +264,10 @@ def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
     origins: dict[str, Any] = {}
     template = this.config.prompt.template
     origins["prompt.template"] = f"file ({template_mark(template)})" if is_file(template) else template
-    if {"adapt", "distil", "fuse", "evaluate"} & set(wanted):
-        origins["llm"] = EMBEDDED if this.config.llm.model == EMBEDDED else this.llm().identity
+    continued = this.config.pretrain.continued
+    if {"adapt", "distil", "fuse", "evaluate", *["pretrain"] * continued} & set(wanted):
+        given = EMBEDDED if this.config.llm.model == EMBEDDED else this.given_llm.identity
+        origins["llm"] = f"{given}, pre-trained further" if continued else given
     if "prepare" in wanted and this.config.data.source != "world":
         origins["data"] = this.hashes
     if "collab" in wanted:
@@ -322,11 +335,13 @@ def _facts(this: Run, stage: str) -> dict[str, Any]:
         facts |= this.given_vectors
         if config.collab.init_from is not None:
             facts["init_from"] = this.collab_start[1]
-    if stage == "pretrain":
+    if stage == "pretrain" and config.pretrain.continued:
+        facts["llm"] = this.given_llm.identity
+    elif stage == "pretrain":
         facts["words"] = fingerprint({"words": _template_words(config.prompt.template)})
     if stage in ("adapt", "fuse", "evaluate"):
         facts["templates"] = template_mark(config.prompt.template)
-    if stage in ("adapt", "distil", "fuse", "evaluate") and config.llm.model != EMBEDDED:
+    if stage in ("adapt", "distil", "fuse", "evaluate") and not config.pretrains:
         facts["llm"] = this.llm().identity
     return json.loads(json.dumps(facts))
 
@@ -541,7 +556,7 @@ def _check_layer(this: Run, wanted: Sequence[str]) -> None:
 
     layer = this.config.distil.layer
     if "distil" in wanted and this.config.llm.model != EMBEDDED and layer != -1:
-        check_layer(layer, decoder_depth(this.llm()), this.config.llm.model)
+        check_layer(layer, decoder_depth(this.given_llm), this.config.llm.model)
 
 
 def _check_labels(this: Run, stages: Sequence[str]) -> None:
@@ -596,31 +611,36 @@ def _pretrain(this: Run) -> dict[str, Any]:
     from sellarec.training.stream import Order, row_groups
 
     log = this.log()
-    words = _template_words(this.config.prompt.template)
     settings = this.config.pretrain
-    with this.artifact("pretrain").writing() as folder:
-        build_decoder(log.items(["text"])["text"].to_pylist(), words, settings, this.config.seed, folder / "initial")
-    initial = this.artifact("pretrain") / "initial"
-    _check_prompts(this, initial.local())
+    if settings.continued:
+        start = this.given_llm.folder
+    else:
+        words = _template_words(this.config.prompt.template)
+        with this.artifact("pretrain").writing() as folder:
+            build_decoder(
+                log.items(["text"])["text"].to_pylist(), words, settings, this.config.seed, folder / "initial"
+            )
+        start = (this.artifact("pretrain") / "initial").local
+    _check_prompts(this, start())
     order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
-    return _train(this, "pretrain", partial(_build_pretrain, initial, settings), order)
+    return _train(this, "pretrain", partial(_build_pretrain, start, settings), order)
 
 
 def _check_prompts(this: Run, folder: Path) -> None:
-    """Raises UserError where prompts don't fit the context of the model that pre-training is about to make."""
-    from sellarec.language.llm import load_tokenizer
+    """Raises UserError where prompts don't fit the context of the model that is about to be pre-trained."""
+    from sellarec.language.llm import context_length, load_tokenizer, read_config
     from sellarec.language.prompts import Prompts
 
     log, config = this.log(), this.config
     answers = {config.adapt.loss, config.fuse.loss} != {"answer"}
-    tokenizer, context = load_tokenizer(folder), config.pretrain.context
+    tokenizer, context = load_tokenizer(folder), context_length(read_config(folder))
     Prompts(tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers)
 
 
-def _build_pretrain(initial: Place, settings: Any) -> Any:
+def _build_pretrain(start: Callable[[], Path], settings: Any) -> Any:
     from sellarec.language.pretrain import build_pretrain
 
-    return build_pretrain(initial.local(), settings)
+    return build_pretrain(start(), settings)
 
 
 def _adapt(this: Run) -> dict[str, Any]:
@@ -665,15 +685,12 @@ def _sequences(this: Run) -> Any:
     return Order(groups, this.config.collab.batch, this.config.seed)
 
 
-def _collab_builder(
-    this: Run, origin: Place | None, trains: str | None = None, represented: Sequence[str] | None = None
-) -> Callable[[], Any]:
+def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) -> Callable[[], Any]:
     """Builds the collaborative model.
 
     Args:
         origin: the artifact whose tables and dense weights it starts from; None for fresh ones.
         trains: the stage that trains it, which may take negatives; None where it is only scored with.
-        represented: of user and item, what it is only asked to represent; None: all that it does.
     """
     from sellarec.collab.task import build_collab, reads_counts
     from sellarec.data.log import item_counts
@@ -689,7 +706,7 @@ def _collab_builder(
         counts = place.local() / "counts.npy"
     start = None if origin is None else origin.local()
     given = _given_tables(this) if trains == "collab" else {}
-    return partial(build_collab, log, settings, start, counts, this.config.seed, given, represented)
+    return partial(build_collab, log, settings, start, counts, this.config.seed, given)
 
 
 def _given_tables(this: Run) -> dict[str, Path]:
@@ -721,8 +738,7 @@ def _distil(this: Run) -> dict[str, Any]:
         this.console,
         items=[str(path) for path in log.paths("items")],
         settings=config.distil,
-        source=this.llm(),
-        adapter=this.artifact("adapt").local() / "adapter",
+        **this.adapted(),
         noun=log.facts["noun"],
         workers=config.workers,
         gpus=this.gpus(),
@@ -763,25 +779,30 @@ def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
 
 def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
     """Builds the recommender from what stages before fuse left (align), or as stage fuse left it."""
-    from sellarec.fusion.fuse import made_by, represented
+    from sellarec.collab.task import build_collab
+    from sellarec.fusion.fuse import made_by, represented, token_rows
 
     log, config = this.log(), this.config
     trained = config.fuse if stage == "fuse" else dataclasses.replace(config.fuse, train=())
     of = made_by(trained)
-    tables = this.artifact(of["tables"])
-    start = this.artifact("align").local() / "projection.safetensors" if config.fuse.warm_start else None
+    learned = config.fuse.represent == "learned"
+    adapted = this.adapted(of["adapter"])
+    rows = token_rows(config.fuse, config.collab, adapted["source"])
+    tables = this.artifact(of["tables"]).local()
+    origin = None if learned and stage != "fuse" else tables
+    aligned = config.fuse.warm_start and not learned
+    start = this.artifact("align").local() / "projection.safetensors" if aligned else None
     return partial(
         _build_fuse,
-        _collab_builder(this, tables, represented=represented(config.fuse)),
-        tables.local() / "tables",
-        source=this.llm(),
+        partial(build_collab, log, rows, origin, represented=represented(config.fuse)),
+        tables / "tables",
+        **adapted,
         titles=_titles(log),
         prompt=config.prompt,
         noun=log.facts["noun"],
-        adapter=this.artifact(of["adapter"]).local() / "adapter",
         hidden=config.align.hidden,
-        projection=start if of["projections"] == "align" else None,
-        trained=this.artifact("fuse").local() / "projection.safetensors" if of["projections"] == "fuse" else None,
+        projection=start if of.get("projections") == "align" else None,
+        trained=this.artifact("fuse").local() / "projection.safetensors" if of.get("projections") == "fuse" else None,
         settings=config.fuse,
         seed=config.seed,
     )
@@ -796,7 +817,8 @@ def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> An
 def _fuse(this: Run) -> dict[str, Any]:
     config = this.config
     tokens, trained = (" and ".join(names) for names in (config.fuse.tokens, config.fuse.train))
-    this.console.line(f"fuse      tokens of {tokens}; trains {trained}")
+    what = "learned tokens" if config.fuse.represent == "learned" else "tokens"
+    this.console.line(f"fuse      {what} of {tokens}; trains {trained}")
     return _train(this, "fuse", _fuse_builder(this, "align"), _order(this, "train", config.fuse.batch, config.seed))
 
 
@@ -811,8 +833,8 @@ def _evaluate(this: Run) -> dict[str, Any]:
     build: dict[str, Callable[[], Any]] = {
         "collab": _collab_builder(this, this.artifact("collab")),
         "text-only": partial(
-            build_adapted, this.llm(), _titles(log), config.prompt, log.facts["noun"],
-            this.artifact("adapt").local() / "adapter", config.adapt.loss,
+            build_adapted, **this.adapted(), titles=_titles(log), prompt=config.prompt, noun=log.facts["noun"],
+            loss=config.adapt.loss,
         ),
         "sella-rec": _fuse_builder(this, "fuse"),
     }  # fmt: skip

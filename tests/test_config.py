@@ -135,6 +135,12 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--data some/folder", ["data.source", "world", "data.path", "some/folder"]),
         ("--llm.revision main", ["llm.revision", "main", "llm.model", "embedded"]),
         ("--stages pretrain,adapt --llm x/y", ["pretrain", "llm.model", "x/y"]),
+        ("--pretrain.epochs 2 --llm x/y", ["pretrain.epochs is 2", "x/y", "pretrain.continued True"]),
+        ("--pretrain.continued True", ["pretrain.continued is True", "llm.model is embedded"]),
+        (
+            "--pretrain.continued True --llm x/y --pretrain.layers 2",
+            ["pretrain.layers is 2", "pretrain.continued", "x/y"],
+        ),
         ("--pretrain.hidden 60 --pretrain.heads 4", ["pretrain.hidden", "60", "pretrain.heads", "4"]),
         ("--prompt.history 60", ["prompt.history", "60", "data.history_cap", "50"]),
         ("--data.split 0.5 0.2 0.2", ["data.split", "0.5", "0.2"]),
@@ -148,6 +154,9 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--collab.beta2 0.9", ["collab.beta2", "0.9", "collab.model", "mf"]),
         ("--adapt.targets q_proj all-linear", ["adapt.targets", "q_proj", "all-linear"]),
         ("--adapt.targets", ["adapt.targets", "empty", "all-linear"]),
+        ("--adapt.method full --adapt.rank 4", ["adapt.rank is 4", "adapt.method is full"]),
+        ("--adapt.method full --adapt.targets q_proj", ["adapt.targets", "q_proj", "adapt.method is full"]),
+        ("--adapt.method full --fuse.train adapter", ["fuse.train is adapter", "adapt.method is full"]),
         (
             "--align.contrastive rince --align.rince-q 1 --align.temperature 0.01",
             ["rince_q is 1", "temperature 0.01"],
@@ -161,6 +170,31 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             ["fuse.train is adapter", "separate"],
         ),
         ("--fuse.tokens user item user", ["fuse.tokens", "user item user"]),
+        ("--fuse.represent learned", ["fuse.represent is learned", "fuse.tokens is user item semantic"]),
+        (
+            "--fuse.represent learned --fuse.tokens user item",
+            ["fuse.represent is learned", "fuse.train is tables projections"],
+        ),
+        (
+            "--fuse.represent learned --fuse.tokens user --fuse.train adapter",
+            ["fuse.represent is learned", "fuse.train is adapter"],
+        ),
+        *(
+            (
+                f"--fuse.represent learned --fuse.tokens user item --fuse.train tables --fuse.{setting}",
+                [f"fuse.{named}", "fuse.represent is learned"],
+            )
+            for setting, named in (
+                ("warm-start False", "warm_start is False"),
+                ("projections separate", "projections is separate"),
+                ("experts 2", "experts is 2"),
+                ("norm none", "norm is none"),
+            )
+        ),
+        (
+            "--fuse.represent learned --fuse.tokens user --fuse.train tables --collab sasrec --fuse.learning-rate 1",
+            ["fuse.learning_rate is 1", "fuse.train is tables"],
+        ),
         ("--fuse.train tables tables", ["fuse.train", "tables tables"]),
         ("--fuse.tokens semantic item --fuse.projections separate", ["projections is separate", "semantic item"]),
         ("--fuse.tokens semantic --fuse.experts 2", ["fuse.experts is 2", "fuse.tokens is semantic"]),
@@ -171,6 +205,10 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             ["table_learning_rate is 1", "fuse.train is projections"],
         ),
         ("--fuse.train adapter --fuse.table-optimizer sgd", ["table_optimizer is sgd", "fuse.train is adapter"]),
+        (
+            "--fuse.collab-score True --fuse.represent learned --fuse.tokens user item --fuse.train tables",
+            ["fuse.collab_score is True", "fuse.represent is learned"],
+        ),
         ("--fuse.collab-score True --fuse.loss sequence", ["fuse.collab_score", "fuse.loss is sequence"]),
         ("--fuse.train tables", ["fuse.train is tables", "fuse.tokens is user item semantic"]),
         ("--fuse.train adapter --fuse.tokens user --fuse.warm-start False", ["fuse.train", "fuse.warm_start is False"]),
@@ -203,6 +241,8 @@ def test_fusing_no_token_is_refused_with_where_that_model_is():
         "--fuse.tokens user item --fuse.train adapter",
         "--fuse.tokens user --fuse.train tables --collab sasrec --fuse.learning-rate 0.001",
         "--fuse.train adapter tables projections --fuse.warm-start False",
+        "--fuse.represent learned --fuse.tokens user item --fuse.train tables",
+        "--fuse.represent learned --fuse.tokens item --fuse.train tables adapter --fuse.learning-rate 0.001",
     ],
 )
 def test_choices_of_fuse_that_go_together_are_taken(arguments):

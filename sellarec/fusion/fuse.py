@@ -1,4 +1,5 @@
-"""Stage fuse: projected tokens in the prompt of the adapted language model (SeLLa-Rec's third stage; CoLLM's second).
+"""Stage fuse: soft tokens in the prompt of the adapted language model, projected (SeLLa-Rec's third stage; CoLLM's second), or
+learnt for each user and item (PersonPrompt: Li et al., "Personalized Prompt Learning", arXiv 2202.07371).
 
 Shapes: b rows, D columns of a collaborative row, H width of the language model.
 """
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from sellarec.alignment.align import PROJECTION
 from sellarec.collab.model import CollabModel
 from sellarec.collab.task import WEIGHTS, CollabTask, save_parts
-from sellarec.config import Fuse, Prompt
+from sellarec.config import Collab, Fuse, Prompt
 from sellarec.data.keys import uniform
+from sellarec.errors import UserError
 from sellarec.fusion.projection import HybridProjection, MixtureProjection, Projection
 from sellarec.fusion.rows import prepare
 from sellarec.language import llm as llms
@@ -28,6 +30,9 @@ from sellarec.language.scorer import PromptScorer
 from sellarec.training.stream import Prepare
 from sellarec.training.table import SavedTable, Table
 from sellarec.training.task import Batch, Peers, Task, Vectors
+
+LEARNED_STD = 0.02
+"""Standard deviation that learned tokens start with: the usual one of fresh input embeddings."""
 
 
 class Recommender(nn.Module):
@@ -155,7 +160,7 @@ def build_fuse(
     titles: list[str],
     prompt: Prompt,
     noun: str,
-    adapter: Path,
+    adapter: Path | None,
     collab: CollabTask,
     semantic: Table | None,
     hidden: int,
@@ -167,8 +172,8 @@ def build_fuse(
     """The task of training what `settings.train` names, or (with `trained`) of scoring with trained projections.
 
     Args:
-        adapter: folder of the adapter that it starts from.
-        collab: the collaborative model, with the rows that it starts from, of what the tokens take.
+        adapter: folder of the adapter that it starts from; None where adapt left a whole model.
+        collab: the collaborative model, with the rows that it starts from, of what the tokens take; see `token_rows`.
         semantic: the table of distilled vectors; None where no token takes it.
         hidden: width of the collaborative projection's hidden layer.
         projection: file of the aligned projection to start from; None for random weights.
@@ -186,8 +191,11 @@ def build_fuse(
     adapted = llms.with_adapter(model, adapter, trains="adapter" in settings.train)
     projections: dict[str, nn.Module] = {}
     projected = collaborative_tokens(tokens)
-    shared = ("collaborative",) if projected else ()
-    for name in projected if settings.projections == "separate" else shared:
+    named = projected if settings.projections == "separate" else ("collaborative",) if projected else ()
+    learned = settings.represent == "learned"
+    if learned:
+        projections["collaborative"], named = nn.Identity(), ()
+    for name in named:
         experts = [Projection(collab.network.dim, hidden, width) for _ in range(settings.experts)]
         if projection is not None:
             for expert in experts:  # they then drift apart by what the gate, which is drawn, gives them
@@ -195,7 +203,7 @@ def build_fuse(
         projections[name] = MixtureProjection(experts, collab.network.dim) if len(experts) > 1 else experts[0]
     if "semantic" in tokens:
         projections["semantic"] = nn.Linear(width, width)
-    hybrid = HybridProjection(tokens, projections, norm if settings.norm == "match" else None)
+    hybrid = HybridProjection(tokens, projections, norm if settings.norm == "match" and not learned else None)
     if trained is not None:
         hybrid.load_state_dict(load_file(trained))
     hybrid.requires_grad_("projections" in settings.train)
@@ -206,10 +214,27 @@ def build_fuse(
 
 
 def made_by(settings: Fuse) -> dict[str, str]:
-    """The stage whose artifact holds the tables, the projections and the adapter of a fused model: what fuse doesn't train is
-    where it was read from."""
+    """The stage whose artifact holds the tables, the projections and the adapter (or the wholly tuned model) of a fused model:
+    what fuse doesn't train is where it was read from."""
     before = {"tables": "align", "projections": "align", "adapter": "adapt"}
+    if settings.represent == "learned":  # from nothing, and without projections
+        before = {"tables": "fuse", "adapter": "adapt"}
     return {part: "fuse" if part in settings.train else stage for part, stage in before.items()}
+
+
+def token_rows(settings: Fuse, collab: Collab, source: llms.LlmSource) -> Collab:
+    """Settings of the model that represents users and items in tokens: those of stage collab, or (learned) of plain rows as wide
+    as the language model.
+
+    Raises:
+        UserError: tables can't have rows of that width.
+    """
+    if settings.represent == "collaborative":
+        return replace(collab, train_on="rows")
+    width = llms.hidden_width(source)
+    if width % 4:
+        raise UserError(f"the language model is {width} wide, but the table kernels need a multiple of 4")
+    return Collab(dim=width, init_std=LEARNED_STD)
 
 
 def semantic_table(folder: Path, settings: Fuse) -> Table | None:

@@ -1,6 +1,7 @@
-"""Stage adapt: LoRA tuning of the language model on text-only prompts (TALLRec; SeLLa-Rec's first stage)."""
+"""Stage adapt: tuning of the language model on text-only prompts (TALLRec; SeLLa-Rec's first stage)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +17,12 @@ from sellarec.config import ALL_LINEAR, Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.prompts import SOFT, Prompts
-from sellarec.language.scorer import NO_TARGET, PromptScorer, left_padded, next_tokens
+from sellarec.language.scorer import NO_TARGET, PromptScorer, base_model, left_padded, next_tokens
 from sellarec.training.stream import Prepare
 from sellarec.training.task import Batch, Peers, Task, Vectors
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""By what part of the largest logit those of the saved adapter may differ from the trained one's, by the type of computing:
+"""By what part of the largest logit those of what was saved may differ from the trained one's, by the type of computing:
 rounding differs where prompts are padded and batched otherwise."""
 
 
@@ -43,6 +44,7 @@ class TextTask(Task):
         self.prompts = prompts
         self.prepare = partial(prompts.prepare, answers=loss != "answer")
         self._loss = loss
+        self._has_adapter = base_model(model) is not model
 
     @property
     def prepare_to_score(self) -> Prepare:
@@ -68,19 +70,28 @@ class TextTask(Task):
         prefix = "llm."
         assert all(name.startswith(prefix) for name in weights)
         state = {name.removeprefix(prefix): value for name, value in weights.items()}
-        self.model.llm.save_pretrained(folder / "adapter", state_dict=state)
+        if self._has_adapter:
+            self.model.llm.save_pretrained(folder / "adapter", state_dict=state)
+        else:
+            tokenizer = llms.load_tokenizer(self.source.folder())
+            llms.save_model(self.model.llm, state, tokenizer, folder / "model")
 
     @torch.no_grad()
     def check_saved(self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype) -> None:
-        """Logits of each prompt's last position, against those of PEFT's own loading: without padding, and on the CPU, where the
-        worker has held the whole model before."""
+        """Logits of each prompt's last position, against those of PEFT's or Transformers' own loading: without padding, and on
+        the CPU, where the worker has held the whole model before."""
         from peft import PeftModel
 
         logits = model(batch["tokens"], batch["mask"], {}, {})
         if folder is None:
             return
-        base = llms.load_model(self.source.folder(), self.source.storage)
-        plain = PeftModel.from_pretrained(base, folder / "adapter").eval()
+        if self._has_adapter:
+            what = f"the adapter in {folder / 'adapter'}, loaded with PEFT {version('peft')},"
+            base = llms.load_model(self.source.folder(), self.source.storage)
+            plain = PeftModel.from_pretrained(base, folder / "adapter").eval()
+        else:
+            what = f"the model in {folder / 'model'}, loaded with Transformers {version('transformers')},"
+            plain = llms.load_model(folder / "model").eval()
         for weight in plain.parameters():
             if weight.itemsize > dtype.itemsize:
                 weight.data = weight.data.to(dtype)
@@ -92,9 +103,9 @@ class TextTask(Task):
         allowed = TOLERANCE[dtype] * logits.abs().max().item()
         if not difference <= allowed:
             raise UserError(
-                f"the adapter in {folder / 'adapter'}, loaded with PEFT {version('peft')}, gives other logits than the trained "
-                f"model: they differ by up to {difference:.3g}, and {allowed:.3g} is allowed for rounding. Whatever loads it "
-                "would score otherwise, so the stage ends here: report it with the output of jobs/env.py"
+                f"{what} gives other logits than the trained model: they differ by up to {difference:.3g}, and {allowed:.3g} is "
+                "allowed for rounding. Whatever loads it would score otherwise, so the stage ends here: report it with the "
+                "output of jobs/env.py"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -158,7 +169,8 @@ def make_prompts(
 
 
 def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, settings: Adapt) -> TextTask:
-    """The task of training a fresh adapter: LoRA (arXiv 2106.09685), as rsLoRA (2312.03732) or DoRA (2402.09353) where asked for.
+    """The task of training a fresh adapter: LoRA (arXiv 2106.09685), as rsLoRA (2312.03732) or DoRA (2402.09353) where asked for;
+    or of training all weights, which are then held in float32 however frozen ones are stored.
 
     Raises:
         UserError: the model has no layer of the names in adapt.targets, its logits don't go with the loss, or it can't be
@@ -167,8 +179,15 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    folder = source.folder()
+    folder, is_full = source.folder(), settings.method == "full"
+    if is_full:
+        source = replace(source, storage="float32")
     model = llms.load_model(folder, source.storage)
+    if settings.loss != "answer":
+        llms.check_output_layer(model)
+    prompts = make_prompts(folder, titles, prompt, noun, model, "text", settings.loss)
+    if is_full:
+        return TextTask(source, model, prompts, settings.loss)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     is_transposed = any(isinstance(module, Conv1D) for module in linear.values())  # as in GPT-2
     layers = {name.rpartition(".")[2] for name in linear}
@@ -177,9 +196,6 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
         raise UserError(
             f"adapt.targets names {', '.join(missing)}, but the linear layers of {source.name} are {', '.join(sorted(layers))}"
         )
-    if settings.loss != "answer":
-        llms.check_output_layer(model)
-    prompts = make_prompts(folder, titles, prompt, noun, model, "text", settings.loss)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -196,9 +212,10 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
 
 
 def build_adapted(
-    source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, adapter: Path, loss: str
+    source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, adapter: Path | None, loss: str
 ) -> TextTask:
-    """The task of scoring with an adapter that was trained with a loss, on the prompts that it was trained on."""
+    """The task of scoring with an adapter that was trained with a loss, on the prompts that it was trained on; without one,
+    with a model that was trained so itself."""
     folder = source.folder()
     model = llms.load_model(folder, source.storage)
     prompts = make_prompts(folder, titles, prompt, noun, model, "text", loss)

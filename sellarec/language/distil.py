@@ -46,7 +46,7 @@ class ItemEncoder:
     """
 
     def __init__(
-        self, source: llms.LlmSource, adapter: Path, noun: str, settings: Distil, threads: int | None = None
+        self, source: llms.LlmSource, adapter: Path | None, noun: str, settings: Distil, threads: int | None = None
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -121,7 +121,7 @@ def distil(
     items: list[str],
     settings: Distil,
     source: llms.LlmSource,
-    adapter: Path,
+    adapter: Path | None,
     noun: str,
     workers: int,
     gpus: bool,

@@ -11,6 +11,7 @@ from sellarec.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -122,7 +123,7 @@ def load_model(folder: Path, storage: str = "float32") -> "PreTrainedModel":
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = _read_config(folder)
+    config = read_config(folder)
     architecture = (getattr(config, "architectures", None) or ["?"])[0]
     names = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_MAPPING_NAMES)
     fitting = [name.get(config.model_type) for name in names]  # with its output layer, or without where that is tied
@@ -175,10 +176,24 @@ def decoder_depth(source: LlmSource) -> int:
     Raises:
         UserError: its config can't be read.
     """
-    return _read_config(source.name, source.revision).num_hidden_layers
+    return read_config(source.name, source.revision).num_hidden_layers
 
 
-def _read_config(name: str | Path, revision: str | None = None) -> Any:
+def hidden_width(source: LlmSource) -> int:
+    """H, the width of a model's hidden states, by its config alone.
+
+    Raises:
+        UserError: its config can't be read.
+    """
+    return read_config(source.name, source.revision).hidden_size
+
+
+def read_config(name: str | Path, revision: str | None = None) -> Any:
+    """The config of a folder or hub id.
+
+    Raises:
+        UserError: it can't be read.
+    """
     from transformers import AutoConfig
 
     try:
@@ -203,7 +218,7 @@ def check_output_layer(model: Any) -> None:
         if output is None or not torch.allclose(output(hidden).float(), logits.float(), rtol=1e-4, atol=1e-4):
             raise UserError(
                 f"a model of type {model.config.model_type} makes more of its output layer's logits, so a loss over tokens can't "
-                "be taken of it: take adapt.loss and fuse.loss answer"
+                "be taken of it: take adapt.loss and fuse.loss answer, and leave out pretrain.continued"
             )
 
 
@@ -235,8 +250,17 @@ def compute_in(model: Any, dtype: Any) -> None:
             module.register_forward_hook(restore)
 
 
-def with_adapter(model: "PreTrainedModel", folder: Path, trains: bool = False) -> "PeftModel":
-    """The model with a saved adapter on it; of its weights the adapter's are trained where it `trains`, else none.
+def save_model(
+    model: "PreTrainedModel", weights: "dict[str, Tensor]", tokenizer: "PreTrainedTokenizerBase", folder: Path
+) -> None:
+    """Write a Hugging Face folder of a model's config, these weights, which are all that it has, and its tokenizer."""
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def with_adapter(model: "PreTrainedModel", folder: Path | None, trains: bool = False) -> "PreTrainedModel | PeftModel":
+    """The model with a saved adapter on it; of its weights the adapter's are trained where it `trains`, else none. Without a
+    folder the model as it is.
 
     Raises:
         UserError: the folder's weights are not an adapter of this model; no tensor is silently left out.
@@ -244,6 +268,9 @@ def with_adapter(model: "PreTrainedModel", folder: Path, trains: bool = False) -
     from peft import PeftConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    if folder is None:
+        model.requires_grad_(False)
+        return model.eval()
     try:
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = not trains

@@ -1,6 +1,7 @@
-"""Stage pretrain: the embedded decoder, built for a catalog and pre-trained on its texts.
+"""Stage pretrain: the embedded decoder, built for a catalog, or a given model, is pre-trained on the catalog's texts.
 
-It is an ordinary Hugging Face Llama with a byte-level BPE tokenizer, saved and loaded as any other model.
+The decoder is an ordinary Hugging Face Llama with a byte-level BPE tokenizer, saved and loaded as any other model. Going on
+with a given one is continued, or domain-adaptive, pre-training (Gururangan et al., "Don't Stop Pretraining", arXiv 2004.10964).
 """
 
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sellarec.config import Pretrain
+from sellarec.errors import UserError
 from sellarec.language import llm as llms
-from sellarec.language.scorer import left_padded, trim
+from sellarec.language.adapt import count_targets
+from sellarec.language.scorer import PromptScorer, left_padded, next_tokens
 from sellarec.language.texts import Lines
 from sellarec.training.task import Batch, Peers, Task, Vectors
 
@@ -62,56 +64,53 @@ def build_decoder(texts: list[str], extra: list[str], settings: Pretrain, seed: 
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-class CausalLoss(nn.Module):
-    """The next-token loss of a causal model, summed over targets."""
-
-    def __init__(self, llm: nn.Module) -> None:
-        super().__init__()
-        self.llm = llm
-
-    def forward(self, tokens: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        tokens, mask, _ = trim(tokens, mask)
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        logits = self.llm(
-            input_ids=tokens, attention_mask=mask.long(), position_ids=positions, use_cache=False
-        ).logits.float()
-        target = torch.where(mask[:, :-1] & mask[:, 1:], tokens[:, 1:], -100)
-        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), target, reduction="none", ignore_index=-100)
-        return (losses.sum(1) * weight).sum()
-
-
 class PretrainTask(Task):
-    """Next-token prediction on lines of the catalog's texts."""
+    """Next-token prediction on lines of the catalog's texts, by all weights of a model."""
 
     columns = ("text",)
 
     def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
-        self.model = CausalLoss(model)
-        self.blocks = llms.decoder_layers(model)
+        self.model = PromptScorer(model)
+        self.blocks = self.model.blocks
         self._tokenizer = tokenizer
         self.prepare = Lines(tokenizer.backend_tokenizer, tokenizer.eos_token, context).prepare
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        return {**left_padded(rows), "weight": torch.from_numpy(rows["weight"].to_numpy().copy())}
+        batch = left_padded(rows)
+        weight = torch.from_numpy(rows["weight"].to_numpy().copy())
+        return {**batch, "targets": next_tokens(batch, None), "weight": weight}
 
     def targets(self, batch: Batch) -> Tensor:
-        return ((batch["mask"].sum(1) - 1) * batch["weight"]).sum()
+        return count_targets(batch)
 
     def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
-        return model(batch["tokens"], batch["mask"], batch["weight"])
+        return (model(batch["tokens"], batch["mask"], {}, {}, batch["targets"]) * batch["weight"]).sum()
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         raise TypeError("pre-training scores no rows")
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         state = {name.removeprefix("llm."): value for name, value in weights.items()}
-        self.model.llm.save_pretrained(folder / "model", state_dict=state)
-        self._tokenizer.save_pretrained(folder / "model")
+        llms.save_model(self.model.llm, state, self._tokenizer, folder / "model")
 
     def facts(self) -> dict[str, Any]:
         return {"weights": sum(weight.numel() for weight in self.model.parameters())}
 
 
 def build_pretrain(folder: Path, settings: Pretrain) -> PretrainTask:
-    model = llms.load_model(folder)
-    return PretrainTask(model, llms.load_tokenizer(folder), settings.context)
+    """The task of pre-training the model of a folder, from the weights that it has.
+
+    Raises:
+        UserError: texts can't be made into lines by its tokenizer, its logits don't go with a loss over tokens, or it can't be
+            loaded.
+    """
+    model, tokenizer = llms.load_model(folder), llms.load_tokenizer(folder)
+    llms.check_output_layer(model)
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        lacking = "no end token" if tokenizer.is_fast else "no form for the tokenizers library (tokenizer.json)"
+        raise UserError(
+            f"the tokenizer in {folder} has {lacking}, which lines of the catalog's texts take: leave out pretrain.continued"
+        )
+    tokenizer.backend_tokenizer.no_padding()  # what it was saved with says nothing of lines
+    tokenizer.backend_tokenizer.no_truncation()
+    return PretrainTask(model, tokenizer, min(settings.context, llms.context_length(model.config)))

@@ -9,8 +9,8 @@ from sellarec.evaluation.results import format_table
 TEMPLATE = """\
 # {run}
 
-A [SeLLa-Rec](https://arxiv.org/abs/2504.10107) recommender: a language model with an adapter, and a collaborative model whose
-rows of users and items it reads as soft tokens beside {noun} titles. It scores pairs of a user and an item.
+A [SeLLa-Rec](https://arxiv.org/abs/2504.10107) recommender: a language model {tuned}, and {rows}
+that it reads as soft tokens beside {noun} titles. It scores pairs of a user and an item.
 
     import sellarec
     recommender = sellarec.load("PATH/OF/THIS/FOLDER")
@@ -45,7 +45,7 @@ Collaborative model: {collab}. Prompt: {template}. Seed {seed}. `config.yaml` ha
 ## Licences
 
 The base model and the data have licences of their own, which may restrict what this folder may be used for and whether it may be
-handed on: the adapter, the projections and the rows are made from both, and the catalog holds ids and titles of the data. They
+handed on: the {made}, the projections and the rows are made from both, and the catalog holds ids and titles of the data. They
 weren't looked at when this was written: check them.
 """
 
@@ -66,8 +66,11 @@ def model_card(
         manifests: of the run's artifacts, by stage.
     """
     base = facts["base_model"]
+    is_tuned, learned = config.adapt.method == "full", config.fuse.represent == "learned"
     if base["copied"]:
-        described = f"`{base['name']}` ({base['identity']}), in `model/`."
+        tuned = ", pre-trained further on the catalog's texts" if config.pretrain.continued else ""
+        tuned += ", all weights tuned" if is_tuned else ""
+        described = f"`{base['name']}`{tuned} ({base['identity']}), in `model/`."
     elif base["revision"] is not None:
         described = (
             f"`{base['name']}` of the Hugging Face hub, commit `{base['revision']}`. It is not part of this folder."
@@ -84,6 +87,9 @@ def model_card(
     ]
     return TEMPLATE.format(
         run=facts["run"],
+        rows="a row of each user and item" if learned else "a collaborative model's rows of users and items",
+        tuned="whose weights were all tuned" if is_tuned else "with an adapter",
+        made="tuned model" if is_tuned else "adapter",
         noun=data["noun"],
         source=config.data.source if config.data.dataset is None else f"{config.data.source}, {config.data.dataset}",
         users=data["users"],
@@ -94,7 +100,7 @@ def model_card(
         split_rule=data["split_rule"],
         histories="in `histories/`" if facts["histories"] else "left out, so they are given with each call",
         results=format_table(results).replace("\n", "\n    ").replace("\n    \n", "\n\n"),
-        collab=config.collab.model,
+        collab="none" if learned else config.collab.model,
         template=manifests["fuse"]["facts"]["template"],
         seed=config.seed,
         stages="\n".join(trained),

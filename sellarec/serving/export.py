@@ -4,10 +4,10 @@ export.json                 what it is, of which run, the base model; written la
 README.md                   the model card
 config.yaml, results.json   the run's
 template.yaml               the prompt template, where it is the user's own
-adapter/                    PEFT's format
+adapter/                    PEFT's format; none where all weights of the base model were tuned
 tokenizer/                  the base model's
-model/                      the base model: the embedded one, or where it was asked for
-projection.safetensors      the projections; where stage fuse didn't train them, the aligned one
+model/                      the base model: one whose weights stages pretrain or adapt made, or where it was asked for
+projection.safetensors      the projections; where stage fuse didn't train them, the aligned one; none where tokens are learned
 collab.safetensors          the collaborative model's dense weights, where it has some
 tables/                     rows of users, items and distilled vectors, of those that the soft tokens take
 catalog/                    a log of users and items alone: manifest.json (the facts), items/, users/
@@ -37,10 +37,10 @@ from sellarec.artifacts import Place, Store
 from sellarec.collab.rows import flat, last, lists
 from sellarec.collab.task import WEIGHTS, CollabTask, build_collab
 from sellarec.command_line import parse
-from sellarec.config import EMBEDDED, Config, to_yaml
+from sellarec.config import Config, to_yaml
 from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import made_by, represented, soft_tokens
+from sellarec.fusion.fuse import made_by, represented, soft_tokens, token_rows
 from sellarec.language.llm import LlmSource, find_llm, load_tokenizer
 from sellarec.language.templates import is_file, template_mark
 from sellarec.serving.card import model_card
@@ -84,7 +84,7 @@ def read_run(run: str) -> Finished:
     store = Store(Place(place.uri.rsplit("/", 2)[0]))
     config = parse([str(place.local() / "config.yaml")], program="export.py")
     found = {stage: store.manifest(stage, marks[stage].removeprefix(f"{stage}-")) for stage in marks}
-    needed = [*NEEDED, *["pretrain"] * (config.llm.model == EMBEDDED)]
+    needed = [*NEEDED, *["pretrain"] * config.pretrains]
     needed += set(made_by(config.fuse).values()) - set(needed)
     missing = [stage for stage in needed if found.get(stage) is None]
     if missing:
@@ -109,7 +109,7 @@ def export_run(run: str, out: Path, histories: bool, with_model: bool) -> None:
         run: the run's folder or URI.
         out: the export's folder, which isn't there yet.
         histories: whether users' last positives are written too.
-        with_model: whether the base model is copied where it isn't the embedded one, which always is.
+        with_model: whether the base model is copied where the run took it as it is: one that the run made always is.
 
     Raises:
         UserError: `out` is there or can't be written, the run isn't finished, or its base model isn't found or has changed.
@@ -140,19 +140,23 @@ def export_run(run: str, out: Path, histories: bool, with_model: bool) -> None:
 def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, with_model: bool) -> None:
     config = finished.config
     log = read_log(finished.folder("prepare"))
-    copied = with_model or config.llm.model == EMBEDDED
+    is_tuned = config.adapt.method == "full"
+    copied = with_model or is_tuned or config.pretrains
     if copied:
         _copy(source.folder(), out / MODEL, [path.name for path in source.folder().iterdir() if _is_of_model(path)])
     load_tokenizer(source.folder()).save_pretrained(out / "tokenizer")
     of = {part: finished.folder(stage) for part, stage in made_by(config.fuse).items()}
-    shutil.copytree(of["adapter"] / "adapter", out / "adapter")
-    _copy(of["projections"], out, [PROJECTION])
+    if not is_tuned:
+        shutil.copytree(of["adapter"] / "adapter", out / "adapter")
+    if "projections" in of:
+        _copy(of["projections"], out, [PROJECTION])
     rows = of["tables"]
     _copy(rows, out, [name for name in (WEIGHTS,) if (rows / name).is_file()])
     if is_file(config.prompt.template):
         shutil.copyfile(Path(config.prompt.template).expanduser(), out / TEMPLATE)
     tokens = soft_tokens(config.fuse)
-    collab = build_collab(log, config.collab, rows, represented=represented(config.fuse))
+    settings = token_rows(config.fuse, config.collab, source)
+    collab = build_collab(log, settings, rows, represented=represented(config.fuse))
     smoothed = [] if collab.graph is None or not collab.tables else ["user", "item"]
     semantic = ["semantic"] * ("semantic" in tokens)
     names = [name for name in (*(table.name for table in collab.tables), *semantic) if name not in smoothed]
@@ -185,13 +189,16 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
 
 
 def _base_model(finished: Finished) -> LlmSource:
-    """The language model that the run was made with.
+    """The language model that fuse took: the one that the run was made with, or what adapt left where it tuned all weights.
 
     Raises:
         UserError: it isn't found, or its files have changed since.
     """
     name = finished.config.llm.model
-    if name == EMBEDDED:
+    if finished.config.adapt.method == "full":
+        folder = finished.folder("adapt") / "model"
+        return LlmSource(str(folder), None, finished.artifacts["adapt"].uri.rpartition("/")[2])
+    if finished.config.pretrains:
         folder = finished.folder("pretrain") / "model"
         return LlmSource(str(folder), None, finished.artifacts["pretrain"].uri.rpartition("/")[2])
     recorded = finished.manifests["fuse"]["llm"]

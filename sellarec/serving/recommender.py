@@ -27,7 +27,7 @@ from sellarec.command_line import parse
 from sellarec.data.keys import keys_of
 from sellarec.data.log import Log, read_log
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import FuseTask, build_fuse, represented, semantic_table
+from sellarec.fusion.fuse import FuseTask, build_fuse, made_by, represented, semantic_table, token_rows
 from sellarec.language.adapt import TextTask, make_prompts
 from sellarec.language.llm import LlmSource, find_llm
 from sellarec.training.table import Jagged, SavedTable
@@ -304,18 +304,20 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
     source = replace(_base_model(folder, facts["base_model"], llm), storage=config.llm.storage)
     log = read_log(folder / CATALOG)
     titles, noun = [*log.items(["title"])["title"].to_pylist(), ""], log.facts["noun"]
-    is_trained = "projections" in config.fuse.train
+    made = made_by(config.fuse).get("projections")
     task = build_fuse(
         source=source,
         titles=titles,
         prompt=config.prompt,
         noun=noun,
-        adapter=folder / "adapter",
-        collab=build_collab(log, replace(config.collab, train_on="rows"), folder, represented=represented(config.fuse)),
+        adapter=folder / "adapter" if config.adapt.method == "lora" else None,
+        collab=build_collab(
+            log, token_rows(config.fuse, config.collab, source), folder, represented=represented(config.fuse)
+        ),
         semantic=semantic_table(folder / "tables", config.fuse),
         hidden=config.align.hidden,
-        projection=None if is_trained else folder / PROJECTION,
-        trained=folder / PROJECTION if is_trained else None,
+        projection=folder / PROJECTION if made == "align" else None,
+        trained=folder / PROJECTION if made == "fuse" else None,
         settings=config.fuse,
         seed=config.seed,
     )

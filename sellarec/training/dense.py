@@ -45,10 +45,10 @@ def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights, whole, on the CPU of rank 0 (elsewhere an empty dict). All workers call it."""
+    """The trained weights, whole, on the CPU of rank 0 (elsewhere an empty dict); tied ones once. All workers call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    # of tied weights, one name isn't recognised as frozen
-    trained = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad}
+    # of tied weights, the second name comes too, even where they are frozen
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     return {name: value for name, value in get_model_state_dict(model, options=options).items() if name in trained}
 
 

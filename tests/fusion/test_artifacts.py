@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from small import save_table
 
 from sellarec.artifacts import fingerprint
-from sellarec.config import Adapt, Align, Collab, Config, Fuse, Prompt
+from sellarec.config import Adapt, Align, Collab, Config, Fuse, Llm, Prompt
 from sellarec.fusion.projection import Projection
 from sellarec.language.adapt import build_adapt
+from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
-from sellarec.pipeline import Run, _fuse_builder
+from sellarec.pipeline import Run, _fuse_builder, inputs_of
 
 DIM, HIDDEN, WIDTH = 4, 6, 16
 
@@ -90,3 +91,55 @@ def test_each_part_is_read_from_where_it_was_left(workspace, changes):
             assert torch.equal(weight, trained[name]), name
         else:
             assert torch.equal(weight, initial[name]), name
+
+
+@pytest.mark.parametrize("train", [("tables",), ("tables", "adapter")])
+def test_learned_tokens_read_nothing_of_align(workspace, train):
+    fuse = Fuse(represent="learned", tokens=("user", "item"), train=train)
+    config = Config(workspace=str(workspace), fuse=fuse, prompt=Prompt(template="compact"))
+    assert "align" not in {*inputs_of("fuse", config), *inputs_of("evaluate", config)}
+    run = Run.of(config)
+    run.marks = dict.fromkeys(("prepare", "pretrain", "adapt"), "x") | {"fuse": fingerprint(train)}
+    start = _fuse_builder(run, "align")()
+    assert {(table.name, table.dim, table.read) for table in start.tables} == {
+        ("user", WIDTH, None),
+        ("item", WIDTH, None),
+    }
+    trained = {n: w.detach() + 0.5 for n, w in start.model.named_parameters() if w.requires_grad}
+    assert bool(trained) == ("adapter" in train) and all("lora_" in name for name in trained)
+    folder = run.artifact("fuse").local()
+    folder.mkdir()
+    start.save(folder, trained)
+    for table in start.tables:
+        save_table(folder / "tables", table.name, np.full((table.rows, WIDTH), 2.0, np.float32))
+    task = _fuse_builder(run, "fuse")()
+    assert all((table.read(0, table.rows) == 2).all() for table in task.tables)
+    found = dict(task.model.named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in trained.items())
+
+
+def test_a_wholly_tuned_model_is_what_all_later_stages_read(workspace):
+    config = Config(
+        workspace=str(workspace), collab=Collab(dim=DIM), align=Align(hidden=HIDDEN), adapt=Adapt(method="full"),
+        prompt=Prompt(template="compact"), llm=Llm(storage="bfloat16"),
+    )  # fmt: skip
+    run = Run.of(config)
+    run.marks = dict.fromkeys(("prepare", "pretrain", "align"), "x") | {"adapt": "full", "fuse": "full"}
+    task = build_adapt(run.llm(), ["a"] * run.log().facts["items"], config.prompt, "book", config.adapt)
+    tuned = {name: weight.detach() + 0.5 for name, weight in task.model.named_parameters()}
+    run.artifact("adapt").local().mkdir()
+    task.save(run.artifact("adapt").local(), tuned)
+    assert run.adapted()["adapter"] is None and "adapt-full" in run.adapted()["source"].identity
+
+    start = _fuse_builder(run, "align")()
+    trained = {n: w.detach() for n, w in start.model.named_parameters() if w.requires_grad}
+    assert trained and all(name.startswith("projection.") for name in trained)
+    run.artifact("fuse").local().mkdir()
+    start.save(run.artifact("fuse").local(), trained)
+    save_tables(run.artifact("fuse").local(), run.log().facts, 2.0)
+    for recommender in (start, _fuse_builder(run, "fuse")()):
+        found = dict(recommender.model.scorer.named_parameters())
+        assert found.keys() == tuned.keys()
+        assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in tuned.items())
+    encoder = ItemEncoder(**run.adapted(), noun="book", settings=config.distil)
+    assert all(torch.equal(weight, tuned[f"llm.{n}"].bfloat16()) for n, weight in encoder._model.named_parameters())

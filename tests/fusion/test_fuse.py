@@ -12,18 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import Alone, represent, save_table, small_log
+from small import Alone, represent, save_table, small_log, vectors_of
 
 from sellarec.collab.task import WEIGHTS, build_collab
 from sellarec.config import Adapt, Collab, Fuse, Prompt
 from sellarec.errors import UserError
-from sellarec.fusion.fuse import FuseTask, build_fuse, represented, soft_tokens
+from sellarec.fusion.fuse import FuseTask, build_fuse, represented, soft_tokens, token_rows
 from sellarec.fusion.projection import Projection
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
 from sellarec.language.prompts import SOFT
 from sellarec.language.scorer import base_model
-from sellarec.training.table import Jagged, Table
+from sellarec.training.table import Jagged, Table, initial_rows
 
 torch.set_num_threads(1)
 
@@ -70,6 +70,8 @@ def make(decoder, titles, tmp_path_factory):
             fresh.save(start, {name: weight.detach() for name, weight in fresh.network.named_parameters()})
         origin = None if dim != DIM else start if dense is None else dense
         fuse = Fuse(**{"unseen_dropout": 0.3} | changes)
+        if fuse.represent == "learned":
+            settings, origin = token_rows(fuse, settings, source), None
         tokens = soft_tokens(fuse)
         collab = build_collab(log, settings, origin, represented=represented(fuse))
         semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=lambda low, high: TABLES["semantic"][low:high])
@@ -350,6 +352,30 @@ def test_tokens_may_have_the_norm_that_their_projections_give_them(make, tmp_pat
     tokens = task.model.projection({"user": x, "item": x + 1})
     torch.testing.assert_close(tokens, {"user": aligned(x), "item": aligned(x + 1)}, rtol=0, atol=0)
     assert {name.split(".")[0] for name, _ in task.model.projection.named_parameters()} == {"projections"}
+
+
+def test_learned_tokens_are_rows_of_their_own_as_wide_as_the_model(make):
+    """Whatever the collaborative model: small, drawn, injected as they are, and zeros for an unseen user or item."""
+    task = make(represent="learned", tokens=("item", "user"), train=("tables",), model="sasrec")
+    assert {(table.name, table.rows, table.dim) for table in task.tables} == {
+        ("user", USERS, WIDTH),
+        ("item", ITEMS, WIDTH),
+    }
+    drawn = [initial_rows(table, 1, 0, table.rows) for table in task.tables]
+    assert all(0.01 < rows.std() < 0.03 and not table.frozen for rows, table in zip(drawn, task.tables, strict=True))
+    assert not any(weight.requires_grad for weight in task.model.parameters())
+    seen = {"user_seen": np.array([True, False, True, True]), "item_seen": np.array([True, True, False, True])}
+    batch = batch_of(task, rows(**seen), None)
+    assert set(task.lookups(batch)) == {"user", "item"} and "history" not in batch
+    vectors = vectors_of(task, batch)
+    given: dict = {}
+    handle = task.model.scorer.register_forward_pre_hook(lambda module, given_to: given.update(given_to[3]))
+    task.score(task.model, batch, vectors).sum().backward()
+    handle.remove()
+    for name, found in given.items():
+        torch.testing.assert_close(found, vectors[name] * batch[f"{name}_seen"][:, None], rtol=0, atol=0)
+        assert ((vectors[name].grad.abs().sum(1) > 0).numpy() == seen[f"{name}_seen"]).all()
+    assert set(given) == {"user", "item"}
 
 
 def test_user_and_item_may_have_a_projection_each(make, tmp_path):

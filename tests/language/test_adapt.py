@@ -1,6 +1,7 @@
 """Stage adapt: what is adapted, what is saved, and that Hugging Face's and PEFT's own loading gives the same logits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,55 @@ def test_a_saved_adapter_that_lacks_a_tensor_ends_the_stage(models, titles, tmp_
         check(task, tmp_path)
 
 
+def full_task(models: dict[str, Path], titles: list[str], model: str, storage: str = "float32") -> TextTask:
+    task = language_cases.adapt_task(Case(models[model], titles, Adapt(method="full"), storage))
+    generator = torch.Generator().manual_seed(4)
+    for weight in task.model.parameters():
+        weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    return task
+
+
+@pytest.mark.parametrize("model", TARGETS)
+def test_a_wholly_tuned_model_loads_elsewhere_and_gives_the_same_logits(models, titles, tmp_path, model):
+    """Its weights are float32 however frozen ones are stored; the folder is all that distil and fuse need."""
+    task = full_task(models, titles, model, "bfloat16")
+    assert {weight.dtype for weight in task.model.parameters() if weight.requires_grad} == {torch.float32}
+    assert task.facts()["trained_weights"] == task.facts()["weights"]
+    task.model.eval()
+    save(task, tmp_path)
+    assert not (tmp_path / "adapter").exists()
+    batch = batch_of(task)
+    with torch.no_grad():
+        logits = task.model(batch["tokens"], batch["mask"], {}, {})
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(logits_of(plain, batch), logits, rtol=0, atol=1e-4)
+    assert (logits_of(llms.load_model(models[model]), batch) - logits).abs().max() > 0.1
+    if model != "llama":
+        assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+    source = llms.find_llm(str(tmp_path / "model"), None)
+    again = build_adapted(source, titles, language_cases.PROMPT, "movie", None, "answer")
+    assert not any(weight.requires_grad for weight in again.model.parameters())
+    torch.testing.assert_close(again.score(again.model, batch, {}), task.score(task.model, batch, {}))
+    vectors = ItemEncoder(source, None, "movie", Distil()).encode(titles)
+    with torch.no_grad():
+        tokens = llms.load_tokenizer(models[model])(f"Movie: {titles[3]}", return_tensors="pt")["input_ids"]
+        expected = plain.base_model(input_ids=tokens).last_hidden_state[0, -1]
+    np.testing.assert_allclose(vectors[3], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", TARGETS)
+def test_a_wholly_tuned_model_that_was_saved_otherwise_ends_the_stage(models, titles, tmp_path, model):
+    task = full_task(models, titles, model)
+    save(task, tmp_path)
+    check(task, tmp_path)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if ".1." in name)
+    save_file(weights | {name: weights[name] * 1.2}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"the model in .*, loaded with Transformers .* gives other logits than"):
+        check(task, tmp_path)
+
+
 def test_an_adapter_without_its_magnitudes_is_refused(models, titles, tmp_path):
     task = language_cases.adapt_task(case_of(models, titles, "llama", dora=True))
     file = save(task, tmp_path) / "adapter" / "adapter_model.safetensors"
@@ -175,6 +225,8 @@ def test_how_frozen_weights_are_stored_has_no_part_in_pretraining():
     half, full = Config(llm=Llm(storage="bfloat16")), Config()
     assert settings_of("pretrain", half) == settings_of("pretrain", full)
     assert all(settings_of(stage, half) != settings_of(stage, full) for stage in ("adapt", "fuse", "evaluate"))
+    half, full = (replace(config, adapt=Adapt(method="full")) for config in (half, full))
+    assert settings_of("adapt", half) == settings_of("adapt", full), "nor where all weights are tuned"
 
 
 @torch.no_grad()

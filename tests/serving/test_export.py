@@ -24,7 +24,7 @@ from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.evaluation.artifact import evaluate_artifact
 from sellarec.evaluation.results import evaluate_scores
-from sellarec.fusion.fuse import FuseTask, build_fuse
+from sellarec.fusion.fuse import FuseTask, build_fuse, token_rows
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt, build_adapted
 from sellarec.language.templates import template_mark
@@ -78,7 +78,10 @@ def interactions(titles: list[str]) -> pa.Table:
     return table.set_column(3, "timestamp", pa.array((10 * table["timestamp"].to_numpy()).astype(np.int64)))
 
 
-def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], **fuse_settings: Any) -> Workspace:
+def make_workspace(
+    folder: Path, model: str, decoder: Path, titles: list[str], method: str = "lora", **fuse_settings: Any
+) -> Workspace:
+    learned = fuse_settings.get("represent") == "learned"
     titles = [*titles[:-1], ""]  # the last item, which has no train row, has no title either
     items = pa.table({"item": [f"i{number}" for number in range(len(titles))], "title": titles})
     store = Store(Place.of(str(folder)))
@@ -107,10 +110,10 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], *
         data=Data(source="log", path="somewhere"),
         llm=Llm(model=str(decoder)),
         prompt=Prompt(template="compact", history=3),
-        adapt=Adapt(rank=2),
+        adapt=Adapt(method="full") if method == "full" else Adapt(rank=2),
         collab=Collab(model=model, dim=DIM, **{} if model in ("mf", "lightgcn") else {"history": 3}),
         align=Align(hidden=HIDDEN),
-        fuse=Fuse(max_steps=1, **fuse_settings),
+        fuse=Fuse(**{"max_steps": 1} | fuse_settings),
         evaluate=Evaluate(batch=16, micro_batch=4, replicates=20),
     )
     source = llms.find_llm(str(decoder), None)
@@ -118,13 +121,20 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], *
     adapt = build_adapt(source, titles, config.prompt, log.facts["noun"], config.adapt)
     weights = {name: weight.detach() for name, weight in adapt.model.named_parameters() if weight.requires_grad}
     for weight in weights.values():
-        torch.nn.init.normal_(weight, std=0.05)
-    adapter = place("adapt") / "adapter"
-    adapt.save(adapter.parent, weights)
+        if method == "full":
+            weight += 0.05 * torch.randn_like(weight)
+        else:
+            torch.nn.init.normal_(weight, std=0.05)
+    tuned = place("adapt")
+    adapt.save(tuned, weights)
+    adapted: dict[str, Any] = {"source": source, "adapter": tuned / "adapter"}
+    if method == "full":
+        adapted = {"source": llms.find_llm(str(tuned / "model"), None), "adapter": None}
     finish("adapt", {"steps": 3, "kept_step": 2})
 
     fuse, generator = place("fuse"), np.random.default_rng(3)
-    fresh = build_collab(log, config.collab, None)
+    rows_of_tokens = token_rows(config.fuse, config.collab, source)
+    fresh = build_collab(log, rows_of_tokens, None)
     count = len(titles)
     last_item = rows["external_id"].to_pylist().index(f"i{count - 1}")
     semantic = generator.standard_normal((count, WIDTH)).astype(np.float32)
@@ -140,8 +150,9 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], *
     def build(trained: Path | None) -> FuseTask:
         table = Table("semantic", count, WIDTH, ("semantic",), read=lambda start, stop: semantic[start:stop])
         return build_fuse(
-            source, titles, config.prompt, log.facts["noun"], adapter, build_collab(log, config.collab, fuse), table,
-            HIDDEN, None, trained, config.fuse, 1,
+            **adapted, titles=titles, prompt=config.prompt, noun=log.facts["noun"],
+            collab=build_collab(log, rows_of_tokens, fuse), semantic=None if learned else table, hidden=HIDDEN,
+            projection=None, trained=trained, settings=config.fuse, seed=1,
         )  # fmt: skip
 
     torch.manual_seed(6)
@@ -149,7 +160,7 @@ def make_workspace(folder: Path, model: str, decoder: Path, titles: list[str], *
     task.save(
         fuse, {f"projection.{name}": weight.detach() for name, weight in task.model.projection.named_parameters()}
     )
-    task = build(fuse / "projection.safetensors")
+    task = build(None if learned else fuse / "projection.safetensors")
     task.model.eval()
     marked = {"llm": source.identity, "templates": template_mark("compact")}
     finish("fuse", {"steps": 1, "kept_step": 1, "template": "compact"}, **marked)
@@ -434,6 +445,48 @@ def test_a_copied_base_model_is_used(made, tmp_path):
         recommender.score(["1"], ["i1"])
     with pytest.raises(UserError, match="holds its base model itself"):
         sellarec.load(tmp_path / "whole", llm=workspace.source.name)
+
+
+def test_a_wholly_tuned_model_is_always_copied_and_needs_no_base_model(decoder, titles, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(decoder, base)
+    workspace = make_workspace(tmp_path / "workspace", "mf", base, titles, method="full")
+    shutil.rmtree(base)
+    export_run(str(workspace.run), tmp_path / "export", histories=True, with_model=False)
+    tuned = load_file(workspace.artifact("adapt") / "model/model.safetensors")
+    copied = load_file(tmp_path / "export/model/model.safetensors")
+    assert copied.keys() == tuned.keys() and all(torch.equal(copied[name], weight) for name, weight in tuned.items())
+    assert not (tmp_path / "export/adapter").exists()
+    card = (tmp_path / "export/README.md").read_text()
+    assert "whose weights were all tuned" in card and "all weights tuned (adapt-" in card
+    rows, recommender = workspace.test_rows(), sellarec.load(tmp_path / "export")
+    users, items, histories = named(workspace, rows)
+    found = recommender.score(users, items, histories).scores
+    np.testing.assert_allclose(found, stage_scores(workspace, rows), atol=1e-5)
+    assert np.isfinite(recommender.explain(users[0], items[0], histories[0])["text_only"])
+
+
+def test_learned_tokens_are_exported(decoder, titles, tmp_path):
+    """Without a projection, and without the collaborative model, whose table of histories they know nothing of."""
+    workspace = make_workspace(
+        tmp_path / "workspace",
+        "svdpp",
+        decoder,
+        titles,
+        represent="learned",
+        tokens=("user", "item"),
+        train=("tables",),
+    )
+    export_run(str(workspace.run), tmp_path / "export", histories=True, with_model=False)
+    assert {file.stem for file in (tmp_path / "export/tables").glob("*.json")} == {"user", "item"}
+    assert not (tmp_path / "export/projection.safetensors").exists()
+    assert "Collaborative model: none." in (tmp_path / "export/README.md").read_text()
+    rows, recommender = workspace.test_rows(), sellarec.load(tmp_path / "export")
+    users, items, histories = named(workspace, rows)
+    found, expected = recommender.score(users, items, histories).scores, stage_scores(workspace, rows)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    explained = recommender.explain(users[0], items[0], histories[0])
+    assert set(explained["tokens"]) == {"user", "item"} and explained["tokens"]["item"] != 0
 
 
 def test_another_base_model_is_refused(made, tmp_path, decoder):

@@ -14,7 +14,7 @@ from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Collab, Evaluate, Fuse, Prompt, Tables
 from sellarec.data.log import read_log
-from sellarec.fusion.fuse import FuseTask, build_fuse, represented, semantic_table
+from sellarec.fusion.fuse import FuseTask, build_fuse, represented, semantic_table, token_rows
 from sellarec.language.llm import find_llm
 from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, prepared, row_groups, slices
@@ -50,11 +50,13 @@ def task_of(case: Case, trained: bool) -> FuseTask:
     torch.manual_seed(SEED)
     left = case.settings.train if trained else ()
     tables = case.output if "tables" in left else case.inputs
-    log = read_log(case.inputs / "log")
-    collab = build_collab(log, case.collab, tables, represented=represented(case.settings))
+    log, source = read_log(case.inputs / "log"), find_llm(str(case.inputs / "decoder"), None)
+    start = None if case.settings.represent == "learned" and not trained else tables
+    settings = token_rows(case.settings, case.collab, source)
+    collab = build_collab(log, settings, start, represented=represented(case.settings))
     semantic = semantic_table(tables / "tables", case.settings)
     return build_fuse(
-        find_llm(str(case.inputs / "decoder"), None), titles_of(case.inputs), Prompt(template="compact"), "movie",
+        source, titles_of(case.inputs), Prompt(template="compact"), "movie",
         (case.output if "adapter" in left else case.inputs) / "adapter", collab, semantic, HIDDEN,
         None if "projections" in left else case.inputs / "projection.safetensors",
         case.output / "projection.safetensors" if "projections" in left else None, case.settings, SEED,

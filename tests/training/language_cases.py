@@ -13,12 +13,13 @@ from small import save_table, small_log
 
 from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
-from sellarec.config import Adapt, Collab, Fuse, Prompt, Tables
+from sellarec.config import Adapt, Collab, Fuse, Pretrain, Prompt, Tables
 from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.fusion.fuse import build_fuse
 from sellarec.language import llm as llms
 from sellarec.language.adapt import TextTask, build_adapt
+from sellarec.language.pretrain import build_pretrain
 from sellarec.training import dense
 from sellarec.training.engine import Engine
 from sellarec.training.table import Table
@@ -95,7 +96,8 @@ def redraw(model: torch.nn.Module) -> None:
 def adapt_task(case: Case) -> TextTask:
     source = llms.LlmSource(str(case.model), None, "", case.storage)
     task = build_adapt(source, case.titles, PROMPT, "movie", case.settings)
-    redraw(task.model)
+    if case.settings.method == "lora":
+        redraw(task.model)
     return task
 
 
@@ -112,6 +114,43 @@ def fuse_task(case: Case, log: Log) -> Task:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Lines:
+    """Pre-training further for STEPS steps.
+
+    Attributes:
+        model: folder of the language model.
+        texts: of which a step's global batch are the next BATCH.
+        folder: what is exported goes there.
+    """
+
+    model: Path
+    texts: list[str]
+    settings: Pretrain
+    folder: Path | None = None
+
+
+def lines_of(case: Lines, task: Task, step: int, rank: int = 0, world_size: int = 1) -> pa.Table:
+    texts = case.texts[BATCH * step : BATCH * (step + 1)]
+    rows = task.prepare(pa.table({"text": texts, "weight": np.ones(BATCH, np.float32)}), 0, np.full(BATCH, step))
+    share = BATCH // world_size
+    return rows.slice(rank * share, share)
+
+
+def pretrain(case: Lines) -> dict[str, Any]:
+    """The losses, and on worker 0 the weights."""
+    workers, task = workers_of(), build_pretrain(case.model, case.settings)
+    dense.MIN_BLOCK_BYTES = 0
+    engine = Engine(task, workers, SEED, case.settings, Tables(), "float32")
+    losses = [
+        engine.step(lines_of(case, task, step, workers.rank, workers.world_size), step, engine.rate(step, STEPS))
+        for step in range(STEPS)
+    ]
+    weights = {name: weight.numpy() for name, weight in dense.trained_weights(task.model).items()}
+    engine.export(Place.of(str(case.folder)))
+    return {"losses": losses, "weights": weights}
+
+
 def save_tables(folder: Path) -> Log:
     for number, name in enumerate(("user", "item")):
         save_table(folder / "tables", name, np.random.default_rng(number).standard_normal((ITEMS, 4)), (2,))
@@ -119,7 +158,7 @@ def save_tables(folder: Path) -> Log:
 
 
 def train(case: Case, log: Log | None = None) -> dict[str, Any]:
-    """What a worker finds: the losses; whole gradients of each step, before clipping has any effect, and at last the weights; the
+    """What a worker finds: the losses; whole gradients of each step, as they are clipped, and at last the weights; the
     types of the optimizer's state, and the bytes of frozen weights that it holds."""
     dense.MIN_BLOCK_BYTES = case.min_block
     workers = workers_of()
@@ -153,7 +192,7 @@ def train(case: Case, log: Log | None = None) -> dict[str, Any]:
         engine.export(output)
         found["checked"] = check(engine, task, output)
         if workers.rank == 0:
-            _spoil(case.folder / "adapter" / "adapter_model.safetensors")
+            _spoil(next(file for file in case.folder.rglob("*.safetensors")))
         dist.barrier(group=workers.control)
         found["spoilt"] = check(engine, task, output)
     return found
@@ -173,7 +212,7 @@ def _spoil(file: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(file)
-    name = sorted(name for name in weights if "lora_B" in name)[0]
+    name = min(name for name in weights if "lora_B" in name or ".0." in name)
     save_file(weights | {name: weights[name] * 1.2}, file, metadata={"format": "pt"})
 
 
@@ -194,6 +233,7 @@ def train_plainly(case: Case) -> dict[str, Any]:
         batch = task.collate(prepared(task, step), step)
         loss = task.loss(task.model, batch, {}, None) / BATCH
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
         gradients.append({name: weight.grad.numpy().copy() for name, weight in trained.items()})
         optimizer.param_groups[0]["lr"] = settings.learning_rate * rate_at(step)
         optimizer.step()

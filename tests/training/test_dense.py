@@ -9,11 +9,11 @@ import language_cases
 import numpy as np
 import pytest
 import torch
-from language_cases import BATCH, Case
+from language_cases import BATCH, STEPS, Case
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sellarec.config import Adapt, Fuse
+from sellarec.config import Adapt, Fuse, Pretrain
 from sellarec.language import llm as llms
 from sellarec.training import dense
 
@@ -31,6 +31,7 @@ def adapt(**changes: Any) -> Adapt:
 
 
 GPT2 = {"targets": ("c_attn", "c_proj")}
+FULL = {"method": "full", "learning_rate": 0.001}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {}, {}),
     "rslora, all-linear": ("llama", {"rslora": True, "targets": ("all-linear",)}, {}),
@@ -49,6 +50,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         GPT2 | {"dora": True, "checkpoint_activations": True},
         {"storage": "bfloat16"},
     ),
+    "full": ("llama", FULL, {}),
+    "full, tied, stored bfloat16, checkpointed": (
+        "qwen2",
+        FULL | {"checkpoint_activations": True, "clip": 0.3},
+        {"storage": "bfloat16"},
+    ),
+    "full, gpt2, gathered with the root": ("gpt2", FULL, {"min_block": 1 << 20}),
 }
 
 
@@ -62,7 +70,8 @@ def plain():
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, models, titles, plain, tmp_path, name, workers):
-    """Losses, gradients and weights of each step; scores; and what was saved gives the same logits when PEFT loads it."""
+    """Losses, gradients and weights of each step; scores; and what was saved gives the same logits when PEFT, or Transformers,
+    loads it."""
     model, settings, changes = CASES[name]
     case = Case(models[model], titles, adapt(**settings), **changes)
     if name not in plain:
@@ -79,7 +88,10 @@ def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, models, titl
                 np.testing.assert_allclose(worker["gradients"][step][weight], gradient, err_msg=told, **GRADIENTS)
         for weight, value in twin["weights"].items():
             assert worker["weights"][weight].dtype == np.float32
-            np.testing.assert_allclose(worker["weights"][weight], value, err_msg=weight, **WEIGHTS)
+            # of a bias of attention's keys the gradient is 0 but for rounding, of which AdamW makes whole steps
+            largest = np.abs([gradients[weight] for gradients in twin["gradients"]]).max(0)
+            moved = largest > GRADIENTS["atol"]
+            np.testing.assert_allclose(worker["weights"][weight][moved], value[moved], err_msg=weight, **WEIGHTS)
     np.testing.assert_allclose(found[0]["scores"]["score"], twin["scores"], rtol=1e-3, atol=2e-3)
     assert all(worker["checked"] is None for worker in found), found[0]["checked"]
     assert "gives other logits than the trained model" in found[0]["spoilt"]
@@ -87,16 +99,64 @@ def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, models, titl
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("workers", "then"), [(1, 3), (3, 2)])
-def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(gloo, models, titles, tmp_path, workers, then):
+@pytest.mark.parametrize(("workers", "then", "changes"), [(1, 3, {"dora": True}), (3, 2, {"dora": True}), (3, 2, FULL)])
+def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(
+    gloo, models, titles, tmp_path, workers, then, changes
+):
     """It holds what is trained, with its optimizer's state; the frozen weights come from the model's folder again."""
-    settings = adapt(dora=True, checkpoint_activations=True)
+    settings = adapt(checkpoint_activations=True, **changes)
     case = Case(models["qwen2"], titles, settings, "bfloat16", checkpoint=tmp_path)
     whole = gloo.call(workers, language_cases.train, replace(case, save_at=2))[0]
     resumed = gloo.call(then, language_cases.train, replace(case, start_at=2))[0]
     np.testing.assert_allclose(resumed["losses"], whole["losses"][2:], **LOSS)
     for name, value in whole["weights"].items():
         np.testing.assert_allclose(resumed["weights"][name], value, err_msg=name, **WEIGHTS)
+
+
+def pretrained_plainly(case: language_cases.Lines) -> tuple[list[float], torch.nn.Module]:
+    """By Transformers' own loss of each line alone, with whole logits."""
+    model, tokenizer = llms.load_model(case.model), llms.load_tokenizer(case.model)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=case.settings.weight_decay)
+    losses = []
+    for step in range(STEPS):
+        lines = [text + tokenizer.eos_token for text in case.texts[BATCH * step : BATCH * (step + 1)]]
+        tokens = [tokenizer(line, return_tensors="pt")["input_ids"][:, : case.settings.context] for line in lines]
+        counts = [one.shape[1] - 1 for one in tokens]
+        found = [model(input_ids=one, labels=one).loss * count for one, count in zip(tokens, counts, strict=True)]
+        loss = torch.stack(found).sum() / sum(counts)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), case.settings.clip)
+        optimizer.param_groups[0]["lr"] = case.settings.learning_rate * (0.5, 1.0, 1.0, 0.5)[step]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_any_number_of_workers_pretrains_a_given_model_further_as_one_process(gloo, models, titles, tmp_path, name):
+    """With warm-up, stable rate and decay; lines are cut to the context. What is saved is a model with its tokenizer."""
+    texts = [f"{titles[number % 10]} and {titles[number % 7]}" for number in range(BATCH * STEPS)]
+    schedule = {"schedule": "wsd", "warmup": 0.5, "decay": 0.5, "learning_rate": 0.002}
+    case = language_cases.Lines(models[name], texts, Pretrain(context=12, micro_batch=2, **schedule))
+    losses, model = pretrained_plainly(case)
+    assert losses[-1] < losses[0]
+    for workers in (1, 2, 3):
+        found = gloo.call(workers, language_cases.pretrain, replace(case, folder=tmp_path / str(workers)))
+        for worker in found:
+            np.testing.assert_allclose(worker["losses"], losses, **LOSS)
+        plain = {f"llm.{name}": weight.detach().numpy() for name, weight in model.named_parameters()}
+        assert found[0]["weights"].keys() == plain.keys()
+        for weight, value in plain.items():
+            if not weight.endswith("c_attn.bias"):  # of keys its gradient is 0 but for rounding
+                np.testing.assert_allclose(found[0]["weights"][weight], value, err_msg=weight, **WEIGHTS)
+        source = llms.find_llm(str(tmp_path / str(workers) / "model"), None)
+        again = llms.load_model(source.folder())
+        for weight, value in again.named_parameters():
+            np.testing.assert_array_equal(value.detach(), found[0]["weights"][f"llm.{weight}"], err_msg=weight)
+        tokenizer = llms.load_tokenizer(source.folder())
+        assert tokenizer(titles)["input_ids"] == llms.load_tokenizer(models[name])(titles)["input_ids"]
 
 
 @pytest.mark.distributed
@@ -113,14 +173,16 @@ def test_frozen_weights_in_bfloat16_take_half_the_memory(gloo, models, titles, w
 
 
 @pytest.mark.distributed
-def test_all_in_bfloat16_trains_float32_weights(gloo, models, titles):
-    case = Case(models["llama"], titles, adapt(dora=True), "bfloat16", "bfloat16")
+@pytest.mark.parametrize("changes", [{"dora": True}, FULL])
+def test_all_in_bfloat16_trains_float32_weights(gloo, models, titles, tmp_path, changes):
+    case = Case(models["llama"], titles, adapt(**changes), "bfloat16", "bfloat16", folder=tmp_path)
     found = gloo.call(2, language_cases.train, case)
     twin = language_cases.train_plainly(case)
     np.testing.assert_allclose(found[0]["losses"], twin["losses"], rtol=0.05)
     assert found[0]["moments"] == {"torch.float32"}
     assert found[0]["losses"] != pytest.approx(twin["losses"], rel=1e-5), "computed in bfloat16"
     assert all(weight.dtype == np.float32 for weight in found[0]["weights"].values())
+    assert found[0]["checked"] is None
 
 
 @pytest.mark.distributed

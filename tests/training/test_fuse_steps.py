@@ -22,7 +22,7 @@ from sellarec.config import Adapt, Collab, Fuse, Prompt
 from sellarec.fusion.projection import Projection
 from sellarec.language.adapt import build_adapt
 from sellarec.language.llm import find_llm
-from sellarec.training.table import SavedTable, initial_rows
+from sellarec.training.table import SavedTable, Table, initial_rows
 
 pytestmark = pytest.mark.distributed
 
@@ -31,6 +31,7 @@ SASREC = Collab(model="sasrec", dim=DIM, layers=1, history=4, init_std=0.4)
 LIGHTGCN = Collab(model="lightgcn", dim=DIM, layers=2, init_std=0.4)
 MF = Collab(dim=DIM, init_std=0.4)
 ADAPTED: dict[str, Any] = {"train": ("projections", "adapter"), "tokens": ("user", "item"), "learning_rate": 0.003}
+LEARNED: dict[str, Any] = {"represent": "learned", "tokens": ("user", "item"), "table_learning_rate": 0.02}
 CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "as it is": (MF, {}),
     "collm": (MF, {"tokens": ("item", "user"), "train": ("projections",), "norm": "none"}),
@@ -41,8 +42,10 @@ CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "frozen lightgcn": (LIGHTGCN, {"train": ("projections",)}),
     "semantic alone": (SASREC, {"tokens": ("semantic",), "norm": "none"}),
     "with the collaborative score": (MF, {"tokens": ("semantic",), "collab_score": True}),
+    "learned": (SASREC, LEARNED | {"train": ("tables",), "tokens": ("item",), "table_optimizer": "adam"}),
+    "learned, adapter": (LIGHTGCN, LEARNED | {"train": ("tables", "adapter"), "learning_rate": 0.003}),
 }
-QUICK = ("collm", "all", "tables alone", "frozen lightgcn", "with the collaborative score")
+QUICK = ("collm", "all", "tables alone", "frozen lightgcn", "with the collaborative score", "learned, adapter")
 LEFT: dict[str, tuple[set[str], set[str]]] = {
     "as it is": ({"user", "item", "semantic"}, {"projection.safetensors"}),
     "collm": (set(), {"projection.safetensors"}),
@@ -56,6 +59,8 @@ LEFT: dict[str, tuple[set[str], set[str]]] = {
     "frozen lightgcn": (set(), {"projection.safetensors"}),
     "semantic alone": ({"semantic"}, {"projection.safetensors"}),
     "with the collaborative score": ({"user", "item", "semantic"}, {"projection.safetensors"}),
+    "learned": ({"item"}, set()),
+    "learned, adapter": ({"user", "item"}, {"adapter/adapter_model.safetensors"}),
 }
 """Tables, and files of dense weights: what is trained, and nothing else."""
 
@@ -101,6 +106,10 @@ def case_of(name: str, inputs: dict[str, Path], output: Path, **changes: Any) ->
     return Case(settings, collab, inputs[collab.model], output, **changes)
 
 
+def fresh_tables(case: Case) -> tuple[Table, ...]:
+    return fuse_cases.task_of(case, trained=False).tables
+
+
 def left(case: Case) -> dict[str, np.ndarray]:
     """All that was exported, by file and tensor; tables put together."""
     files = {path for path in case.output.rglob("*.safetensors") if path.parent.name != "tables"}
@@ -138,6 +147,8 @@ def test_any_number_of_workers_takes_the_same_steps_and_leaves_what_is_scored_wi
         for key in weights:
             np.testing.assert_allclose(exported[key], weights[key], rtol=1e-3, atol=2e-4, err_msg=key)
     before = left(Case(case.settings, case.collab, case.inputs, case.inputs))
+    if case.settings.represent == "learned":  # from nothing that stages before made
+        before |= {f"table {t.name}": initial_rows(t, fuse_cases.SEED, 0, t.rows) for t in fresh_tables(case)}
     moved = {key for key in weights.keys() & before.keys() if not np.array_equal(weights[key], before[key])}
     for part in (*(f"table {table}" for table in tables), *(files - {"projection.safetensors"})):
         assert any(key.startswith(part) for key in moved), part
@@ -148,6 +159,7 @@ def test_any_number_of_workers_takes_the_same_steps_and_leaves_what_is_scored_wi
     [
         ("all", 3),
         ("tables alone", 1),
+        ("learned, adapter", 2),
         *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("adapter", "collm", "tables alone")),
         pytest.param("all", 1, marks=pytest.mark.slow),
     ],
