@@ -725,7 +725,9 @@ def _align(this: Run) -> dict[str, Any]:
     origin = this.artifact("collab") if config.align.init == "collab" else None
     collab = _collab_builder(this, origin, trains="align")
     measured = draw_items(log.items(["seen"])["seen"].to_numpy(), config.seed)
-    build = partial(_build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align, measured)
+    build = partial(
+        _build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align, measured, config.seed
+    )
     facts = _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
     valid = {"align": kept_metrics(facts), "collab": None}
     rows = log.facts["rows"]["valid"]

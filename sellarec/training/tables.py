@@ -213,6 +213,12 @@ class ShardedTables:
             for feature in set(placement.table.features) & set(features)
         }
 
+    def _asked(self, ids: Collection[str]) -> list[tuple[str, list[str]]]:
+        """The collections, with their keys, of which some feature is asked for: the others would send bags of nothing."""
+        return [
+            (width, keys) for width, keys in self._keys.items() if any(key.partition(":")[0] in ids for key in keys)
+        ]
+
     def _look_up_rows(self, ids: Mapping[str, Jagged]) -> dict[str, Tensor]:
         from torchrec import KeyedJaggedTensor
 
@@ -220,7 +226,7 @@ class ShardedTables:
         zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
         none = Jagged(zeros[:0], zeros)
         found: dict[str, Tensor] = {}
-        for width, keys in self._keys.items():
+        for width, keys in self._asked(ids):
             features = [ids.get(key.partition(":")[0], none) for key in keys]
             keyed = KeyedJaggedTensor(
                 keys,
@@ -242,7 +248,7 @@ class ShardedTables:
             bags = int(most)
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         found: dict[str, Tensor] = {}
-        for width, keys in self._keys.items():
+        for width, keys in self._asked(ids):
             values = [ids[name].values if (name := key.partition(":")[0]) in ids else None for key in keys]
             counts = [0 if value is None else len(value) for value in values]
             lengths = torch.arange(bags, device=self.device) < torch.tensor(counts, device=self.device)[:, None]
