@@ -42,34 +42,26 @@ class Aligned(nn.Module):
     """The collaborative model, and a projection that brings it and the distilled vectors together: D -> hidden -> H of its items'
     rows and its users' vectors (which are also what fusion makes tokens of), or H -> hidden -> D of distilled vectors."""
 
-    def __init__(self, network: CollabModel, projection: Projection, contrastive: str) -> None:
+    def __init__(self, network: CollabModel, projection: Projection, projects_semantic: bool) -> None:
         super().__init__()
-        self.network, self.projection = network, projection
-        self._contrastive = contrastive
+        self.network, self.projection, self.projects_semantic = network, projection, projects_semantic
 
     def forward(
         self, semantic: Mapping[str, Tensor], batch: Batch, vectors: Vectors, *candidates: Tensor
-    ) -> tuple[Tensor, list[Tensor], dict[str, tuple[Tensor, Tensor]]]:
-        """What the collaborative model gives, and by side what is aligned: collaborative vectors and semantic ones, [b, K].
+    ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+        """What the collaborative model gives, and by side what is projected of what is aligned, [b, K].
 
         Args:
             semantic: by side (items, users) the semantic vectors [b, H] of the rows; none to score.
         """
         users, scores = self.network(batch, vectors, *candidates)
         rows = {"items": vectors["item"], "users": users}
-        return (
-            users,
-            scores,
-            {side: project(self.projection, rows[side], found, self._contrastive) for side, found in semantic.items()},
-        )
+        sources = semantic if self.projects_semantic else rows
+        return users, scores, {side: self.projection(sources[side]) for side in semantic}
 
-
-def project(projection: Projection, rows: Tensor, semantic: Tensor, contrastive: str) -> tuple[Tensor, Tensor]:
-    """Collaborative rows [b, D] and semantic vectors [b, H] -> the same in one space, [b, K]: that of the semantic vectors, or
-    (rlmrec-con) that of the rows."""
-    if contrastive == "rlmrec-con":
-        return rows, projection(semantic)
-    return projection(rows), semantic
+    def views(self, rows: Tensor, semantic: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Collaborative vectors [b, D], semantic ones [b, H], and what is projected of them -> the two in one space, [b, K]."""
+        return (rows, projected) if self.projects_semantic else (projected, semantic)
 
 
 class AlignTask(Task):
@@ -101,7 +93,7 @@ class AlignTask(Task):
             self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
             self.prepare = partial(prepare, settings.history, collab.prepare, "history" in collab.columns)
         self.tables, self.whole, self.graph = (*collab.tables, semantic), collab.whole, collab.graph
-        self.model = Aligned(collab.network, projection, settings.contrastive)
+        self.model = Aligned(collab.network, projection, settings.contrastive == "rlmrec-con")
         self._settings = settings
 
     @property
@@ -151,8 +143,9 @@ class AlignTask(Task):
         aligned: dict[str, tuple[Tensor, Tensor]] = {}
 
         def network(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-            users, scores, found = model(semantic, *arguments)
-            aligned.update(found)
+            users, scores, projected = model(semantic, *arguments)
+            rows = {"items": vectors["item"], "users": users}
+            aligned.update({side: self.model.views(rows[side], semantic[side], projected[side]) for side in semantic})
             return users, scores
 
         collab_vectors = {name: found for name, found in vectors.items() if name not in ("semantic", LIKED)}
@@ -188,7 +181,9 @@ class AlignTask(Task):
         with torch.device("meta"):
             projection = Projection(first.shape[1], len(first), len(last))
         projection.load_state_dict(part, assign=True)
-        return compare_views(*project(projection, vectors["item"], vectors["semantic"], self._settings.contrastive))
+        item, semantic = vectors["item"], vectors["semantic"]
+        projected = projection(semantic if self.model.projects_semantic else item)
+        return compare_views(*self.model.views(item, semantic, projected))
 
     def facts(self) -> dict[str, Any]:
         return self._collab.facts()

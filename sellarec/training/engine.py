@@ -32,7 +32,7 @@ from sellarec.training.graph import Kind, ShardedGraph
 from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import Jagged, index
-from sellarec.training.tables import ShardedTables
+from sellarec.training.tables import ShardedTables, made
 from sellarec.training.task import INITIAL, WHOLE, Batch, CheckedTask, MeasuredTask, RankingTask, Task, Vectors
 
 KINDS: tuple[Kind, ...] = ("user", "item")
@@ -193,6 +193,20 @@ class Engine:
                     weight_decay=settings.weight_decay,
                     fused=True,  # one kernel for all parameters: a fifth of a small model's step otherwise
                 )
+
+    @property
+    def optimizers(self) -> dict[str, dict[str, Any]]:
+        """The optimizers that step, of the dense weights and of this worker's rows: what they were made with, by name."""
+        found: dict[str, dict[str, Any]] = {}
+        if self.tables is not None and self.trains_tables:
+            found["tables"] = self.tables.optimizer
+        if self.optimizer is not None:
+            found["dense"] = {
+                "optimizer": type(self.optimizer).__name__,
+                **made(self.optimizer),
+                "largest gradient norm": self.settings.clip,
+            }
+        return found
 
     def rate(self, step: int, steps: int) -> float:
         """What the learning rates are multiplied by at a step."""
@@ -528,10 +542,15 @@ def rank_queries(
     return user_metrics(rows["user"].to_numpy(), best, (relevant.values.numpy(), relevant.lengths.numpy()), cutoffs)
 
 
+def warmup_steps(settings: Dense, steps: int) -> int:
+    """Over how many steps the learning rates rise to their peak, that of the peak included: at least 1."""
+    return max(1, round(settings.warmup * steps))
+
+
 def learning_rate_factor(settings: Dense, step: int, steps: int) -> float:
     """What the learning rates are multiplied by at a step: a linear warm-up, then constant, a cosine to 0, or constant and in the
     last steps a line to 0 (Hu et al., "MiniCPM", arXiv 2404.06395; the line: Hägele et al., arXiv 2405.18392)."""
-    warmup = max(1, round(settings.warmup * steps))
+    warmup = warmup_steps(settings, steps)
     if step < warmup:
         return (step + 1) / warmup
     if settings.schedule == "constant":
