@@ -514,16 +514,17 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
 
     assert this.cluster is not None
     workers, storage = this.config.workers, this.config.tables
-    placements = place(tables, storage, settings, workers, "cuda" if this.gpus() else "cpu")
+    optimizer = None if all(table.frozen for table in tables) else settings
+    placements = place(tables, storage, optimizer, workers, "cuda" if this.gpus() else "cpu")
     if this.cluster.local and not this.gpus():
         # its workers' own memory was seen to be free before Ray was started
         whose = f"each of {workers} workers on this machine"
-        check_fits(placements, storage, settings, workers, room_for_tables(workers), whose)
+        check_fits(placements, storage, optimizer, workers, room_for_tables(workers), whose)
 
 
 def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
-    """Raises UserError where a stage's tables can't be sharded as asked for, whatever the machine."""
-    from sellarec.training.plan import check_sharding
+    """Raises UserError where a stage's tables can't be sharded, or trained, as asked for, whatever the machine."""
+    from sellarec.training.plan import check_optimizer, check_sharding
 
     for stage in wanted:
         settings = getattr(this.config, stage, None)
@@ -531,6 +532,8 @@ def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
             is_frozen = stage == "fuse" and "tables" not in this.config.fuse.train
             optimizer = settings if isinstance(settings, Sparse) and not is_frozen else None
             check_sharding(this.config.tables, optimizer, stage)
+            if optimizer is not None:
+                check_optimizer(this.config.tables, optimizer, stage)
 
 
 def _check_layer(this: Run, wanted: Sequence[str]) -> None:
@@ -772,6 +775,15 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
     )
 
 
+def _tables_of_fuse(this: Run) -> tuple[Any, ...]:
+    """The tables that stage fuse looks up in; no language model is loaded for it."""
+    from sellarec.fusion.fuse import collaborative_tokens, semantic_table, soft_tokens, tables_of
+
+    settings, align = this.config.fuse, this.artifact("align")
+    collab = _collab_builder(this, align, represented=collaborative_tokens(soft_tokens(settings)))
+    return tables_of(collab(), semantic_table(align.local() / "tables", settings), settings)
+
+
 def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> Any:
     from sellarec.fusion.fuse import build_fuse, semantic_table
 
@@ -782,7 +794,8 @@ def _fuse(this: Run) -> dict[str, Any]:
     config = this.config
     tokens, trained = (" and ".join(names) for names in (config.fuse.tokens, config.fuse.train))
     this.console.line(f"fuse      tokens of {tokens}; trains {trained}")
-    return _train(this, "fuse", _fuse_builder(this, "align"), _order(this, "train", config.fuse.batch, config.seed))
+    order = _order(this, "train", config.fuse.batch, config.seed)
+    return _train(this, "fuse", _fuse_builder(this, "align"), order, _tables_of_fuse(this))
 
 
 def _evaluate(this: Run) -> dict[str, Any]:

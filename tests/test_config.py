@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -214,6 +215,18 @@ def test_fusing_no_token_is_refused_with_where_that_model_is():
 )
 def test_choices_of_fuse_that_go_together_are_taken(arguments):
     assert parse(arguments.split()).fuse.tokens
+
+
+@pytest.mark.parametrize("name", ["tokens", "train"])
+def test_the_order_in_which_fuse_names_things_changes_no_fingerprint(name):
+    """Nor what the run's name belongs to, nor the saved config."""
+    values = {"tokens": ("user", "item", "semantic"), "train": ("tables", "projections", "adapter")}[name]
+    others = [] if name == "tokens" else ["--fuse.tokens", "user", "item"]
+    for length in (2, 3):
+        for some in itertools.combinations(values, length):
+            found = [parse([*others, f"--fuse.{name}", *order]) for order in itertools.permutations(some)]
+            assert all(config == found[0] for config in found)
+            assert getattr(found[0].fuse, name) == some
 
 
 def test_a_revision_of_a_local_folder_is_refused(tmp_path):

@@ -83,10 +83,7 @@ class FuseTask(Task):
         self.model = recommender
         self.blocks = recommender.scorer.blocks
         self.collab = collab
-        frozen = "tables" not in settings.train
-        self.tables = tuple(replace(table, frozen=frozen) for table in collab.tables)
-        if semantic is not None:
-            self.tables += (replace(semantic, frozen=frozen or settings.semantic == "frozen"),)
+        self.tables = tables_of(collab, semantic, settings)
         self.graph = collab.graph if collab.tables else None
         self.prompts = prompts
         self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
@@ -198,6 +195,15 @@ def made_by(settings: Fuse) -> dict[str, str]:
     where it was read from."""
     before = {"tables": "align", "projections": "align", "adapter": "adapt"}
     return {part: "fuse" if part in settings.train else stage for part, stage in before.items()}
+
+
+def tables_of(collab: CollabTask, semantic: Table | None, settings: Fuse) -> tuple[Table, ...]:
+    """The tables of a fused model, of which those are frozen that stage fuse doesn't train."""
+    frozen = "tables" not in settings.train
+    tables = tuple(replace(table, frozen=frozen) for table in collab.tables)
+    if semantic is not None:
+        tables += (replace(semantic, frozen=frozen or settings.semantic == "frozen"),)
+    return tables
 
 
 def semantic_table(folder: Path, settings: Fuse) -> Table | None:
