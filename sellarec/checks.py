@@ -118,15 +118,35 @@ def _check_pretrain(config: Config) -> None:
 
 def _check_align(config: Config) -> None:
     align, defaults = config.align, Align()
-    for name in ("rince_q", "rince_lambda"):
+    for name, readers in (
+        ("rince_q", ("rince",)),
+        ("rince_lambda", ("rince",)),
+        ("direction", ("info-nce", "rince")),
+        ("mask_share", ("rlmrec-gen",)),
+    ):
         value = getattr(align, name)
-        if value != getattr(defaults, name) and align.contrastive != "rince":
+        if value != getattr(defaults, name) and align.contrastive not in readers:
             raise UserError(
                 f"align.{name} is {value}, but align.contrastive is {align.contrastive}, which doesn't read it: leave out one of "
                 "the two"
             )
+    for name in ("rince_q", "rince_lambda"):
+        value = getattr(align, name)
         if not 0 < value <= 1:
             raise UserError(f"align.{name} is {value}: a number above 0, at most 1, is needed")
+    if not 0 < align.mask_share < 1:
+        raise UserError(f"align.mask_share is {align.mask_share}: a share above 0 and below 1 is needed")
+    if align.contrastive == "rlmrec-gen" and not _model(config.collab).uses_graph:
+        raise UserError(
+            f"align.contrastive is rlmrec-gen, but collab.model is {config.collab.model}, which smooths no rows over a graph: of "
+            "an item whose row is masked nothing is left to tell its distilled vector by; take collab.model lightgcn, or "
+            "align.contrastive rlmrec-con"
+        )
+    if align.contrastive == "rlmrec-con" and config.fuse.warm_start and config.fuse.tokens != ("semantic",):
+        raise UserError(
+            "align.contrastive is rlmrec-con, which projects distilled vectors to the width of rows, but fuse.warm_start is "
+            "True, which starts from a projection of rows: take --fuse.warm-start False, or another align.contrastive"
+        )
     if align.history != defaults.history and align.side == "items":
         raise UserError(
             f"align.history is {align.history}, but align.side is items, which reads no history: leave out one of the two"
@@ -317,9 +337,13 @@ def _check_fuse(config: Config) -> None:
 
 
 def _has_dense_weights(collab: Collab) -> bool:
+    return "learning_rate" in _model(collab).reads
+
+
+def _model(collab: Collab) -> Any:
     from importlib import import_module  # a model's file loads torch
 
-    return "learning_rate" in import_module(f"sellarec.collab.models.{collab.model}").Model.reads
+    return import_module(f"sellarec.collab.models.{collab.model}").Model
 
 
 def _check_collab(config: Config) -> None:
@@ -352,9 +376,7 @@ def _check_collab(config: Config) -> None:
     changed = [name for name in MODEL_SETTINGS if getattr(collab, name) != getattr(defaults, name)]
     if collab.model == "mf" and not changed and collab.train_on == "rows":
         return
-    from importlib import import_module  # a model's file loads torch
-
-    model = import_module(f"sellarec.collab.models.{collab.model}").Model
+    model = _model(collab)
     for whose in ("users", "items"):
         path = getattr(collab, f"init_{whose}")
         if path is not None and (whose not in model.init_from_vectors or (whose == "users" and not collab.user_rows)):

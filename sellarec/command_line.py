@@ -8,13 +8,13 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import tyro
 import yaml
 
 from sellarec.checks import check, check_bounds, check_data, check_width
-from sellarec.config import STAGES, Config, Evaluation, Planning, Prepare, leaves
+from sellarec.config import STAGES, Config, Evaluation, Fuse, Planning, Prepare, leaves
 from sellarec.errors import UserError
 from sellarec.language.templates import is_file
 
@@ -102,7 +102,17 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
         path = str(Path(config.prompt.template).expanduser().absolute())
         config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, template=path))
     check(config)
-    return config
+    return dataclasses.replace(config, fuse=_in_order(config.fuse))
+
+
+def _in_order(fuse: Fuse) -> Fuse:
+    """What is named in any order, in one: the order changes no result, so it shall change no fingerprint."""
+    hints = get_type_hints(Fuse)
+
+    def ordered(name: str) -> tuple[Any, ...]:
+        return tuple(sorted(getattr(fuse, name), key=get_args(get_args(hints[name])[0]).index))
+
+    return dataclasses.replace(fuse, tokens=ordered("tokens"), train=ordered("train"))
 
 
 def parse_prepare(arguments: Sequence[str]) -> Prepare:

@@ -425,16 +425,20 @@ class Align(Steps, Selection, Dense, Sparse):
     """Weight of the contrastive loss beside the collaborative one."""
     temperature: float = 0.2
     """Temperature of the contrastive loss (cosines are divided by it)."""
-    contrastive: Literal["info-nce", "rince"] = "info-nce"
+    contrastive: Literal["info-nce", "rince", "rlmrec-con", "rlmrec-gen"] = "info-nce"
     """info-nce: cross-entropy of a row's own vector among those of the global batch; rince: the loss of the published code,
-    which for small `rince_q` is close to it."""
+    which for small `rince_q` is close to it. RLMRec's: rlmrec-con finds by a row its distilled vector, projected down to the
+    width of rows; rlmrec-gen (lightgcn) masks rows before they are smoothed, and finds by what their neighbours make of them the
+    distilled vector."""
     rince_q: float = 0.01
     """The power q of rince."""
     rince_lambda: float = 0.1
     """What rince multiplies the sum over positive and negatives by."""
+    mask_share: float = 0.15
+    """Share of users and items whose rows rlmrec-gen masks at a step."""
     direction: Literal["both", "semantic-to-collab"] = "both"
-    """both: the mean of finding the distilled vector by the projected row, and the other way round; semantic-to-collab: a
-    distilled vector finds its projected row (as published)."""
+    """Of info-nce and rince. both: the mean of finding the distilled vector by the projected row, and the other way round;
+    semantic-to-collab: a distilled vector finds its projected row (as published)."""
     mask_equal: bool = True
     """Whether rows of the same item (or user) are left out of each other's negatives; false counts them, as published."""
     semantic: Literal["trained", "frozen"] = "trained"

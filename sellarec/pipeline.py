@@ -531,16 +531,17 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
 
     assert this.cluster is not None
     workers, storage = this.config.workers, this.config.tables
-    placements = place(tables, storage, settings, workers, "cuda" if this.gpus() else "cpu")
+    optimizer = None if all(table.frozen for table in tables) else settings
+    placements = place(tables, storage, optimizer, workers, "cuda" if this.gpus() else "cpu")
     if this.cluster.local and not this.gpus():
         # its workers' own memory was seen to be free before Ray was started
         whose = f"each of {workers} workers on this machine"
-        check_fits(placements, storage, settings, workers, room_for_tables(workers), whose)
+        check_fits(placements, storage, optimizer, workers, room_for_tables(workers), whose)
 
 
 def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
-    """Raises UserError where a stage's tables can't be sharded as asked for, whatever the machine."""
-    from sellarec.training.plan import check_sharding
+    """Raises UserError where a stage's tables can't be sharded, or trained, as asked for, whatever the machine."""
+    from sellarec.training.plan import check_optimizer, check_sharding
 
     for stage in wanted:
         settings = getattr(this.config, stage, None)
@@ -548,6 +549,8 @@ def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
             is_frozen = stage == "fuse" and "tables" not in this.config.fuse.train
             optimizer = settings if isinstance(settings, Sparse) and not is_frozen else None
             check_sharding(this.config.tables, optimizer, stage)
+            if optimizer is not None:
+                check_optimizer(this.config.tables, optimizer, stage)
 
 
 def _check_layer(this: Run, wanted: Sequence[str]) -> None:
@@ -758,7 +761,9 @@ def _align(this: Run) -> dict[str, Any]:
     origin = this.artifact("collab") if config.align.init == "collab" else None
     collab = _collab_builder(this, origin, trains="align")
     measured = draw_items(log.items(["seen"])["seen"].to_numpy(), config.seed)
-    build = partial(_build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align, measured)
+    build = partial(
+        _build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align, measured, config.seed
+    )
     facts = _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
     valid = {"align": kept_metrics(facts), "collab": None}
     rows = log.facts["rows"]["valid"]
@@ -779,33 +784,53 @@ def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
 
 def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
     """Builds the recommender from what stages before fuse left (align), or as stage fuse left it."""
-    from sellarec.collab.task import build_collab
-    from sellarec.fusion.fuse import made_by, represented, token_rows
-
-    log, config = this.log(), this.config
-    trained = config.fuse if stage == "fuse" else dataclasses.replace(config.fuse, train=())
-    of = made_by(trained)
-    learned = config.fuse.represent == "learned"
-    adapted = this.adapted(of["adapter"])
-    rows = token_rows(config.fuse, config.collab, adapted["source"])
-    tables = this.artifact(of["tables"]).local()
-    origin = None if learned and stage != "fuse" else tables
-    aligned = config.fuse.warm_start and not learned
+    config, of = this.config, _parts_of_fuse(this, stage)
+    collab, tables = _rows_of_fuse(this, stage)
+    aligned = config.fuse.warm_start and config.fuse.represent == "collaborative"
     start = this.artifact("align").local() / "projection.safetensors" if aligned else None
     return partial(
         _build_fuse,
-        partial(build_collab, log, rows, origin, represented=represented(config.fuse)),
-        tables / "tables",
-        **adapted,
-        titles=_titles(log),
+        collab,
+        tables,
+        **this.adapted(of["adapter"]),
+        titles=_titles(this.log()),
         prompt=config.prompt,
-        noun=log.facts["noun"],
+        noun=this.log().facts["noun"],
         hidden=config.align.hidden,
         projection=start if of.get("projections") == "align" else None,
         trained=this.artifact("fuse").local() / "projection.safetensors" if of.get("projections") == "fuse" else None,
         settings=config.fuse,
         seed=config.seed,
     )
+
+
+def _parts_of_fuse(this: Run, stage: str) -> dict[str, str]:
+    """The stage that has made each part of what stage fuse starts from (align), or has left."""
+    from sellarec.fusion.fuse import made_by
+
+    settings = this.config.fuse
+    return made_by(settings if stage == "fuse" else dataclasses.replace(settings, train=()))
+
+
+def _rows_of_fuse(this: Run, stage: str) -> tuple[Callable[[], Any], Path]:
+    """Builds what represents users and items in tokens, and the folder of its tables; of no language model more than its width
+    is read."""
+    from sellarec.collab.task import build_collab
+    from sellarec.fusion.fuse import represented, token_rows
+
+    settings, of = this.config.fuse, _parts_of_fuse(this, stage)
+    rows = token_rows(settings, this.config.collab, this.adapted(of["adapter"])["source"])
+    folder = this.artifact(of["tables"]).local()
+    origin = None if settings.represent == "learned" and stage != "fuse" else folder
+    return partial(build_collab, this.log(), rows, origin, represented=represented(settings)), folder / "tables"
+
+
+def _tables_of_fuse(this: Run) -> tuple[Any, ...]:
+    """The tables that stage fuse looks up in."""
+    from sellarec.fusion.fuse import semantic_table, tables_of
+
+    collab, tables = _rows_of_fuse(this, "align")
+    return tables_of(collab(), semantic_table(tables, this.config.fuse), this.config.fuse)
 
 
 def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> Any:
@@ -819,7 +844,8 @@ def _fuse(this: Run) -> dict[str, Any]:
     tokens, trained = (" and ".join(names) for names in (config.fuse.tokens, config.fuse.train))
     what = "learned tokens" if config.fuse.represent == "learned" else "tokens"
     this.console.line(f"fuse      {what} of {tokens}; trains {trained}")
-    return _train(this, "fuse", _fuse_builder(this, "align"), _order(this, "train", config.fuse.batch, config.seed))
+    order = _order(this, "train", config.fuse.batch, config.seed)
+    return _train(this, "fuse", _fuse_builder(this, "align"), order, _tables_of_fuse(this))
 
 
 def _evaluate(this: Run) -> dict[str, Any]:

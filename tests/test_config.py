@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -162,6 +163,14 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             ["rince_q is 1", "temperature 0.01"],
         ),
         ("--align.side users --data.split-by random", ["align.side is users", "data.split_by is random"]),
+        ("--align.mask-share 0.2", ["align.mask_share is 0.2", "align.contrastive is info-nce"]),
+        ("--align.contrastive rlmrec-con", ["align.contrastive is rlmrec-con", "fuse.warm_start is True"]),
+        (
+            "--align.contrastive rlmrec-con --fuse.warm-start False --align.direction semantic-to-collab",
+            ["align.direction is semantic-to-collab", "align.contrastive is rlmrec-con"],
+        ),
+        ("--align.contrastive rlmrec-gen", ["align.contrastive is rlmrec-gen", "collab.model is mf", "lightgcn"]),
+        ("--align.contrastive rlmrec-gen --collab sasrec", ["rlmrec-gen", "collab.model is sasrec"]),
         ("--distil.prompt {text}", ["distil.prompt is '{text}'", "no token"]),
         ("--distil.prompt Movie:{text!r}", ["distil.prompt is 'Movie:{text!r}'", "plainly"]),
         ("--fuse.tokens semantic --fuse.semantic frozen", ["fuse.train is tables projections", "fuse.semantic frozen"]),
@@ -249,6 +258,18 @@ def test_choices_of_fuse_that_go_together_are_taken(arguments):
     assert parse(arguments.split()).fuse.tokens
 
 
+@pytest.mark.parametrize("name", ["tokens", "train"])
+def test_the_order_in_which_fuse_names_things_changes_no_fingerprint(name):
+    """Nor what the run's name belongs to, nor the saved config."""
+    values = {"tokens": ("user", "item", "semantic"), "train": ("tables", "projections", "adapter")}[name]
+    others = [] if name == "tokens" else ["--fuse.tokens", "user", "item"]
+    for length in (2, 3):
+        for some in itertools.combinations(values, length):
+            found = [parse([*others, f"--fuse.{name}", *order]) for order in itertools.permutations(some)]
+            assert all(config == found[0] for config in found)
+            assert getattr(found[0].fuse, name) == some
+
+
 def test_a_revision_of_a_local_folder_is_refused(tmp_path):
     message = refusal("--llm", str(tmp_path), "--llm.revision", "main")
     assert str(tmp_path) in message and "llm.revision" in message
@@ -271,6 +292,8 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path):
         "--align.block 0",
         "--align.rince-q 0 --align.contrastive rince",
         "--align.rince-lambda 1.5 --align.contrastive rince",
+        "--align.mask-share 1 --align.contrastive rlmrec-gen --collab lightgcn",
+        "--align.mask-share 0 --align.contrastive rlmrec-gen --collab lightgcn",
         "--adapt.dropout 1",
         "--adapt.warmup 1.5",
         "--adapt.beta2 1",
@@ -545,6 +568,11 @@ def test_settings_of_alignment_that_go_together_are_taken():
     )
     assert (users.align.side, users.align.history, users.align.semantic) == ("users", 5, "frozen")
     assert parse(["--align.side", "both", "--collab", "sasrec", "--collab.history", "7"]).align.history == 50
+    contrast = ["--align.contrastive", "rlmrec-con"]
+    assert parse([*contrast, "--fuse.warm-start", "False"]).align.contrastive == "rlmrec-con"
+    assert parse([*contrast, "--fuse.tokens", "semantic"]).fuse.warm_start, "no token is made of a row"
+    masked = ["--align.contrastive", "rlmrec-gen", "--align.mask-share", "0.3", "--collab", "lightgcn"]
+    assert parse(masked).fuse.warm_start, "it leaves a projection of rows"
 
 
 def test_how_tables_are_shared_out_affects_no_result():

@@ -1,46 +1,12 @@
 """Recipes of published methods: their resolved settings beside the values that were published."""
 
 import dataclasses
-from typing import Any
 
 import pytest
+from published import SELLA
 
 from sellarec.command_line import parse
 from sellarec.config import Config
-
-# SeLLa-Rec's paper and code, MovieLens-1M: by stage what its scripts set, and by the recipe's names.
-SELLA: dict[str, dict[str, Any]] = {
-    "prompt": {"template": "sella", "history": 10, "max_tokens": 768},
-    "llm": {"dtype": "bfloat16"},
-    "adapt": {
-        "loss": "sequence", "rank": 64, "alpha": 16, "dropout": 0.05, "rslora": False, "dora": False,
-        "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "batch": 128, "epochs": 1, "max_steps": 254,
-        "optimizer": "adamw", "learning_rate": 8e-5, "beta2": 0.95, "weight_decay": 0.01,
-        "schedule": "cosine", "warmup": 0.01,
-    },
-    "distil": {"text": "title", "prompt": "{Noun}: {text}", "layer": -1, "pooling": "last"},
-    "collab": {
-        "model": "mf", "loss": "bce", "l2": 0.0,
-        "dim": 256, "biases": False, "global_mean": False, "init_std": 1.0, "batch": 1024,
-        "table_optimizer": "adam", "table_learning_rate": 1e-2, "table_weight_decay": 1e-4,
-    },
-    "align": {
-        "init": "scratch", "weight": 1.0, "contrastive": "rince", "direction": "semantic-to-collab", "mask_equal": False,
-        "temperature": 0.2, "rince_q": 0.01, "rince_lambda": 0.1, "semantic": "trained", "side": "items", "hidden": 1024,
-        "batch": 1024, "epochs": 3000, "patience": 50, "select_on": "auc", "optimizer": "adam", "learning_rate": 1e-2,
-        "weight_decay": 1e-4, "clip": 1e9,
-        "schedule": "constant", "warmup": 0.0, "table_optimizer": "adam", "table_learning_rate": 1e-2,
-        "table_weight_decay": 1e-4,
-    },
-    "fuse": {
-        "tokens": ("user", "item", "semantic"), "projections": "shared", "experts": 1, "norm": "none", "warm_start": True,
-        "train": ("tables", "projections"), "unseen_dropout": 0.0, "semantic": "trained", "loss": "sequence", "batch": 128,
-        "max_steps": 254, "optimizer": "adamw", "learning_rate": 2e-4, "beta2": 0.95, "weight_decay": 0.01,
-        "schedule": "cosine", "warmup": 0.0, "table_optimizer": "adamw", "table_learning_rate": 2e-4,
-        "table_weight_decay": 0.01,
-    },
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("section", SELLA)

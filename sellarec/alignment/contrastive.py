@@ -1,6 +1,6 @@
 """Contrastive alignment of two views of the items, or users, in a batch.
 
-Shapes: b rows of one worker, B rows of all workers, m of them that are gone through at once, H columns.
+Shapes: b rows of one worker, B rows of all workers, m of them that are gone through at once, H columns of either view.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from sellarec.training.task import Peers
 
 @dataclass(frozen=True)
 class Views:
-    """Two views of each row: a collaborative vector, projected, and a semantic one.
+    """Two views of each row: a collaborative vector and a semantic one, of which one is projected to the width of the other.
 
     Attributes:
         collab, semantic: float [b, H], of this worker's rows.
@@ -59,13 +59,24 @@ def contrastive_loss(views: Views, settings: Align) -> Tensor:
     by itself and in neg_i.
 
     With `direction` both, it is the mean of that and of the same with collab_i and semantic_j.
+
+    rlmrec-con, rlmrec-gen (the contrastive and the generative alignment of RLMRec, Ren et al., 2024, arXiv 2310.15950): info-nce
+    with collab_i and semantic_j alone, as its code has them; the paper's f(s_j, e_i) = exp(cos(sigma_down(s_j), e_i)), and
+    exp(cos(s_j, sigma_up(e_i))). With `mask_equal` false, rows of one item in a batch count as there. Other than there,
+
+    - sigma is Linear - GELU - Linear of a width that is set, where the code has LeakyReLU and the mean of both widths;
+    - s of an item is its distilled vector and s of a user the mean of those of its history, not embeddings of written profiles;
+    - negatives are the rows of the global batch, of users as of items, where the code takes all users, and has a second term, of
+      drawn negative items; and users are no negatives of items, where its generative loss goes through both at once.
     """
     collab, semantic, all_collab, all_semantic = (
         F.normalize(rows, dim=1) for rows in (views.collab, views.semantic, views.all_collab, views.all_semantic)
     )
     positive = (collab * semantic).sum(1) / settings.temperature
-    sides = [(semantic, all_collab)]
-    if settings.direction == "both":
+    sides = []
+    if not settings.contrastive.startswith("rlmrec"):
+        sides.append((semantic, all_collab))
+    if settings.contrastive.startswith("rlmrec") or settings.direction == "both":
         sides.append((collab, all_semantic))
     losses = []
     for rows, others in sides:

@@ -98,10 +98,7 @@ class FuseTask(Task):
         self.model = recommender
         self.blocks = recommender.scorer.blocks
         self.collab = collab
-        frozen = "tables" not in settings.train
-        self.tables = tuple(replace(table, frozen=frozen) for table in collab.tables)
-        if semantic is not None:
-            self.tables += (replace(semantic, frozen=frozen or settings.semantic == "frozen"),)
+        self.tables = tables_of(collab, semantic, settings)
         self.graph = collab.graph if collab.tables else None
         self.prompts = prompts
         self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
@@ -235,6 +232,15 @@ def token_rows(settings: Fuse, collab: Collab, source: llms.LlmSource) -> Collab
     if width % 4:
         raise UserError(f"the language model is {width} wide, but the table kernels need a multiple of 4")
     return Collab(dim=width, init_std=LEARNED_STD)
+
+
+def tables_of(collab: CollabTask, semantic: Table | None, settings: Fuse) -> tuple[Table, ...]:
+    """The tables of a fused model, of which those are frozen that stage fuse doesn't train."""
+    frozen = "tables" not in settings.train
+    tables = tuple(replace(table, frozen=frozen) for table in collab.tables)
+    if semantic is not None:
+        tables += (replace(semantic, frozen=frozen or settings.semantic == "frozen"),)
+    return tables
 
 
 def semantic_table(folder: Path, settings: Fuse) -> Table | None:

@@ -33,7 +33,7 @@ from sellarec.training.graph import Kind, ShardedGraph
 from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import Jagged, index
-from sellarec.training.tables import ShardedTables
+from sellarec.training.tables import ShardedTables, made
 from sellarec.training.task import INITIAL, WHOLE, Batch, CheckedTask, MeasuredTask, RankingTask, Task, Vectors
 
 KINDS: tuple[Kind, ...] = ("user", "item")
@@ -207,21 +207,39 @@ class Engine:
                     fused=True,  # one kernel for all parameters: a fifth of a small model's step otherwise
                 )
 
+    @property
+    def optimizers(self) -> dict[str, dict[str, Any]]:
+        """The optimizers that step, of the dense weights and of this worker's rows: what they were made with, by name."""
+        found: dict[str, dict[str, Any]] = {}
+        if self.tables is not None and self.trains_tables:
+            found["tables"] = self.tables.optimizer
+        if self.optimizer is not None:
+            found["dense"] = {
+                "optimizer": type(self.optimizer).__name__,
+                **made(self.optimizer),
+                "largest gradient norm": self.settings.clip,
+            }
+        return found
+
     def rate(self, step: int, steps: int) -> float:
         """What the learning rates are multiplied by at a step."""
         return learning_rate_factor(self.settings, step, steps) if isinstance(self.settings, Dense) else 1.0
 
-    def _look_up(self, batch: Batch) -> Vectors:
-        """The vectors of a batch's ids; of `whole` features the worker's share too, whose ids are added to the batch."""
+    def _look_up(self, batch: Batch, step: int | None = None) -> Vectors:
+        """The vectors of a batch's ids; of `whole` features the worker's share too, whose ids are added to the batch.
+
+        Args:
+            step: which training step they are for; None: they are scored with.
+        """
         ids = self.task.lookups(batch)
         frozen = {name: asked for name, asked in ids.items() if name in self._frozen_features}
-        vectors = self._look_up_trained(batch, {name: asked for name, asked in ids.items() if name not in frozen})
+        vectors = self._look_up_trained(batch, {name: asked for name, asked in ids.items() if name not in frozen}, step)
         if self.frozen_tables is not None and frozen:
             with torch.no_grad():
                 vectors |= self.frozen_tables.look_up(frozen)
         return vectors
 
-    def _look_up_trained(self, batch: Batch, ids: Batch) -> Vectors:
+    def _look_up_trained(self, batch: Batch, ids: Batch, step: int | None) -> Vectors:
         task, tables = self.task, self.tables
         if tables is None:
             return {}
@@ -235,7 +253,7 @@ class Engine:
         if self._smoothed is None and not self.trains_tables:  # they stay as they are
             with torch.no_grad():
                 self._smoothed = self._smooth()
-        rows = self._smoothed if self._smoothed is not None else self._smooth()
+        rows = self._smoothed if self._smoothed is not None else self._smooth(step)
         columns = rows.shape[1] // 2
         for kind in KINDS:
             (table,) = (table for table in task.tables if table.name == kind)
@@ -260,13 +278,17 @@ class Engine:
             together(partial(_refuse, wrong), self.workers)
         return total
 
-    def _smooth(self) -> Tensor:
-        """The worker's share of users and items, smoothed over the graph, and beside that as they lie in the tables."""
-        assert self.tables is not None and self._graph is not None
+    def _smooth(self, step: int | None = None) -> Tensor:
+        """The worker's share of users and items, smoothed over the graph (at a training step without what the task masks), and
+        beside that as they lie in the tables."""
+        assert self.tables is not None and self._graph is not None and self.task.graph is not None
         shares: dict[str, Jagged] = {kind: Jagged.one(self.tables.share(kind), 1) for kind in KINDS}
         found = self.tables.look_up({}, shares)
-        rows = torch.cat([found[name].values for name in shares])
-        return torch.cat([self.task.propagate(rows, self._graph.multiply), rows], dim=1)
+        rows = shown = torch.cat([found[name].values for name in shares])
+        if step is not None:
+            nodes = torch.cat([shares["user"].values, self.task.graph.users + shares["item"].values])
+            shown = self.task.mask(rows, nodes, step)
+        return torch.cat([self.task.propagate(shown, self._graph.multiply), rows], dim=1)
 
     @contextlib.contextmanager
     def _scoring(self) -> Iterator[None]:
@@ -311,7 +333,7 @@ class Engine:
         if self.tables is not None and self.trains_tables:
             self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
         start = time.perf_counter()
-        vectors = self._look_up(batch)
+        vectors = self._look_up(batch, step)
         self.table_seconds += time.perf_counter() - start
         trained = {name: value for name, value in vectors.items() if name not in self._frozen_features}
         found = {name: value.values if isinstance(value, Jagged) else value for name, value in trained.items()}
@@ -442,7 +464,7 @@ class Engine:
             for some in items.split(MEASURED_AT_ONCE * workers.world_size):
                 share = -(-len(some) // workers.world_size)
                 places = torch.arange(workers.rank * share, (workers.rank + 1) * share) % len(some)
-                batch = self._to_device({"item": some[places]})
+                batch = self._to_device(dict.fromkeys(task.measured_features, some[places]))
                 for name, vectors in self._look_up(batch).items():
                     gathered = workers.gather(vectors)[: len(some)]
                     if workers.rank == 0:
@@ -537,10 +559,15 @@ def rank_queries(
     return user_metrics(rows["user"].to_numpy(), best, (relevant.values.numpy(), relevant.lengths.numpy()), cutoffs)
 
 
+def warmup_steps(settings: Dense, steps: int) -> int:
+    """Over how many steps the learning rates rise to their peak, that of the peak included: at least 1."""
+    return max(1, round(settings.warmup * steps))
+
+
 def learning_rate_factor(settings: Dense, step: int, steps: int) -> float:
     """What the learning rates are multiplied by at a step: a linear warm-up, then constant, a cosine to 0, or constant and in the
     last steps a line to 0 (Hu et al., "MiniCPM", arXiv 2404.06395; the line: Hägele et al., arXiv 2405.18392)."""
-    warmup = max(1, round(settings.warmup * steps))
+    warmup = warmup_steps(settings, steps)
     if step < warmup:
         return (step + 1) / warmup
     if settings.schedule == "constant":

@@ -29,7 +29,7 @@ from sellarec.artifacts import Place
 from sellarec.config import Dense, Selection, Sparse, Steps, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.metrics import auc, uauc
-from sellarec.training.engine import Engine, Workers, rank_queries, together
+from sellarec.training.engine import Engine, Workers, rank_queries, together, warmup_steps
 from sellarec.training.progress import PROGRESS_SECONDS, WORKER_TIMEOUT
 from sellarec.training.scoring import distinct, report_scored, split_slices
 from sellarec.training.stream import Order, whole_batches
@@ -216,12 +216,12 @@ def _report_checkpoint(engine: Engine, position: Position, improved: bool) -> No
 
 
 def _facts(training: Training, engine: Engine, position: Position) -> dict[str, Any]:
-    optimizers = {}
-    if engine.tables is not None and engine.trains_tables:
-        optimizers["tables"] = engine.tables.optimizer
-    if isinstance(training.settings, Dense) and engine.optimizer is not None:
-        name = type(engine.optimizer).__name__
-        optimizers["dense"] = f"{name}, peak learning rate {training.settings.learning_rate}"
+    optimizers = {
+        name: ", ".join(str(value) if what == "optimizer" else f"{what} {value}" for what, value in found.items())
+        for name, found in engine.optimizers.items()
+    }
+    if isinstance(training.settings, Dense):
+        optimizers["schedule"] = _schedule(training.settings, training.steps)
     return {
         "steps": position.step,
         "kept_step": position.best_step if training.valid is not None else position.step,
@@ -234,6 +234,14 @@ def _facts(training: Training, engine: Engine, position: Position) -> dict[str, 
         "device": str(engine.workers.device),
         **engine.task.facts(),
     }
+
+
+def _schedule(settings: Dense, steps: int) -> str:
+    """How the learning rates, which are those at their peak, go over the steps."""
+    warmup = warmup_steps(settings, steps)
+    rises = f", warm-up {warmup}" if warmup > 1 else ""  # the first step has the full rate without one
+    falls = f", decay over the last {settings.decay:.0%}" if settings.schedule == "wsd" else ""
+    return f"{settings.schedule} over {steps} steps{rises}{falls}"
 
 
 class _Valid:

@@ -141,24 +141,38 @@ def check_sharding(storage: Tables, optimizer: Sparse | None, stage: str | None 
         )
 
 
+def check_optimizer(storage: Tables, optimizer: Sparse, stage: str | None = None) -> None:
+    """Refuse an optimizer that no kernels have, on any device, for tables that are stored so.
+
+    Args:
+        stage: whose optimizer it is, for the message.
+
+    Raises:
+        UserError: with the reason.
+    """
+    kind, prefix = optimizer.table_optimizer, f"{stage}." if stage else ""
+    if kind in DENSE_TABLE_OPTIMIZERS and (storage.dtype != "float32" or storage.placement != "device"):
+        raise UserError(
+            f"{prefix}table_optimizer is {kind}, tables.dtype {storage.dtype} and tables.placement {storage.placement}: {kind} "
+            "steps all rows with torch's own operations, which takes float32 on the device; take another optimizer or leave "
+            "those out"
+        )
+    if optimizer.table_weight_decay and kind in ("sgd", "adagrad"):
+        raise UserError(
+            f"{prefix}table_weight_decay is {optimizer.table_weight_decay} and {prefix}table_optimizer {kind}, whose kernels for "
+            "CPUs would ignore it: take rowwise-adagrad, adam or adamw, or the loss's own l2"
+        )
+
+
 def check_kernels(storage: Tables, optimizer: Sparse | None, device: str) -> None:
     """Raises UserError where the kernels of the device (cpu or cuda) can't do what is asked for, with the reason."""
     check_sharding(storage, optimizer)
-    name = optimizer.table_optimizer if optimizer else "rowwise-adagrad"
     if device == "cpu" and storage.dtype == "bfloat16":
         raise UserError("tables.dtype is bfloat16, which the kernels for CPUs have not: take float16 or float32")
     if device == "cpu" and storage.placement != "device":
         raise UserError(f"tables.placement is {storage.placement}, but there is no GPU: leave it out")
-    if name in DENSE_TABLE_OPTIMIZERS and (storage.dtype != "float32" or storage.placement != "device"):
-        raise UserError(
-            f"table_optimizer is {name}, tables.dtype {storage.dtype} and tables.placement {storage.placement}: {name} steps "
-            "all rows with torch's own operations, which takes float32 on the device; take another optimizer or leave those out"
-        )
-    if optimizer and optimizer.table_weight_decay and name in ("sgd", "adagrad"):
-        raise UserError(
-            f"table_weight_decay is {optimizer.table_weight_decay} and table_optimizer {name}, whose kernels for CPUs would "
-            "ignore it: take rowwise-adagrad, adam or adamw, or the loss's own l2"
-        )
+    if optimizer is not None:
+        check_optimizer(storage, optimizer)
 
 
 def _planned(tables: Sequence[Table], storage: Tables, workers: int, device: str) -> list[Placement]:

@@ -26,6 +26,9 @@ FILE_ROWS = 1 << 20
 BLOCK_BYTES = 1 << 28
 """What is read or drawn at once of the rows that a table starts from: no table is ever whole in memory twice."""
 
+FUSED = {"EXACT_SGD": "SGD", "EXACT_ADAGRAD": "Adagrad", "EXACT_ROWWISE_ADAGRAD": "row-wise Adagrad"}
+"""Optimizers of the kernels, as fbgemm names them and as they are known."""
+
 EPSILON = 1e-8
 """Added to the root of Adagrad's sums of squares, which start from 0."""
 
@@ -118,21 +121,21 @@ class ShardedTables:
                 kind = torch.optim.Adam if optimizer.table_optimizer == "adam" else torch.optim.AdamW
                 betas = (0.9, optimizer.beta2 if isinstance(optimizer, Dense) else 0.999)
                 self._adam = kind(owned, lr=optimizer.table_learning_rate, betas=betas, weight_decay=decay, fused=True)
+        self.optimizer = {} if optimizer is None else self._made()
 
-    @property
-    def optimizer(self) -> str:
-        """The optimizer that runs, in words."""
-        assert self._settings is not None
-        settings = self._settings
-        name = {
-            "sgd": "SGD (fused)",
-            "adagrad": "Adagrad (fused)",
-            "rowwise-adagrad": "row-wise Adagrad (fused)",
-            "adam": "Adam (dense gradients, all rows)",
-            "adamw": "AdamW (dense gradients, all rows)",
-        }[settings.table_optimizer]
-        decay = f", weight decay {settings.table_weight_decay}" if settings.table_weight_decay else ""
-        return f"{name}, learning rate {settings.table_learning_rate}{decay}"
+    def _made(self) -> dict[str, Any]:
+        """What this worker's rows are stepped by, and what it was made with; empty where the worker holds none."""
+        if self._adam is not None:
+            return {"optimizer": f"{type(self._adam).__name__} (dense gradients, all rows)", **made(self._adam)}
+        kernels = [module for module in self.module.modules() if hasattr(module, "optimizer_args")]
+        if not kernels:
+            return {}
+        arguments = kernels[0].optimizer_args
+        return {
+            "optimizer": f"{FUSED[kernels[0].optimizer.name]} (fused)",
+            "learning rate": kernels[0].get_learning_rate(),
+            "weight decay": arguments.weight_decay,
+        }
 
     def _sharded(self) -> dict[str, Any]:
         """TorchRec's ShardedTensor of each piece's weights, by the piece's name."""
@@ -213,6 +216,12 @@ class ShardedTables:
             for feature in set(placement.table.features) & set(features)
         }
 
+    def _asked(self, ids: Collection[str]) -> list[tuple[str, list[str]]]:
+        """The collections, with their keys, of which some feature is asked for: the others would send bags of nothing."""
+        return [
+            (width, keys) for width, keys in self._keys.items() if any(key.partition(":")[0] in ids for key in keys)
+        ]
+
     def _look_up_rows(self, ids: Mapping[str, Jagged]) -> dict[str, Tensor]:
         from torchrec import KeyedJaggedTensor
 
@@ -220,7 +229,7 @@ class ShardedTables:
         zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
         none = Jagged(zeros[:0], zeros)
         found: dict[str, Tensor] = {}
-        for width, keys in self._keys.items():
+        for width, keys in self._asked(ids):
             features = [ids.get(key.partition(":")[0], none) for key in keys]
             keyed = KeyedJaggedTensor(
                 keys,
@@ -242,7 +251,7 @@ class ShardedTables:
             bags = int(most)
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         found: dict[str, Tensor] = {}
-        for width, keys in self._keys.items():
+        for width, keys in self._asked(ids):
             values = [ids[name].values if (name := key.partition(":")[0]) in ids else None for key in keys]
             counts = [0 if value is None else len(value) for value in values]
             lengths = torch.arange(bags, device=self.device) < torch.tensor(counts, device=self.device)[:, None]
@@ -364,6 +373,12 @@ class ShardedTables:
     def plan(self) -> list[dict[str, Any]]:
         """One line a table: where it lies, and the bytes of the worker that holds most of it."""
         return describe(self.placements, self._storage, self._settings, self.world_size)
+
+
+def made(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an Adam or AdamW was made with."""
+    given = optimizer.defaults
+    return {"learning rate": given["lr"], "weight decay": given["weight_decay"], "betas": given["betas"]}
 
 
 def _fused(settings: Sparse | None, storage: Tables) -> dict[str, Any]:

@@ -90,6 +90,15 @@ class Task(Protocol):
         """Feature -> int64 ids [b], [b, L] or Jagged, of features of the tables."""
         return {}
 
+    def mask(self, rows: Tensor, nodes: Tensor, step: int) -> Tensor:
+        """Rows [R, D] of the graph's users and items -> the same, of which some may be taken away before they are smoothed to be
+        trained on. What is drawn may depend on (step, node), never on the worker. Called only where there is a `graph`.
+
+        Args:
+            nodes: int64 [R], the rows' places among all users, and after them all items.
+        """
+        return rows
+
     def propagate(self, rows: Tensor, multiply: Callable[[Tensor], Tensor]) -> Tensor:
         """Rows [R, D] of the graph's users and items -> smoothed rows; `multiply` is the product with the graph's matrix.
         Called only where there is a `graph`."""
@@ -117,16 +126,18 @@ class MeasuredTask(Protocol):
 
     Attributes:
         measured: int64 [n], the items.
+        measured_features: the features under which they are looked up.
     """
 
     measured: np.ndarray
+    measured_features: Sequence[str]
 
     def measure(self, weights: dict[str, Tensor], vectors: dict[str, Tensor]) -> dict[str, Any]:
         """What is found, as JSON takes it. One worker calls it.
 
         Args:
             weights: the trained dense weights, whole, by name in `model`.
-            vectors: by feature the items' vectors [n, D], of what `lookups` asks for where a batch has `item` alone.
+            vectors: the items' vectors [n, D], by feature.
         """
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import ITEMS, Alone, batch_of, leaves, make, prepared, some_rows, together, vectors_of
+from small import ITEMS, USERS, Alone, batch_of, leaves, make, prepared, some_rows, together, vectors_of
 from torch import Tensor
 
 from sellarec.alignment.align import PROJECTION, AlignTask, build_align
@@ -17,6 +17,7 @@ from sellarec.alignment.measures import compare_views
 from sellarec.alignment.rows import LIKED
 from sellarec.collab.task import WEIGHTS
 from sellarec.config import Align
+from sellarec.data.keys import uniform
 from sellarec.training.table import Jagged
 
 torch.set_num_threads(1)
@@ -31,12 +32,13 @@ LOSSES = [
     if (name, loss) != ("din", "full-softmax") and (name != "fism" or loss == "bce")
 ]
 SETTINGS = Align(weight=0.4, temperature=0.3, hidden=6)
+SEED = 7
 
 
 def aligned(folder, settings: Align = SETTINGS, **collab: Any) -> AlignTask:
     task = make(folder, **collab)
     torch.manual_seed(9)
-    return build_align(task, WIDTH, lambda start, stop: VECTORS[start:stop], 4, settings, np.arange(3))
+    return build_align(task, WIDTH, lambda start, stop: VECTORS[start:stop], 4, settings, np.arange(3), SEED)
 
 
 def train_rows(number: int = 6) -> Any:
@@ -101,6 +103,83 @@ def test_users_are_drawn_to_the_mean_of_what_they_liked(name, loss, tmp_path):
     assert leaves(vectors)["user"].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("mask_equal", [True, False])
+def test_rlmrecs_contrast_projects_the_distilled_vectors(mask_equal, tmp_path):
+    """By hand: a row finds its own one among those of the batch; users find the mean of what they liked."""
+    task = aligned(tmp_path, replace(SETTINGS, contrastive="rlmrec-con", side="both", mask_equal=mask_equal))
+    assert (task.model.projection.layers[0].in_features, task.model.projection.layers[2].out_features) == (WIDTH, 4)
+    rows = train_rows().set_column(1, "user", [[0, 4, 2, 0, 1, 3]])
+    batch = batch_of(task, rows)
+    vectors = vectors_of(task, batch)
+    found = task.loss(task.model, batch, vectors, Alone())
+    collab = make(tmp_path)
+    without = {name: value for name, value in vectors.items() if name not in ("semantic", LIKED)}
+    total = collab.loss(None, batch, without, Alone())
+    liked = {0: [6, 1, 2], 2: [3], 3: [6, 1, 2], 5: [3]}
+    of_items = {row: vectors["semantic"][row] for row in range(6)}
+    of_users = {row: torch.from_numpy(VECTORS[items].mean(0)) for row, items in liked.items()}
+    for name, semantic in (("item", of_items), ("user", of_users)):
+        ids = batch[name].tolist()
+        projected = {row: task.model.projection(vector[None])[0] for row, vector in semantic.items()}
+        for row in semantic:
+            cosines = {
+                other: torch.cosine_similarity(vectors[name][row], projected[other], dim=0) / 0.3
+                for other in semantic
+                if other == row or not mask_equal or ids[other] != ids[row]
+            }
+            total = total + 0.4 * (torch.stack(list(cosines.values())).logsumexp(0) - cosines[row])
+    assert found.item() == pytest.approx(total.item(), rel=1e-5)
+    found.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in task.model.projection.parameters())
+    assert (leaves(vectors)["semantic"].grad.abs().sum(1) > 0).all(), "both views are drawn"
+
+
+GENERATIVE = replace(SETTINGS, contrastive="rlmrec-gen", mask_share=0.5)
+
+
+@pytest.mark.parametrize("side", ["items", "users"])
+def test_rlmrecs_reconstruction_is_of_masked_rows_alone(side, tmp_path):
+    """By hand: they find their distilled vectors among those of the other masked ones; the mean over them, once a target."""
+    task = aligned(tmp_path, replace(GENERATIVE, side=side), model="lightgcn")
+    rows = train_rows().set_column(1, "user", [[0, 4, 2, 0, 1, 3]]).set_column(2, "item", [[6, 1, 3, 0, 2, 5]])
+    kept = set()
+    for step in range(6):
+        batch = batch_of(task, rows, step)
+        vectors = vectors_of(task, batch)
+        without = {name: value for name, value in vectors.items() if name not in ("semantic", LIKED)}
+        expected = task._collab.loss(None, batch, without, Alone())
+        ids = batch["item"] if side == "items" else batch["user"]
+        nodes = (ids + USERS if side == "items" else ids).numpy()
+        semantic = {row: VECTORS[batch["item"][row]] for row in range(6)}
+        if side == "users":
+            semantic = {
+                row: VECTORS[items].mean(0) for row, items in {0: [6, 1, 2], 2: [3], 3: [6, 1, 2], 5: [3]}.items()
+            }
+        masked = [row for row in semantic if uniform(nodes, SEED, step)[row] < 0.5]
+        kept |= set(semantic) - set(masked)
+        losses = []
+        for row in masked:
+            found = task.model.projection(vectors["item" if side == "items" else "user"][row][None])
+            others = [row, *(other for other in masked if ids[other] != ids[row])]
+            cosines = torch.cosine_similarity(found, torch.from_numpy(np.stack([semantic[o] for o in others]))) / 0.3
+            losses.append(cosines.logsumexp(0) - cosines[0])
+        if losses:
+            expected = expected + 0.4 * 6 * torch.stack(losses).mean()
+        assert task.loss(task.model, batch, vectors, Alone()).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert kept, "none was ever left as it is"
+
+
+def test_a_masked_node_is_a_row_of_zeros_the_same_on_any_worker(tmp_path):
+    task = aligned(tmp_path, GENERATIVE, model="lightgcn")
+    rows, nodes = torch.randn(USERS + ITEMS, 4), torch.arange(USERS + ITEMS)
+    masked = [task.mask(rows, nodes, step) == 0 for step in range(50)]
+    assert all((mask.all(1) == mask.any(1)).all() for mask in masked)
+    assert 0.4 < torch.stack(masked).float().mean() < 0.6 and not torch.equal(masked[0], masked[1])
+    for part in (slice(0, 4), slice(4, None)):
+        assert torch.equal(task.mask(rows[part], nodes[part], 3) == 0, masked[3][part])
+    assert aligned(tmp_path, model="lightgcn").mask(rows, nodes, 3) is rows
+
+
 def test_with_both_sides_the_losses_add_up(tmp_path):
     found = {}
     for side in ("items", "users", "both"):
@@ -136,6 +215,7 @@ def test_what_collab_reads_of_rows_is_the_same_on_either_side(name, loss, side, 
         ours, theirs = (batch_of(given, train_rows(), step) for given in (task, collab))
         if step is not None:
             assert ours.pop(LIKED).values.tolist() == [2, 3, 2, 3]
+            assert (ours.pop("semantic", None) is not None) == (side == "both")
         assert ours.keys() == theirs.keys()
         for column, expected in theirs.items():
             found = ours[column]
@@ -143,7 +223,7 @@ def test_what_collab_reads_of_rows_is_the_same_on_either_side(name, loss, side, 
                 assert torch.equal(found.lengths, expected.lengths)
                 found, expected = found.values, expected.values
             assert torch.equal(found, expected), column
-        assert LIKED not in task.lookups(ours)
+        assert task.lookups(ours).keys() == collab.lookups(theirs).keys()
 
 
 def test_a_frozen_semantic_table_is_declared_so(tmp_path):
@@ -152,15 +232,19 @@ def test_a_frozen_semantic_table_is_declared_so(tmp_path):
         assert [table.frozen for table in task.tables] == [False, False, semantic == "frozen"]
 
 
+@pytest.mark.parametrize("contrastive", ["info-nce", "rlmrec-con"])
 @pytest.mark.parametrize("side", ["items", "users"])
-def test_what_is_measured_is_what_is_aligned(side, tmp_path):
+def test_what_is_measured_is_what_is_aligned(side, contrastive, tmp_path):
     """The projected rows and the semantic ones of the items that are looked up; with whole weights, as the loop has them."""
-    task = aligned(tmp_path, replace(SETTINGS, side=side))
-    vectors = vectors_of(task, {"item": torch.tensor(task.measured)})
+    task = aligned(tmp_path, replace(SETTINGS, side=side, contrastive=contrastive))
+    vectors = vectors_of(task, dict.fromkeys(task.measured_features, torch.tensor(task.measured)))
     assert set(vectors) == {"item", "semantic"}
     weights = {name: weight.detach().clone() for name, weight in task.model.named_parameters()}
-    views = task.model.projection(vectors["item"]).detach(), vectors["semantic"].detach()
     with torch.no_grad():
+        if contrastive == "rlmrec-con":
+            views = vectors["item"], task.model.projection(vectors["semantic"])
+        else:
+            views = task.model.projection(vectors["item"]), vectors["semantic"]
         assert task.measure(weights, vectors) == compare_views(*views)
 
 
@@ -170,13 +254,16 @@ def test_it_scores_as_the_collaborative_model_does(name, tmp_path):
     assert task.columns == collab.columns and task.graph == collab.graph and task.whole == collab.whole
     batch = batch_of(task, some_rows(), None)
     vectors = vectors_of(task, batch)
+    assert "semantic" not in vectors
     torch.testing.assert_close(task.score(task.model, batch, vectors), collab.score(None, batch, vectors))
 
 
 @pytest.mark.parametrize(
     ("name", "loss", "options"),
     [(name, loss, {}) for name, loss in LOSSES]
-    + [(name, loss, {"side": "both", "contrastive": "rince", "mask_equal": False}) for name, loss in SIDES],
+    + [(name, loss, {"side": "both", "contrastive": "rince", "mask_equal": False}) for name, loss in SIDES]
+    + [(name, loss, {"side": "both", "contrastive": "rlmrec-con"}) for name, loss in SIDES[:4]]
+    + [("lightgcn", loss, {"side": "both", "contrastive": "rlmrec-gen", "mask_share": 0.6}) for loss in ("bce", "bpr")],
 )
 def test_it_doesnt_depend_on_how_rows_lie_on_workers(name, loss, options, tmp_path):
     task = aligned(tmp_path, replace(SETTINGS, **options), model=name, loss=loss)
@@ -215,7 +302,6 @@ def test_the_semantic_table_starts_from_the_distilled_vectors(tmp_path):
     assert semantic.read is not None and (semantic.read(2, 4) == VECTORS[2:4]).all()
     batch = batch_of(task, train_rows())
     assert set(task.lookups(batch)) == {"user", "item", "semantic"}
-    assert set(task.lookups({"item": batch["item"]})) == {"item", "semantic"}
     assert task.lookups(batch)["semantic"].tolist() == batch["item"].tolist()
 
 

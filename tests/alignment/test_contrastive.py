@@ -17,7 +17,10 @@ from sellarec.config import Align
 
 torch.set_num_threads(1)
 
-KINDS = list(itertools.product(("info-nce", "rince"), ("both", "semantic-to-collab"), (True, False)))
+KINDS = [
+    *itertools.product(("info-nce", "rince"), ("both", "semantic-to-collab"), (True, False)),
+    *itertools.product(("rlmrec-con", "rlmrec-gen"), ("both",), (True, False)),
+]
 
 
 def draw(seed: int, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,8 +43,11 @@ def plain(left, right, temperature):
 def by_hand(left, right, ids, weight, row, kind, direction, mask_equal, q=0.01, scale=0.1, temperature=0.3):
     """The published formulas, of one row."""
     cosines = F.normalize(right, dim=1) @ F.normalize(left, dim=1).T / temperature
+    sides = (cosines, cosines.T)[: 2 if direction == "both" else 1]
+    if kind.startswith("rlmrec"):  # a row finds its semantic vector, whatever the direction of others
+        sides = (cosines.T,)
     values = []
-    for scores in (cosines, cosines.T)[: 2 if direction == "both" else 1]:
+    for scores in sides:
         others = [j for j in range(len(ids)) if weight[j] and not (mask_equal and ids[j] == ids[row])]
         positive = exp(scores[row, row])
         negative = sum(exp(scores[row, j]) for j in others)
@@ -95,7 +101,7 @@ def test_gradients_are_those_of_finite_differences(kind, direction, mask_equal):
     left, right = (x.requires_grad_() for x in draw(3, 6, 4))
     ids, weight = torch.tensor([0, 1, 1, 2, 3, 4]), torch.tensor([1.0, 1, 1, 1, 1, 0])
     options = {"contrastive": kind, "direction": direction, "mask_equal": mask_equal, "rince_q": 0.3}
-    if kind == "info-nce":
+    if kind != "rince":
         del options["rince_q"]
 
     def of(left, right):

@@ -1,6 +1,7 @@
 """Which artifact each part of the recommender is read from: what fuse trained from its own, the rest from where fuse read it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,13 +11,16 @@ from prepared import prepare_into, rules, source_of
 from safetensors.torch import save_file
 from small import save_table
 
+from sellarec import pipeline
 from sellarec.artifacts import fingerprint
-from sellarec.config import Adapt, Align, Collab, Config, Fuse, Llm, Prompt
+from sellarec.config import Adapt, Align, Collab, Config, Fuse, Llm, Prompt, Tables
+from sellarec.errors import UserError
 from sellarec.fusion.projection import Projection
 from sellarec.language.adapt import build_adapt
 from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
-from sellarec.pipeline import Run, _fuse_builder, inputs_of
+from sellarec.pipeline import Run, _check_sharding, _fuse, _fuse_builder, inputs_of
+from sellarec.training.launch import Cluster
 
 DIM, HIDDEN, WIDTH = 4, 6, 16
 
@@ -143,3 +147,63 @@ def test_a_wholly_tuned_model_is_what_all_later_stages_read(workspace):
         assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in tuned.items())
     encoder = ItemEncoder(**run.adapted(), noun="book", settings=config.distil)
     assert all(torch.equal(weight, tuned[f"llm.{n}"].bfloat16()) for n, weight in encoder._model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [
+        # 2 users and 2 items on the fullest worker; a row's weights, and its optimizer's state: one number a piece
+        ({}, 2 * (4 * DIM + 4) * 2 + 2 * (4 * WIDTH + 4)),
+        ({"table_optimizer": "adam"}, 2 * 16 * DIM * 2 + 2 * 16 * WIDTH),
+        ({"semantic": "frozen"}, 2 * (4 * DIM + 4) * 2 + 2 * 4 * WIDTH),
+        ({"train": ("projections",)}, 2 * 4 * DIM * 2 + 2 * 4 * WIDTH),
+        ({"tokens": ("item",)}, 2 * (4 * DIM + 4)),
+    ],
+    ids=str,
+)
+def test_tables_without_room_are_refused_before_workers_start(workspace, monkeypatch, changes, held):
+    """With what fuse's own optimizer keeps of them; one byte less than they take is too little."""
+
+    class Started(Exception):
+        pass
+
+    def start(*_):
+        raise Started
+
+    run = Run.of(
+        Config(workspace=str(workspace), collab=Collab(dim=DIM), align=Align(hidden=HIDDEN), fuse=Fuse(**changes))
+    )
+    run.marks = dict.fromkeys(("prepare", "pretrain", "adapt", "align", "fuse"), "x")
+    run.cluster = Cluster(local=True, gpus=False)
+    monkeypatch.setattr(pipeline, "train", start)
+    monkeypatch.setattr(pipeline, "room_for_tables", lambda workers: held - 1)
+    with pytest.raises(UserError, match=r"worker 0 of 2 would hold .* of tables"):
+        _fuse(run)
+    monkeypatch.setattr(pipeline, "room_for_tables", lambda workers: held)
+    with pytest.raises(Started):
+        _fuse(run)
+
+
+@pytest.mark.parametrize(
+    ("tables", "changes", "said"),
+    [
+        ({"dtype": "float16"}, {"table_optimizer": "adam"}, r"fuse.table_optimizer is adam, tables.dtype float16"),
+        (
+            {},
+            {"table_optimizer": "sgd", "table_weight_decay": 0.1},
+            r"fuse.table_weight_decay is 0.1 and fuse.table_optimizer sgd",
+        ),
+        ({"sharding": "column-wise"}, {}, r"column-wise and fuse.table_optimizer rowwise-adagrad"),
+    ],
+)
+def test_what_no_kernel_does_to_fuses_tables_is_refused_before_any_work(tmp_path, tables, changes, said):
+    """Of the stages that are wanted, and of fuse only where it trains tables."""
+
+    def check(stages: tuple[str, ...], **more: Any) -> None:
+        config = Config(workspace=str(tmp_path), tables=Tables(**tables), fuse=Fuse(**changes, **more))
+        _check_sharding(Run.of(config), stages)
+
+    with pytest.raises(UserError, match=said):
+        check(("prepare", "fuse"))
+    check(("prepare", "evaluate"))
+    check(("fuse",), train=("projections",))

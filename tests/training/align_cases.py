@@ -1,6 +1,7 @@
 """Training stage align as each worker of a test does, without Ray; and the same in one process on whole tables of plain torch."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from sellarec.alignment.measures import compare_views
 from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Align, Collab, Tables
+from sellarec.data.keys import uniform
 from sellarec.data.log import read_log
 from sellarec.training import engine as engine_module
 from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, row_groups, slices
 from sellarec.training.table import Jagged, initial_rows
+from sellarec.training.task import INITIAL
 
 WIDTH = 8
 """Columns of the distilled vectors: as many as the collaborative rows have, so that TorchRec could put them together."""
@@ -50,7 +53,7 @@ def distilled(start: int, stop: int) -> np.ndarray:
 def task_of(run: Run) -> AlignTask:
     torch.manual_seed(SEED)
     collab = build_collab(read_log(run.log), run.collab, None, run.log / "counts.npy", seed=SEED)
-    return build_align(collab, WIDTH, distilled, run.collab.dim, run.settings, MEASURED)
+    return build_align(collab, WIDTH, distilled, run.collab.dim, run.settings, MEASURED, SEED)
 
 
 def order_of(run: Run) -> Order:
@@ -85,6 +88,46 @@ def train(run: Run) -> dict[str, Any]:
     }
 
 
+def score(run: Run) -> dict[str, Any]:
+    """What a worker looks up to score the valid split, before any step: by feature how many ids, and by width how many lists its
+    tables were given, empty ones too; on worker 0 the scores."""
+    workers, task = engine_cases.workers_of(), task_of(run)
+    engine = Engine(task, workers, SEED, run.settings, run.storage, "float32")
+    asked: dict[str, int] = {}
+    given: dict[int, int] = {}
+    for tables in (tables for tables in (engine.tables, engine.frozen_tables) if tables is not None):
+        tables.look_up = partial(_counted, tables.look_up, asked)
+        for name, collection in tables._collections.items():
+            tables._collections[name] = partial(_given, collection, int(name.removeprefix("width_")), given)
+    valid = Order(tuple(row_groups([str(path) for path in read_log(run.log).split_paths("valid")])), 7, None)
+    rows = engine_cases.rows_of(valid, task, task.prepare_to_score, 0, valid.steps_per_epoch)
+    parts = slices(rows, valid, workers.rank, workers.world_size, 0, valid.steps_per_epoch)
+    return {"scores": engine.score(parts, lambda _: None), "asked": asked, "given": given}
+
+
+def _counted(look_up: Any, asked: dict[str, int], ids: dict[str, Any], *shares: Any) -> Any:
+    for name, values in ids.items():
+        asked[name] = asked.get(name, 0) + len(values.values if isinstance(values, Jagged) else values)
+    return look_up(ids, *shares)
+
+
+def _given(collection: Any, width: int, given: dict[int, int], keyed: Any) -> Any:
+    found = collection(keyed)
+    given[width] = given.get(width, 0) + len(keyed.lengths())
+    return found
+
+
+def plain_scores(run: Run) -> np.ndarray:
+    """Of the valid split, before any step: as the collaborative model scores it with whole tables."""
+    task = task_of(run)
+    collab = task._collab
+    log = read_log(run.log).split("valid")
+    batch = collab.collate(log.append_column("weight", pa.array(np.ones(len(log), np.float32))), None)
+    tables = {t.name: torch.from_numpy(initial_rows(t, SEED, 0, t.rows)) for t in collab.tables}
+    with torch.no_grad():
+        return collab.score(None, batch, {name: tables[name][batch[name]] for name in ("user", "item")}).numpy()
+
+
 class Alone:
     """`Peers` of one worker."""
 
@@ -109,6 +152,7 @@ class Twin:
         optimizers = {t.name: plain_optimizer(setup, t, rows[t.name]) for t in trained}
         dense = list(task.model.parameters())
         optimizer = torch.optim.AdamW(dense, weight_decay=settings.weight_decay)
+        self.run, self.matrix = run, None if task.graph is None else smoothing(run, task)
         self.losses, self.measured = [], [self.measure(task, rows)]
         for step in range(STEPS):
             rate = engine_cases.rate_at(step)
@@ -121,8 +165,11 @@ class Twin:
                 (name,) = (table.name for table in task.tables if feature in table.features)
                 flat = ids.values if isinstance(ids, Jagged) else ids
                 touched[name] |= set(flat.tolist())
-                found = rows[name][flat]
+                found = self.smoothed(rows, step)[name][flat]
                 vectors[feature] = Jagged(found, ids.lengths) if isinstance(ids, Jagged) else found
+                if self.matrix is not None and name != "semantic":
+                    vectors[INITIAL + feature] = rows[name][flat]
+                    touched[name] = set(range(len(rows[name])))
             loss = task.loss(task.model, batch, vectors, Alone()) / task.targets(batch)
             for values in rows.values():
                 values.grad = torch.zeros_like(values)
@@ -138,7 +185,36 @@ class Twin:
         self.tables = {name: values.detach().numpy() for name, values in rows.items()}
         self.dense = {name: weight.detach().numpy() for name, weight in task.model.named_parameters()}
 
-    @staticmethod
     @torch.no_grad()
-    def measure(task: AlignTask, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
-        return compare_views(task.model.projection(rows["item"][MEASURED]), rows["semantic"][MEASURED])
+    def measure(self, task: AlignTask, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
+        item, semantic = self.smoothed(rows, None)["item"][MEASURED], rows["semantic"][MEASURED]
+        if self.run.settings.contrastive == "rlmrec-con":
+            return compare_views(item, task.model.projection(semantic))
+        return compare_views(task.model.projection(item), semantic)
+
+    def smoothed(self, rows: dict[str, torch.Tensor], step: int | None) -> dict[str, torch.Tensor]:
+        """Rows as LightGCN smooths them, by a whole matrix; at a training step those that are masked count as zeros."""
+        if self.matrix is None:
+            return rows
+        both, settings = torch.cat([rows["user"], rows["item"]]), self.run.settings
+        if step is not None and settings.contrastive == "rlmrec-gen":
+            kept = uniform(np.arange(len(both)), SEED, step) >= settings.mask_share
+            both = both * torch.from_numpy(kept)[:, None]
+        layers = [both[:, :-1]]
+        for _ in range(self.run.collab.layers):
+            layers.append(self.matrix @ layers[-1])
+        smooth = torch.cat([torch.stack(layers).mean(0), both[:, -1:]], dim=1)
+        users = len(rows["user"])
+        return rows | {"user": smooth[:users], "item": smooth[users:]}
+
+
+def smoothing(run: Run, task: AlignTask) -> torch.Tensor:
+    """The normalized adjacency of users, then items, by train positives."""
+    assert task.graph is not None
+    train = read_log(run.log).split("train", ["user", "item", "label"])
+    user, item, label = (train[name].to_numpy() for name in train.column_names)
+    matrix = torch.zeros(task.graph.users + task.graph.items, task.graph.users + task.graph.items)
+    for u, i in zip(user[label == 1], task.graph.users + item[label == 1], strict=True):
+        matrix[u, i] = matrix[i, u] = 1
+    scale = matrix.sum(1).clamp(min=1) ** -0.5
+    return scale[:, None] * matrix * scale

@@ -49,6 +49,12 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen, sgd": {"semantic": "frozen", "side": "both", "table_optimizer": "sgd"},
     "frozen, adagrad": {"semantic": "frozen", "table_optimizer": "adagrad"},
     "frozen, adam": {"semantic": "frozen", "side": "users", "table_optimizer": "adam", **DECAY},
+    "rlmrec-con": {"contrastive": "rlmrec-con", "side": "both", "block": 5},
+    "rlmrec-con, frozen": {"contrastive": "rlmrec-con", "semantic": "frozen", "mask_equal": False, "table_optimizer": "adam"},
+    "rlmrec-gen": {"contrastive": "rlmrec-gen", "side": "both", "mask_share": 0.4},
+    "rlmrec-gen, frozen": {
+        "contrastive": "rlmrec-gen", "semantic": "frozen", "mask_equal": False, "mask_share": 0.4, "table_optimizer": "adam",
+    },
 }  # fmt: skip
 RUNS = [
     *[(case, "row-wise", workers) for case in CASES for workers in (1, 3)],
@@ -60,7 +66,9 @@ RUNS = [
 
 def run_of(log: Path, case: str, sharding: Any = "row-wise", **changes: Any) -> Run:
     usual: dict[str, Any] = {"learning_rate": 0.01, "table_learning_rate": 0.05, "hidden": 6, "temperature": 0.3}
-    collab = Collab(dim=align_cases.WIDTH, init_std=0.4, l2=0.05)
+    graph = {"model": "lightgcn", "layers": 2} if case.startswith("rlmrec-gen") else {}
+    dim = 4 if case.startswith("rlmrec") else align_cases.WIDTH
+    collab = Collab(dim=dim, init_std=0.4, l2=0.05, **graph)
     return Run(Align(**usual | CASES[case]), collab, log, Tables(sharding=sharding), **changes)
 
 
@@ -113,3 +121,17 @@ def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(gloo, tw
         assert state["item"] > 0 and (state["semantic"] == 0) is frozen
     resumed = replace(run, checkpoint=None, start_at=3, start_from=run.checkpoint, output=tmp_path / "output")
     close(gloo.call(3, align_cases.train, resumed), resumed, twins, case)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("case", "workers"), [("both, adam", 2), ("frozen, sgd", 3), ("frozen, adam", 1)])
+def test_no_distilled_vector_is_looked_up_to_score(gloo, log, case, workers):
+    """What is asked for, and what tables give unasked: lookups by bags send one of every feature of a width."""
+    run = run_of(log, case)
+    run = replace(run, collab=replace(run.collab, dim=4))
+    found = gloo.call(workers, align_cases.score, run)
+    expected = align_cases.plain_scores(run)
+    np.testing.assert_allclose(found[0]["scores"]["score"], expected, rtol=1e-5, atol=1e-6)
+    for worker in found:
+        assert set(worker["asked"]) == {"user", "item"} and set(worker["given"]) == {4}
+    assert sum(worker["asked"]["item"] for worker in found) >= len(expected)
