@@ -213,6 +213,14 @@ def decoder_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def has_full_attention(model: Any) -> bool:
+    """Whether each layer reads all keys and values before a position, so that those of a prefix can be computed apart."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
 def compute_in(model: Any, dtype: Any) -> None:
     """Have layers that hold their weights in another type cast them while they run, as FSDP2 does where weights are sharded.
 
