@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -70,8 +70,13 @@ def popularity(number: int) -> np.ndarray:
     return weights / weights.sum()
 
 
-def write(out: Path, facts: dict[str, Any], cases: list[dict]) -> None:
-    """Put the cases, the machine, versions, commit and date into a JSON file."""
+def write(
+    out: Path,
+    facts: dict[str, Any],
+    cases: list[dict],
+    packages: Sequence[str] = ("sellarec", "torchrec", "fbgemm-gpu", "numpy"),
+) -> None:
+    """Put the cases, the machine, versions (torch's and those of packages), commit and date into a JSON file."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     machine = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -82,6 +87,6 @@ def write(out: Path, facts: dict[str, Any], cases: list[dict]) -> None:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "versions": {name: metadata.version(name) for name in ("sellarec", "torchrec", "fbgemm-gpu", "numpy")},
+        "versions": {name: metadata.version(name) for name in packages},
     }
     out.write_text(json.dumps({**facts, **machine, "cases": cases}, indent=1) + "\n")

@@ -3,8 +3,7 @@
 Prompts that begin alike are read in two passes: what they begin with once, then what follows in each, by the keys and values of
 its beginning.
 
-Shapes: b rows, T prompt tokens, H width of the model, V vocabulary, n positions with a target, g prefixes, P tokens of a prefix, S
-tokens that follow one.
+Shapes: b rows, T prompt tokens, H width of the model, V vocabulary, n positions with a target.
 """
 
 from collections.abc import Sequence
@@ -107,14 +106,18 @@ class PromptScorer(nn.Module):
         longest = int(follow.max())
         column = torch.arange(longest, device=prefix.device) - longest
         mask = torch.cat([prefix_mask[group], column >= -follow[:, None]], dim=1)
-        return self.llm(
-            inputs_embeds=embedded[:, -longest:],
-            attention_mask=mask.long(),
-            position_ids=positions(mask)[:, -longest:],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1].float()
+        return (
+            self.llm(
+                inputs_embeds=embedded[:, -longest:],
+                attention_mask=mask.long(),
+                position_ids=positions(mask)[:, -longest:],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+        )
 
 
 def token_losses(output: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -197,7 +197,9 @@ class Recommender:
         return user, item, (values, np.array([len(history) for history in histories], np.int64))
 
     @torch.no_grad()
-    def _score(self, task: FuseTask | TextTask, user: np.ndarray, item: np.ndarray, histories: pa.ListArray) -> np.ndarray:
+    def _score(
+        self, task: FuseTask | TextTask, user: np.ndarray, item: np.ndarray, histories: pa.ListArray
+    ) -> np.ndarray:
         values, lengths = flat(pa.chunked_array([histories]))
         known = values != UNKNOWN
         row = np.repeat(np.arange(len(lengths)), lengths)

@@ -77,8 +77,8 @@ def task_of(case: Case) -> Any:
 
 
 def score_candidates(case: Case) -> dict[str, Any]:
-    """Scores of rows of which many begin alike, with what they begin with shared and without; and how often the first decoder layer
-    was called on this worker."""
+    """Scores of rows of which many begin alike, alone and with what they share; and how often the first decoder layer was called
+    on this worker."""
     workers, task, calls = workers_of(), task_of(case), []
     engine = Engine(task, workers, SEED, settings_of(case), Tables(), "float32")
     task.blocks[0].register_forward_hook(lambda *_: calls.append(1))

@@ -114,7 +114,7 @@ def candidates(tmp_path_factory) -> Path:
     """Two batches of rows of two users each, with long histories, which begin alike; and one in which none do."""
     generator = np.random.default_rng(9)
     user = np.concatenate([np.repeat([0, 1], [7, 5]), np.repeat([2, 3], [4, 8]), generator.permutation(12) % USERS])
-    histories = [[0, 4, 2, 8], [8], [1, 8, 8, 2, 5], [3, 8]]
+    histories = [[8, 4, 2, 8], [8, 8, 1], [1, 8, 8, 2, 5], [3, 8, 8, 4]]
     lists = [histories[one] for one in user[:24]] + [[k % ITEMS, *range(1 + k % 3)] for k in range(12)]
     path = tmp_path_factory.mktemp("rows") / "candidates.parquet"
     columns = {
@@ -135,7 +135,7 @@ def candidates(tmp_path_factory) -> Path:
 def test_any_number_of_workers_scores_alike_with_shared_prefixes(gloo, decoder, candidates, adapter, tmp_path, stage):
     """Two passes in the slices that are worth it, one in the others, on all workers alike."""
     more = (adapter, small_log(tmp_path, USERS, ITEMS, np.ones(ITEMS, bool))) if stage == "fuse" else (None, None)
-    case = Case(decoder, candidates, "answer", *more, micro_batch=4)
+    case = Case(decoder, candidates, "answer", *more, micro_batch=6)
     expected = None
     for workers in (1, 2, 3):
         found = gloo.call(workers, prompt_cases.score_candidates, case)
@@ -144,5 +144,5 @@ def test_any_number_of_workers_scores_alike_with_shared_prefixes(gloo, decoder, 
         expected = alone["score"] if expected is None else expected
         np.testing.assert_allclose(alone["score"], expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(shared["score"], expected, rtol=1e-4, atol=1e-5)
-        parts = -(-12 // workers // 4)
+        parts = -(-12 // workers // 6)
         assert [one["calls"] for one in found] == [[3 * parts, 5 * parts]] * workers
