@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +20,16 @@ import torch.multiprocessing as mp
 from sellarec.training.launch import KEEP_FREED_MEMORY
 
 
-def measure(function: Callable[..., dict | None], workers: int, *arguments: Any) -> dict:
-    """What worker 0's `function(rank, workers, *arguments)` gives; each worker has one thread, and the settings of memory
-    that the training's own workers are started with.
+def measure(
+    function: Callable[..., dict | None],
+    workers: int,
+    *arguments: Any,
+    environment: Mapping[str, str] = KEEP_FREED_MEMORY,
+) -> dict:
+    """What worker 0's `function(rank, workers, *arguments)` gives; each worker has one thread.
+
+    Args:
+        environment: variables that they are started with; by default as the training's own workers of tables are.
 
     Raises:
         SystemExit: a worker failed.
@@ -33,7 +40,7 @@ def measure(function: Callable[..., dict | None], workers: int, *arguments: Any)
         given = (workers, f"{folder}/meeting", function, arguments, answers)
         processes = [context.Process(target=_run, args=(rank, *given)) for rank in range(workers)]
         before = dict(os.environ)
-        os.environ.update(KEEP_FREED_MEMORY)  # read by a process at its start
+        os.environ.update(environment)  # read by a process at its start
         for process in processes:
             process.start()
         os.environ.clear()

@@ -122,7 +122,7 @@ def load_model(folder: Path, storage: str = "float32") -> "PreTrainedModel":
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = _read_config(folder)
+    config = read_config(folder)
     architecture = (getattr(config, "architectures", None) or ["?"])[0]
     names = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_MAPPING_NAMES)
     fitting = [name.get(config.model_type) for name in names]  # with its output layer, or without where that is tied
@@ -175,10 +175,15 @@ def decoder_depth(source: LlmSource) -> int:
     Raises:
         UserError: its config can't be read.
     """
-    return _read_config(source.name, source.revision).num_hidden_layers
+    return read_config(source.name, source.revision).num_hidden_layers
 
 
-def _read_config(name: str | Path, revision: str | None = None) -> Any:
+def read_config(name: str | Path, revision: str | None = None) -> Any:
+    """The config of a folder's or a hub id's model.
+
+    Raises:
+        UserError: it can't be read.
+    """
     from transformers import AutoConfig
 
     try:
