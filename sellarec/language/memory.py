@@ -186,7 +186,7 @@ def check_model_fits(found: dict[str, dict[str, int]], room: int, whose: str, ad
     )
     raise UserError(
         f"the language model would take about {_amount(sum(parts.values()))} of each worker {when} ({_sum(parts)}), but {whose} "
-        f"has room for {_amount(room)}: {', or '.join(hints)}, or take a smaller model or a larger machine"
+        f"has room for {_amount(room)}: {', or '.join([*hints, 'take a smaller model or a larger machine'])}"
     )
 
 
