@@ -29,7 +29,16 @@ from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, UserError
 from sellarec.language.templates import AUTO, is_file, read_template, read_templates, template_mark
-from sellarec.training.launch import Cluster, check_room, connect, room_for_tables, run_task, run_workers, train
+from sellarec.training.launch import (
+    Cluster,
+    check_room,
+    connect,
+    free_gpu_memory,
+    room_for_tables,
+    run_task,
+    run_workers,
+    train,
+)
 from sellarec.training.progress import Console, duration
 
 VERSIONS = {
@@ -474,12 +483,13 @@ def _titles(log: Log) -> list[str]:
 
 
 def _train(
-    this: Run, stage: str, build: Callable[[], Any], train_order: Any, tables: Sequence[Any] = ()
+    this: Run, stage: str, build: Callable[[], Any], train_order: Any, tables: Sequence[Any] = (), source: Any = None
 ) -> dict[str, Any]:
     """Train a stage on a worker group; gives the facts that the workers leave.
 
     Args:
         tables: the embedding tables that it will make: refused here where they can't be held.
+        source: of the language model that it trains whole; None for the run's own.
     """
     from sellarec.training.loop import Training
 
@@ -493,6 +503,8 @@ def _train(
         )
     if tables:
         _check_tables(this, tables, settings)
+    if isinstance(settings, Language):
+        _check_model(this, stage, this.llm() if source is None else source)
     valid = None
     if isinstance(settings, Selection):
         valid = _valid_order(this, stage, settings)
@@ -537,6 +549,28 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
         # its workers' own memory was seen to be free before Ray was started
         whose = f"each of {workers} workers on this machine"
         check_fits(placements, storage, optimizer, workers, room_for_tables(workers), whose)
+
+
+def _check_model(this: Run, stage: str, source: Any) -> None:
+    """Tell what a stage's language model takes of each worker.
+
+    Raises:
+        UserError: the worker's GPU, or this machine's memory, has less free.
+    """
+    from sellarec.language.llm import context_length, read_config
+    from sellarec.language.memory import advice_of, check_model_fits, phases, shape_of, summary, use_of
+
+    assert this.cluster is not None
+    config = this.config
+    shape = shape_of(source, None if stage == "pretrain" or config.adapt.method == "full" else config.adapt)
+    found = phases(shape, use_of(stage, config, context_length(read_config(source.name, source.revision))))
+    this.console.line(f"{stage:<9} the language model takes about, of each worker, {summary(found)}")
+    advice = advice_of(stage, config)
+    if this.gpus():
+        check_model_fits(found, free_gpu_memory(), "its GPU", advice)
+    elif this.cluster.local:
+        whose = f"each of {config.workers} workers on this machine"
+        check_model_fits(found, room_for_tables(config.workers), whose, advice)
 
 
 def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
@@ -610,6 +644,7 @@ def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
 
 
 def _pretrain(this: Run) -> dict[str, Any]:
+    from sellarec.language.llm import LlmSource
     from sellarec.language.pretrain import build_decoder
     from sellarec.training.stream import Order, row_groups
 
@@ -626,7 +661,8 @@ def _pretrain(this: Run) -> dict[str, Any]:
         start = (this.artifact("pretrain") / "initial").local
     _check_prompts(this, start())
     order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
-    return _train(this, "pretrain", partial(_build_pretrain, start, settings), order)
+    source = LlmSource(str(start()), None, "initial")
+    return _train(this, "pretrain", partial(_build_pretrain, start, settings), order, source=source)
 
 
 def _check_prompts(this: Run, folder: Path) -> None:
@@ -735,6 +771,7 @@ def _distil(this: Run) -> dict[str, Any]:
     from sellarec.language.distil import distil
 
     config, log = this.config, this.log()
+    _check_model(this, "distil", this.llm())
     return run_task(
         distil,
         "distil",
@@ -856,6 +893,7 @@ def _evaluate(this: Run) -> dict[str, Any]:
     from sellarec.training.scoring import Scoring, score_worker
 
     log, config = this.log(), this.config
+    _check_model(this, "evaluate", this.llm())
     build: dict[str, Callable[[], Any]] = {
         "collab": _collab_builder(this, this.artifact("collab")),
         "text-only": partial(

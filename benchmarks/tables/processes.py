@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +20,16 @@ import torch.multiprocessing as mp
 from sellarec.training.launch import KEEP_FREED_MEMORY
 
 
-def measure(function: Callable[..., dict | None], workers: int, *arguments: Any) -> dict:
-    """What worker 0's `function(rank, workers, *arguments)` gives; each worker has one thread, and the settings of memory
-    that the training's own workers are started with.
+def measure(
+    function: Callable[..., dict | None],
+    workers: int,
+    *arguments: Any,
+    environment: Mapping[str, str] = KEEP_FREED_MEMORY,
+) -> dict:
+    """What worker 0's `function(rank, workers, *arguments)` gives; each worker has one thread.
+
+    Args:
+        environment: variables that they are started with; by default as the training's own workers of tables are.
 
     Raises:
         SystemExit: a worker failed.
@@ -33,7 +40,7 @@ def measure(function: Callable[..., dict | None], workers: int, *arguments: Any)
         given = (workers, f"{folder}/meeting", function, arguments, answers)
         processes = [context.Process(target=_run, args=(rank, *given)) for rank in range(workers)]
         before = dict(os.environ)
-        os.environ.update(KEEP_FREED_MEMORY)  # read by a process at its start
+        os.environ.update(environment)  # read by a process at its start
         for process in processes:
             process.start()
         os.environ.clear()
@@ -70,8 +77,13 @@ def popularity(number: int) -> np.ndarray:
     return weights / weights.sum()
 
 
-def write(out: Path, facts: dict[str, Any], cases: list[dict]) -> None:
-    """Put the cases, the machine, versions, commit and date into a JSON file."""
+def write(
+    out: Path,
+    facts: dict[str, Any],
+    cases: list[dict],
+    packages: Sequence[str] = ("sellarec", "torchrec", "fbgemm-gpu", "numpy"),
+) -> None:
+    """Put the cases, the machine, versions (torch's and those of packages), commit and date into a JSON file."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     machine = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -82,6 +94,6 @@ def write(out: Path, facts: dict[str, Any], cases: list[dict]) -> None:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "versions": {name: metadata.version(name) for name in ("sellarec", "torchrec", "fbgemm-gpu", "numpy")},
+        "versions": {name: metadata.version(name) for name in packages},
     }
     out.write_text(json.dumps({**facts, **machine, "cases": cases}, indent=1) + "\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from sellarec.fusion.rows import prepare
 from sellarec.language import llm as llms
 from sellarec.language.adapt import answer_score, count_targets, make_prompts, prompt_batch, prompt_loss
 from sellarec.language.prompts import SOFT, Prompts
-from sellarec.language.scorer import PromptScorer
+from sellarec.language.scorer import PromptScorer, prefixes_of, share_prefixes
 from sellarec.training.stream import Prepare
 from sellarec.training.table import SavedTable, Table
 from sellarec.training.task import Batch, Peers, Task, Vectors
@@ -66,7 +67,7 @@ class Recommender(nn.Module):
         }
         tokens = self.projection({name: made_by[name]() for name in self.projection.tokens})
         slots = {name: batch[f"{name}_position"] for name in tokens}
-        found = self.scorer(batch["tokens"], batch["mask"], slots, tokens, batch.get("targets"))
+        found = self.scorer(batch["tokens"], batch["mask"], slots, tokens, batch.get("targets"), prefixes_of(batch))
         if self.adds_to is None:
             return found
         # the score is a difference of two logits, so this adds to it
@@ -132,6 +133,16 @@ class FuseTask(Task):
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         return answer_score(model(batch, vectors), self.prompts)
+
+    def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, int, int]:
+        told_by: list[str] = []
+        if "user_position" in rows.column_names and self.collab.network.is_product:
+            told_by = [name for name in ("user", "user_seen", "history") if name in rows.column_names]
+        elif "user_position" in rows.column_names:
+            # the user's token is made for the item too
+            before = pc.min_element_wise(rows["prefix_tokens"], rows["user_position"])
+            rows = rows.set_column(rows.column_names.index("prefix_tokens"), "prefix_tokens", before)
+        return share_prefixes(self.model.scorer, rows, size, told_by)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})

@@ -17,7 +17,15 @@ from sellarec.config import ALL_LINEAR, Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.prompts import SOFT, Prompts
-from sellarec.language.scorer import NO_TARGET, PromptScorer, base_model, left_padded, next_tokens
+from sellarec.language.scorer import (
+    NO_TARGET,
+    PromptScorer,
+    base_model,
+    left_padded,
+    next_tokens,
+    prefixes_of,
+    share_prefixes,
+)
 from sellarec.training.stream import Prepare
 from sellarec.training.task import Batch, Peers, Task, Vectors
 
@@ -64,7 +72,11 @@ class TextTask(Task):
         return prompt_loss(model(batch["tokens"], batch["mask"], {}, {}, batch.get("targets")), batch, self.prompts)
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
-        return answer_score(model(batch["tokens"], batch["mask"], {}, {}), self.prompts)
+        logits = model(batch["tokens"], batch["mask"], {}, {}, prefix=prefixes_of(batch))
+        return answer_score(logits, self.prompts)
+
+    def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, int, int]:
+        return share_prefixes(self.model, rows, size)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         prefix = "llm."
@@ -115,8 +127,11 @@ class TextTask(Task):
 
 
 def prompt_batch(rows: pa.Table, loss: str) -> Batch:
-    """The prompts' tokens, and where they go on with answers, `targets`: what is to be predicted, by `Adapt.loss`."""
+    """The prompts' tokens and what they share, and where they go on with answers, `targets`: what is to be predicted, by
+    `Adapt.loss`."""
     batch = left_padded(rows)
+    if "prefix" in rows.column_names:
+        batch |= {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in ("prefix", "prefix_tokens")}
     if "answer" not in rows.column_names:
         return batch
     answer = torch.from_numpy(rows["answer"].to_numpy().copy())

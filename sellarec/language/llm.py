@@ -189,7 +189,7 @@ def hidden_width(source: LlmSource) -> int:
 
 
 def read_config(name: str | Path, revision: str | None = None) -> Any:
-    """The config of a folder or hub id.
+    """The config of a folder's or a hub id's model.
 
     Raises:
         UserError: it can't be read.
@@ -226,6 +226,14 @@ def decoder_layers(model: Any) -> list[Any]:
     """The model's decoder layers: what FSDP2 gathers one at a time."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def has_full_attention(model: Any) -> bool:
+    """Whether each layer reads all keys and values before a position, so that those of a prefix can be computed apart."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 def compute_in(model: Any, dtype: Any) -> None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MIN_HISTORY = 3
 """The full template counts as fitting when so many titles of the longest kind do."""
 
+OF_CANDIDATE = ("title", "item", "semantic")
+"""Parts of a prompt that the item to judge fills."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -353,15 +356,19 @@ class Prompts:
 
         Returns:
             tokens list<int32> (0 in slots), shown int64 (titles of the history), answer int64 (tokens of the answer, from
-            the deciding position on; left out without labels), and for the slots user, item and semantic, where the template
-            has them, `{slot}_position` int64: where it stands, counted from the prompt's first token.
+            the deciding position on; left out without labels), prefix_tokens int64 (tokens before the first part that the
+            candidate fills), and for the slots user, item and semantic, where the template has them, `{slot}_position` int64:
+            where it stands, counted from the prompt's first token.
         """
         history, chosen = self._fitting(items, histories)
         shown = chosen.sum(1)
         # each row's prompt as a sequence of pieces: where they start in the array of tokens, and how long they are
         pieces: list[tuple[np.ndarray | int, np.ndarray | int]] = []
         slots: dict[str, int] = {}
+        candidate = []
         for part, place in zip(self.segments.parts, self._places, strict=True):
+            if part in OF_CANDIDATE:
+                candidate.append(len(pieces))
             if part == "title":
                 starts, lengths = self._title
                 pieces.append((starts[items], lengths[items]))
@@ -396,6 +403,7 @@ class Prompts:
                 "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens)),
                 "shown": shown,
                 **({} if labels is None else {"answer": lengths[:, -1]}),
+                "prefix_tokens": before[:, candidate[0]],
                 **{f"{name}_position": before[:, at] for name, at in slots.items()},
             }
         )

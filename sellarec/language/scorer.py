@@ -1,5 +1,8 @@
 """A causal language model as a scorer of prompts: logits at the deciding position, or where there is a target, nowhere else.
 
+Prompts that begin alike are read in two passes: what they begin with once, then what follows in each, by the keys and values of
+its beginning.
+
 Shapes: b rows, T prompt tokens, H width of the model, V vocabulary, n positions with a target.
 """
 
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sellarec.language.llm import decoder_layers
+from sellarec.language.llm import decoder_layers, has_full_attention
 
 LOGIT_BYTES = 64 << 20
 """Logits that the loss over tokens holds at once, about, of each of the few tensors of their size."""
@@ -27,6 +30,7 @@ class PromptScorer(nn.Module):
     def __init__(self, llm: nn.Module) -> None:
         super().__init__()
         self.llm = llm
+        self.shares = has_full_attention(base_model(llm))
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -39,6 +43,7 @@ class PromptScorer(nn.Module):
         slots: dict[str, Tensor],
         vectors: dict[str, Tensor],
         targets: Tensor | None = None,
+        prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Logits [b, V], float32, of the token that follows each prompt; with `targets` their losses [b] instead.
 
@@ -50,6 +55,8 @@ class PromptScorer(nn.Module):
             slots: positions int64 [b] by name, whose input embeddings are replaced.
             vectors: float [b, H] by the same names: what they are replaced by.
             targets: int64 [b, T], the token to predict at each position, or NO_TARGET.
+            prefix: without targets: int64 [b], the number of each row's prefix, and int64 [b], its tokens (1 or more, and fewer
+                than the row's). Rows with one number have equal tokens and vectors there. None: nothing is shared.
         """
         tokens, mask, padding = trim(tokens, mask)
         embedded = self.llm.get_input_embeddings()(tokens)
@@ -58,15 +65,59 @@ class PromptScorer(nn.Module):
             index = torch.stack([slots[name] - padding for name in names], dim=1)
             values = torch.stack([vectors[name].to(embedded.dtype) for name in names], dim=1)
             embedded = embedded.scatter(1, index[:, :, None].expand(-1, -1, embedded.shape[2]), values)
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        if prefix is not None:
+            return self._after_prefixes(embedded, mask.sum(1), *prefix)
         given = {
-            "inputs_embeds": embedded, "attention_mask": mask.long(), "position_ids": positions, "use_cache": False
+            "inputs_embeds": embedded, "attention_mask": mask.long(), "position_ids": positions(mask), "use_cache": False
         }  # fmt: skip
         if targets is None:
             return self.llm(**given, logits_to_keep=1).logits[:, -1].float()
         model = base_model(self.llm)
         hidden = model.base_model(**given).last_hidden_state
         return token_losses(model.get_output_embeddings(), hidden, targets[:, padding:])
+
+    def _after_prefixes(self, embedded: Tensor, lengths: Tensor, prefix: Tensor, prefix_tokens: Tensor) -> Tensor:
+        """Logits [b, V] as `forward` gives them, in two passes whatever is shared: layers that are sharded over workers are
+        gathered equally often on each.
+
+        Args:
+            embedded: [b, T, H], left-padded.
+            lengths: int64 [b], tokens of each row.
+        """
+        from transformers import DynamicCache
+
+        numbers, group = prefix.unique(return_inverse=True)
+        rows = torch.arange(len(prefix), device=prefix.device)
+        first = rows.new_full((len(numbers),), len(rows)).scatter_reduce(0, group, rows, "amin")
+        read, follow = prefix_tokens[first], lengths - prefix_tokens
+        column = torch.arange(int(read.max()), device=prefix.device) - int(read.max())
+        prefix_mask = column >= -read[:, None]
+        start = embedded.shape[1] - lengths[first] + read  # where the prefix ends
+        at = (start[:, None] + column).clamp(min=0)
+        cache = DynamicCache(config=base_model(self.llm).config)
+        base_model(self.llm).base_model(
+            inputs_embeds=embedded[first[:, None], at],
+            attention_mask=prefix_mask.long(),
+            position_ids=positions(prefix_mask),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache.batch_select_indices(group)
+        longest = int(follow.max())
+        column = torch.arange(longest, device=prefix.device) - longest
+        mask = torch.cat([prefix_mask[group], column >= -follow[:, None]], dim=1)
+        return (
+            self.llm(
+                inputs_embeds=embedded[:, -longest:],
+                attention_mask=mask.long(),
+                position_ids=positions(mask)[:, -longest:],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            .logits[:, -1]
+            .float()
+        )
 
 
 def token_losses(output: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -137,6 +188,63 @@ def next_tokens(batch: dict[str, Tensor], answer: Tensor | None) -> Tensor:
         wanted &= torch.arange(length) >= length - answer[:, None]
     following = torch.where(wanted, tokens, NO_TARGET)
     return torch.cat([following[:, 1:], torch.full_like(following[:, :1], NO_TARGET)], dim=1)
+
+
+def share_prefixes(
+    model: PromptScorer, rows: pa.Table, size: int, same: Sequence[str] = ()
+) -> tuple[pa.Table, int, int]:
+    """Rows to score in an order in which those that begin alike go through the model together, as often as that can be.
+
+    A prompt's prefix is what stands before its first part that the candidate fills. Where the model has layers that read only
+    some of the keys and values before a position (a sliding window), nothing is shared.
+
+    Args:
+        rows: b rows with `tokens`, `prefix_tokens` and positions of slots, by length.
+        size: rows of a micro-batch.
+        same: columns by which the vectors of slots in a prefix are told apart.
+
+    Returns:
+        The rows with `prefix` (int64, the same number for those with one prefix), micro-batches to be cut of them in their
+        order; how many tokens, padding included, they make the model read, and how many the given rows do without it.
+    """
+    lists = rows["tokens"].combine_chunks()
+    offsets, tokens = lists.offsets.to_numpy(), lists.values.to_numpy()
+    lengths = np.diff(offsets)
+    alone = _padded(lengths, size)
+    # a prompt's last token is read by itself: its logits are asked for
+    prefix_tokens = np.minimum(rows["prefix_tokens"].to_numpy(), lengths - 1)
+    if prefix_tokens.min(initial=1) < 1 or not model.shares:
+        return rows, alone, alone
+    ends = zip(offsets[:-1].tolist(), (offsets[:-1] + prefix_tokens).tolist(), strict=True)
+    begins = [tokens[start:end].tobytes() for start, end in ends]
+    keys = [tuple(tuple(v) if isinstance(v, list) else v for v in rows[name].to_pylist()) for name in same]
+    numbers: dict[tuple, int] = {}
+    prefix = np.array([numbers.setdefault(key, len(numbers)) for key in zip(begins, *keys, strict=True)], np.int64)
+    place = rows.column_names.index("prefix_tokens")
+    rows = rows.set_column(place, "prefix_tokens", pa.array(prefix_tokens)).append_column("prefix", pa.array(prefix))
+    order = np.argsort(prefix, kind="stable")
+    prefix, read, follow = prefix[order], prefix_tokens[order], (lengths - prefix_tokens)[order]
+    shared = _padded(follow, size)
+    for start in range(0, len(prefix), size):
+        part = slice(start, start + size)
+        shared += len(np.unique(prefix[part])) * int(read[part].max())
+    return rows.take(order), shared, alone
+
+
+def _padded(lengths: np.ndarray, size: int) -> int:
+    """Tokens and padding of micro-batches of `size`."""
+    parts = (lengths[start : start + size] for start in range(0, len(lengths), size))
+    return sum(len(part) * int(part.max()) for part in parts)
+
+
+def prefixes_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """What `PromptScorer` takes of rows that `share_prefixes` arranged; None of others."""
+    return (batch["prefix"], batch["prefix_tokens"]) if "prefix" in batch else None
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids of tokens, int64 [b, T]; padding has some."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 def trim(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -31,7 +31,7 @@ from sellarec.fusion.fuse import FuseTask, build_fuse, made_by, represented, sem
 from sellarec.language.adapt import TextTask, make_prompts
 from sellarec.language.llm import LlmSource, find_llm
 from sellarec.training.table import Jagged, SavedTable
-from sellarec.training.task import Batch, Task, Vectors
+from sellarec.training.task import WORTH_SHARING, Batch, Vectors
 
 TEMPLATE = "template.yaml"
 EXPORT = "export.json"
@@ -206,7 +206,9 @@ class Recommender:
         return user, item, (values, np.array([len(history) for history in histories], np.int64))
 
     @torch.no_grad()
-    def _score(self, task: Task, user: np.ndarray, item: np.ndarray, histories: pa.ListArray) -> np.ndarray:
+    def _score(
+        self, task: FuseTask | TextTask, user: np.ndarray, item: np.ndarray, histories: pa.ListArray
+    ) -> np.ndarray:
         values, lengths = flat(pa.chunked_array([histories]))
         known = values != UNKNOWN
         row = np.repeat(np.arange(len(lengths)), lengths)
@@ -229,6 +231,8 @@ class Recommender:
             part = task.prepare_to_score(part, 0, np.zeros(len(part), np.int64))
             # by length, so that little is padded
             part = part.take(np.argsort(pc.list_value_length(part["tokens"]).to_numpy(), kind="stable"))
+            arranged, shared, alone = task.share(part, self._micro_batch)
+            part = arranged if shared <= WORTH_SHARING * alone else part
             batch = task.collate(part, None)
             batch, vectors = self._ready(batch), self._ready(self._look_up(task.lookups(batch)))
             found = []

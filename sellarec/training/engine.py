@@ -34,7 +34,18 @@ from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import Jagged, index
 from sellarec.training.tables import ShardedTables, made
-from sellarec.training.task import INITIAL, WHOLE, Batch, CheckedTask, MeasuredTask, RankingTask, Task, Vectors
+from sellarec.training.task import (
+    INITIAL,
+    WHOLE,
+    WORTH_SHARING,
+    Batch,
+    CheckedTask,
+    MeasuredTask,
+    RankingTask,
+    SharingTask,
+    Task,
+    Vectors,
+)
 
 KINDS: tuple[Kind, ...] = ("user", "item")
 """Tables whose rows a graph smooths, in the order of its rows."""
@@ -318,6 +329,16 @@ class Engine:
             return rows
         return rows.take(np.argsort(pc.list_value_length(rows["tokens"]).to_numpy(), kind="stable"))
 
+    def _to_score(self, rows: pa.Table) -> pa.Table:
+        """Rows in the order that micro-batches are cut in. Those that begin alike share it where all workers' rows together are
+        worth it: to share takes another number of passes through layers that the workers hold together."""
+        rows = self._by_length(rows)
+        if self.micro_batch is None or not isinstance(self.task, SharingTask):
+            return rows
+        arranged, shared, alone = self.task.share(rows, self.micro_batch)
+        shared_by_all, alone_of_all = self.workers.sum(shared, alone)
+        return arranged if shared_by_all <= WORTH_SHARING * alone_of_all else rows
+
     def step(self, rows: pa.Table, step: int, rate: float) -> float:
         """One optimizer step on this worker's slice; `rate` multiplies the learning rates.
 
@@ -393,7 +414,7 @@ class Engine:
                 if time.monotonic() - told > PROGRESS_SECONDS:
                     told = time.monotonic()
                     report(number)
-                rows = self._by_length(rows)
+                rows = self._to_score(rows)
                 batch = self._to_device(task.collate(rows, None))
                 self._agree(batch)
                 vectors = self._look_up(batch)

@@ -95,10 +95,22 @@ def connect(workers: int, console: Console) -> Cluster:
 
 
 def room_for_tables(workers: int) -> int:
-    """Bytes that each of so many workers on this machine has for tables, beside what a worker takes itself."""
+    """Bytes that each of so many workers on this machine has for tables or a model, beside what a worker takes itself."""
     import psutil
 
     return max(0, psutil.virtual_memory().available // workers - WORKER_MEMORY)
+
+
+def free_gpu_memory() -> int:
+    """Bytes that are free on a GPU of the cluster, as a worker of its own finds them."""
+    import ray
+
+    def ask() -> int:
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+
+    return ray.get(ray.remote(num_gpus=1, num_cpus=0)(ask).remote())
 
 
 def check_room(workers: int) -> None:

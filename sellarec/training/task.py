@@ -30,6 +30,11 @@ WHOLE = "whole "
 """A worker's share of a feature's whole table is found under the feature's name after this, its ids in the batch likewise."""
 
 
+WORTH_SHARING = 0.6
+"""Rows that begin alike are scored by what they share where that leaves the model at most so much of the tokens to read. Two
+passes take longer than one of as many tokens; with the demo's small model, which loses most, they are about even here."""
+
+
 class Peers(Protocol):
     """The other workers, as a loss needs them. All workers call the same in the same order; gradients flow back."""
 
@@ -153,6 +158,15 @@ class RankingTask(Protocol):
 
     def products(self, users: Tensor, items: Tensor) -> Tensor:
         """The scores of all pairs: [b, D] and [m, D] -> [b, m]."""
+
+
+@runtime_checkable
+class SharingTask(Protocol):
+    """What a task has beside, whose model reads what rows to score have in common at their beginning only once."""
+
+    def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, int, int]:
+        """Prepared rows, by length -> the same in another order, of which `collate` and `score` share what micro-batches of
+        `size` rows have in common; the tokens that the model then reads, and those that it reads of the rows as they were."""
 
 
 @runtime_checkable

@@ -557,6 +557,33 @@ def test_prompts_show_more_of_a_history_than_the_model_reads(make, model):
         assert (batch["history"].values.tolist(), batch["history"].lengths.tolist()) == ([6, 7, 9, 9], [2, 2, 0])
 
 
+@pytest.mark.parametrize(("model", "prefixes"), [("mf", 4), ("sasrec", 4), ("din", 2)])
+def test_candidates_share_the_prompt_before_them_and_the_users_token_where_it_is_the_same(make, model, prefixes):
+    """Two users, each with either of two histories. What din makes of a user is of the item too, so that it ends what is shared:
+    users who liked the same share their titles."""
+    task, number = make(model=model), 16
+    task.model.eval()
+    histories = [[3, 4, 5, 6], [3, 4, 6, 5]]
+    user, history = np.repeat([0, 1], 8), np.tile([0, 1], 8)
+    changes = {"user": user, "item": np.arange(number) % 4, "history": [histories[one] for one in history]}
+    changes["history"] = pa.array(changes["history"], pa.list_(pa.int64()))
+    prepared = task.prepare_to_score(rows(number, **changes), 0, np.zeros(number, np.int64))
+    arranged, shared, alone = task.share(prepared, number)
+    assert len(set(arranged["prefix"].to_pylist())) == prefixes
+    assert shared < 0.7 * alone
+
+    def scores(part: pa.Table) -> dict[int, float]:
+        batch = task.collate(part, None)
+        with torch.no_grad():
+            return dict(
+                zip(part["row"].to_pylist(), task.score(task.model, batch, look_up(task, batch)).tolist(), strict=True)
+            )
+
+    expected = scores(prepared)
+    assert np.std(list(expected.values())) > 0.01
+    assert scores(arranged) == pytest.approx(expected, abs=1e-5)
+
+
 def test_tasks_that_read_rows_dont_load_torch(task):
     code = "import pickle, sys; pickle.loads(sys.stdin.buffer.read()); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(task.prepare), capture_output=True)

@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     Gemma2Config,
@@ -14,12 +16,21 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
 from sellarec.errors import UserError
 from sellarec.language import scorer
-from sellarec.language.llm import check_output_layer
-from sellarec.language.scorer import NO_TARGET, PromptScorer, left_padded, next_tokens, token_losses
+from sellarec.language.llm import check_output_layer, load_model
+from sellarec.language.scorer import (
+    NO_TARGET,
+    PromptScorer,
+    left_padded,
+    next_tokens,
+    share_prefixes,
+    token_losses,
+)
 
 torch.set_num_threads(1)
 
@@ -126,3 +137,93 @@ def test_a_model_that_does_more_to_its_logits_is_refused():
     ).eval()  # fmt: skip
     with pytest.raises(UserError, match=r"gemma2.*adapt\.loss and fuse\.loss answer"):
         check_output_layer(capped)
+
+
+BEGINNINGS = ([1, 5, 0, 7], [1, 5, 0, 7, 8, 9, 2, 11, 6], [1, 4])
+"""Of prompts; in the first two a slot, of a user."""
+CANDIDATES = [(0, [3, 9]), (1, [6]), (0, [0, 12, 13, 14, 7]), (2, [3, 0, 8]), (1, [3, 3]), (0, [6]), (1, [3, 9])]
+"""Each a beginning and what follows it."""
+
+
+def candidates() -> pa.Table:
+    tokens = [BEGINNINGS[number] + follows for number, follows in CANDIDATES]
+    columns = {
+        "tokens": pa.array(tokens, pa.list_(pa.int32())),
+        "prefix_tokens": [len(BEGINNINGS[number]) for number, _ in CANDIDATES],
+        "user_position": [2 if number < 2 else 1 for number, _ in CANDIDATES],
+        "item_position": [len(row) - 1 for row in tokens],
+        "user": [number for number, _ in CANDIDATES],
+        "number": range(len(tokens)),
+    }
+    table = pa.table(columns)
+    return table.take(np.argsort([len(row) for row in tokens], kind="stable"))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_prompts_that_begin_alike_score_as_each_by_itself(models, name):
+    """With an adapter, soft tokens in the prefix and behind it, and beginnings and ends of different lengths."""
+    torch.manual_seed(4)
+    targets = ["c_attn", "c_fc"] if name == "gpt2" else ["q_proj", "v_proj", "down_proj"]
+    lora = LoraConfig(r=2, target_modules=targets, fan_in_fan_out=name == "gpt2", init_lora_weights=False)
+    model = PromptScorer(get_peft_model(load_model(models[name]), lora)).eval()
+    of_user, of_item = torch.randn(3, 16), torch.randn(len(CANDIDATES), 16)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape[:2])))
+
+    def logits(rows: pa.Table, prefix=None) -> torch.Tensor:
+        batch = left_padded(rows)
+        slots = {slot: batch[f"{slot}_position"] for slot in ("user", "item")}
+        vectors = {"user": of_user[rows["user"].to_numpy()], "item": of_item[rows["number"].to_numpy()]}
+        with torch.no_grad():
+            return model(batch["tokens"], batch["mask"], slots, vectors, prefix=prefix)
+
+    rows = candidates()
+    alone = torch.cat([logits(rows.slice(row, 1)) for row in np.argsort(rows["number"].to_numpy())])
+    arranged, shared, without = share_prefixes(model, rows, len(CANDIDATES), ("user",))
+    seen.clear()
+    found = logits(arranged, tuple(torch.from_numpy(arranged[c].to_numpy()) for c in ("prefix", "prefix_tokens")))
+    torch.testing.assert_close(found, alone[arranged["number"].to_numpy()], rtol=1e-5, atol=1e-5)
+    assert seen == [(3, 9), (7, 5)], "three beginnings of at most 9 tokens, and what follows, at most 5"
+    assert shared == 3 * 9 + 7 * 5 and without == 7 * 11
+    assert alone.std() > 0.1
+
+
+def test_prompts_of_different_users_or_tokens_share_nothing():
+    model, rows = PromptScorer(llama()), candidates()
+
+    def prefixes(rows: pa.Table, *same: str) -> list[list[int]]:
+        arranged, _, _ = share_prefixes(model, rows, 3, same)
+        found: dict[int, list[int]] = {}
+        for prefix, number in zip(arranged["prefix"].to_pylist(), arranged["number"].to_pylist(), strict=True):
+            found.setdefault(prefix, []).append(number)
+        assert list(found) == sorted(found), "together, the shortest first"
+        return sorted(sorted(numbers) for numbers in found.values())
+
+    assert prefixes(rows, "user") == [[0, 2, 5], [1, 4, 6], [3]]
+    assert prefixes(rows) == [[0, 2, 5], [1, 4, 6], [3]]
+    assert prefixes(rows, "number") == [[number] for number in range(7)]
+    shorter = rows.set_column(1, "prefix_tokens", pa.array([1] * 7))
+    assert prefixes(shorter) == [list(range(7))]
+    histories = rows.append_column("history", pa.array([[1, number % 2] for number in rows["number"].to_pylist()]))
+    assert prefixes(histories, "history") == [[0, 2], [1], [3], [4, 6], [5]]
+
+
+def test_a_prompts_last_token_is_read_by_itself():
+    rows = candidates()
+    everything = rows.set_column(1, "prefix_tokens", pa.array([len(row) for row in rows["tokens"].to_pylist()]))
+    arranged, _, _ = share_prefixes(PromptScorer(llama()), everything, 7)
+    lengths = [len(row) - 1 for row in arranged["tokens"].to_pylist()]
+    assert arranged["prefix_tokens"].to_pylist() == lengths
+
+
+def test_nothing_is_shared_where_prompts_begin_with_the_candidate_or_attention_slides():
+    rows = candidates()
+    nothing = rows.set_column(1, "prefix_tokens", pa.array([0] * 7))
+    same, shared, without = share_prefixes(PromptScorer(llama()), nothing, 7)
+    assert same is nothing and shared == without == 7 * 11
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for window in (4, None):
+        config = MistralConfig(vocab_size=50, num_key_value_heads=2, sliding_window=window, **small)
+        model = PromptScorer(MistralForCausalLM(config))
+        _, shared, without = share_prefixes(model, rows, 7, ("user",))
+        assert (shared < without) == (window is None)

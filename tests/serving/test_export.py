@@ -262,6 +262,25 @@ def test_scores_are_those_of_the_stages(made, model):
     assert not (found.unknown_user.any() or found.unknown_item.any() or found.unknown_history.any())
 
 
+@pytest.mark.parametrize("model", ["mf", "din"])
+def test_candidates_of_a_user_are_scored_alike_though_their_history_is_read_once(made, model, monkeypatch):
+    workspace, export = made(model)
+    recommender, tokens = sellarec.load(export), []
+    recommender._task.blocks[0].register_forward_pre_hook(lambda module, given: tokens.append(given[0][..., 0].numel()))
+    items = workspace.log.items(["external_id"])["external_id"].to_pylist()
+    pairs = [(f"{user}", item) for item in items for user in (1, 2)]
+
+    def scores() -> tuple[np.ndarray, int]:
+        tokens.clear()
+        return recommender.score(*zip(*pairs, strict=True)).scores, sum(tokens)
+
+    shared, shared_tokens = scores()
+    monkeypatch.setattr("sellarec.serving.recommender.WORTH_SHARING", 0.0)
+    alone, all_tokens = scores()
+    assert alone.std() > 0.01 and shared_tokens < 0.6 * all_tokens
+    np.testing.assert_allclose(shared, alone, atol=1e-5)
+
+
 def test_without_histories_the_last_positives_of_all_splits_are_taken(made, recommender):
     workspace, _ = made()
     rows = pa.concat_tables([workspace.log.split(name) for name in ("train", "valid", "test")])

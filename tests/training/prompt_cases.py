@@ -15,12 +15,16 @@ from sellarec.fusion.fuse import build_fuse
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
 from sellarec.training import dense
+from sellarec.training import engine as engine_module
 from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, row_groups, slices
 from sellarec.training.table import Table
+from sellarec.training.task import WORTH_SHARING
 
 USERS, ITEMS, DIM = 7, 10, 4
 BATCH, STEPS, SEED = 7, 3, 1
+CANDIDATES = 12
+"""Rows of a global batch that is scored."""
 TITLES = [
     "sea",
     "golden anchor",
@@ -52,6 +56,7 @@ class Case:
     loss: str
     adapter: Path | None = None
     log: Log | None = None
+    micro_batch: int = 2
 
 
 def task_of(case: Case) -> Any:
@@ -71,10 +76,28 @@ def task_of(case: Case) -> Any:
     )
 
 
+def score_candidates(case: Case) -> dict[str, Any]:
+    """Scores of rows of which many begin alike, alone and with what they share; and how often the first decoder layer was called
+    on this worker."""
+    workers, task, calls = workers_of(), task_of(case), []
+    engine = Engine(task, workers, SEED, settings_of(case), Tables(), "float32")
+    task.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    order = Order(tuple(row_groups([str(case.rows)])), CANDIDATES, None)
+    size, steps = workers.world_size, order.steps_per_epoch
+    scores, of_calls = [], []
+    for worth in (0, WORTH_SHARING):
+        engine_module.WORTH_SHARING = worth
+        calls.clear()
+        rows = rows_of(order, task, task.prepare_to_score, 0, steps)
+        scores.append(engine.score(slices(rows, order, workers.rank, size, 0, steps), lambda _: None))
+        of_calls.append(len(calls))
+    return {"alone": scores[0], "shared": scores[1], "calls": of_calls}
+
+
 def settings_of(case: Case) -> Any:
     if case.adapter is None:
-        return Adapt(rank=2, loss=case.loss, micro_batch=2)
-    return Fuse(loss=case.loss, micro_batch=2, learning_rate=1e-3, unseen_dropout=0.2)
+        return Adapt(rank=2, loss=case.loss, micro_batch=case.micro_batch)
+    return Fuse(loss=case.loss, micro_batch=case.micro_batch, learning_rate=1e-3, unseen_dropout=0.2)
 
 
 def train(case: Case) -> dict[str, Any]:

@@ -107,3 +107,42 @@ def test_any_number_of_workers_fuses_alike(gloo, decoder, rows, adapter, tmp_pat
     for found in more:
         close(found, alone)
         np.testing.assert_allclose(found["scores"]["score"], alone["scores"]["score"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory) -> Path:
+    """Two batches of rows of two users each, with long histories, which begin alike; and one in which none do."""
+    generator = np.random.default_rng(9)
+    user = np.concatenate([np.repeat([0, 1], [7, 5]), np.repeat([2, 3], [4, 8]), generator.permutation(12) % USERS])
+    histories = [[8, 4, 2, 8], [8, 8, 1], [1, 8, 8, 2, 5], [3, 8, 8, 4]]
+    lists = [histories[one] for one in user[:24]] + [[k % ITEMS, *range(1 + k % 3)] for k in range(12)]
+    path = tmp_path_factory.mktemp("rows") / "candidates.parquet"
+    columns = {
+        "row": np.arange(36),
+        "user": user,
+        "item": generator.integers(0, ITEMS, 36),
+        "label": pa.array(generator.integers(0, 2, 36), pa.int8()),
+        "history": pa.array(lists, pa.list_(pa.int64())),
+        "user_seen": np.ones(36, bool),
+        "item_seen": np.ones(36, bool),
+    }
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["adapt", "fuse"])
+def test_any_number_of_workers_scores_alike_with_shared_prefixes(gloo, decoder, candidates, adapter, tmp_path, stage):
+    """Two passes in the slices that are worth it, one in the others, on all workers alike."""
+    more = (adapter, small_log(tmp_path, USERS, ITEMS, np.ones(ITEMS, bool))) if stage == "fuse" else (None, None)
+    case = Case(decoder, candidates, "answer", *more, micro_batch=6)
+    expected = None
+    for workers in (1, 2, 3):
+        found = gloo.call(workers, prompt_cases.score_candidates, case)
+        alone, shared = found[0]["alone"], found[0]["shared"]
+        assert len(alone["score"]) == 36 and alone["score"].std() > 0
+        expected = alone["score"] if expected is None else expected
+        np.testing.assert_allclose(alone["score"], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(shared["score"], expected, rtol=1e-4, atol=1e-5)
+        parts = -(-12 // workers // 6)
+        assert [one["calls"] for one in found] == [[3 * parts, 5 * parts]] * workers

@@ -1,0 +1,243 @@
+"""What a stage's language model takes of a worker's memory, by arithmetic, before anything is loaded.
+
+Counted: weights as they are stored, whole while they are loaded and sharded after that; what is trained, with gradients and the
+optimizer's state; layers that are gathered to compute; activations of a micro-batch of the longest prompts; logits. Not counted:
+tables and projections, the prompts' own tensors, buffers of NCCL or gloo, what an allocator keeps, and the process itself
+(`sellarec.training.launch.WORKER_MEMORY`).
+`benchmarks/language/memory.py` compares it with processes.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from sellarec.config import ALL_LINEAR, Adapt
+from sellarec.errors import UserError
+from sellarec.language.llm import LlmSource, decoder_layers, read_config
+from sellarec.training.plan import GIB
+
+SAVED_NUMBERS = 1.25
+"""Numbers that a decoder layer keeps of a token for its backward pass, over those that its linear layers take and give: 0.9 to
+1.3 were counted in Llama and Qwen2, with an adapter on two or on all of its linear layers; 1.5 to 1.9 in GPT-2."""
+
+SMALL_BLOCK = 256 << 10
+"""Layers of fewer bytes are gathered all at once (`sellarec.training.dense`)."""
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a language model its memory depends on.
+
+    Attributes:
+        weights: of the whole model; adapter: of LoRA on it; layer: of its largest decoder layer.
+        layers: decoder layers.
+        features: numbers that the linear layers of one decoder layer take and give, of one token.
+        keys: numbers that one decoder layer keeps of a token for those after it.
+    """
+
+    weights: int
+    adapter: int
+    layer: int
+    layers: int
+    hidden: int
+    features: int
+    keys: int
+    vocabulary: int
+
+
+def shape_of(source: LlmSource, adapter: Adapt | None) -> Shape:
+    """The shape of a model, by its config alone, with an adapter or without.
+
+    Raises:
+        UserError: its config can't be read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    config = read_config(source.name, source.revision)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    output = model.get_output_embeddings()
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output}
+    targets: Collection[str] = () if adapter is None else adapter.targets
+    adapted = [m for n, m in linear.items() if ALL_LINEAR in targets or n.rpartition(".")[2] in targets]
+    lora = 0
+    if adapter is not None:
+        # of DoRA a norm more for each number that a layer gives
+        given = [m.out_features if isinstance(m, torch.nn.Linear) else m.nf for m in adapted]
+        lora = adapter.rank * sum(sum(m.weight.shape) for m in adapted) + adapter.dora * sum(given)
+    layers = decoder_layers(model)
+    inside = [m for m in layers[0].modules() if m in set(linear.values())]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shape(
+        weights=sum(weight.numel() for weight in model.parameters()),
+        adapter=lora,
+        layer=max(sum(weight.numel() for weight in layer.parameters()) for layer in layers),
+        layers=len(layers),
+        hidden=config.hidden_size,
+        features=sum(sum(m.weight.shape) for m in inside),
+        keys=2 * heads * width,
+        vocabulary=config.vocab_size,
+    )
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a stage uses the model.
+
+    Attributes:
+        workers: that share its weights; 1 where each holds all of them (distil).
+        micro_batch, tokens: rows that go through it at once, and how long they may be.
+        storage, dtype: types of its frozen weights, and of computing.
+        trains: what gradients are of: the whole model, its adapter, or nothing of it.
+        backward: whether gradients go through it.
+        checkpoints: whether layers are computed again in the backward pass.
+        logits: of which positions logits are made: the last one (answer), some at a time (tokens), or none.
+        before: models of the same shape that are held beside it, sharded.
+        compares: whether the whole model is loaded once more at the end.
+    """
+
+    workers: int
+    micro_batch: int
+    tokens: int
+    storage: str
+    dtype: str
+    trains: str = "nothing"
+    backward: bool = False
+    checkpoints: bool = False
+    logits: str = "answer"
+    before: int = 0
+    compares: bool = False
+
+
+def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
+    """By phase of a stage what a worker holds then, in bytes by name."""
+    stored, computed = BYTES[use.storage], BYTES[use.dtype]
+    whole = shape.weights * stored + shape.adapter * 4
+    share = whole * (1 + use.before) // use.workers
+    trained = {"model": shape.weights, "adapter": shape.adapter, "nothing": 0}[use.trains]
+    state = trained * 12 // use.workers
+    outside = shape.weights - shape.layers * shape.layer
+    at_once = shape.layers if shape.layer * stored < SMALL_BLOCK else min(2, shape.layers)
+    gathered = (outside + at_once * shape.layer) * computed if use.workers > 1 or stored != computed else 0
+    rows = use.micro_batch * use.tokens
+    of_layer = int(SAVED_NUMBERS * shape.features)
+    if not use.backward:
+        numbers = shape.features + shape.layers * shape.keys * (
+            use.logits == "answer"
+        )  # keys: where prefixes are shared
+    elif use.checkpoints:
+        numbers = of_layer + shape.layers * shape.hidden
+    else:
+        numbers = of_layer * shape.layers
+    logits = {
+        "answer": 12 * use.micro_batch * shape.vocabulary,
+        "tokens": 4 * min(LOGIT_BYTES, 4 * rows * shape.vocabulary),
+        "none": 0,
+    }[use.logits]
+    held = {"weights": share, "gradients and optimizer": state}
+    found = {
+        "while it is loaded": {"the whole model": whole, "weights": share},
+        "at a micro-batch": held
+        | {"gathered layers": gathered, "activations": rows * numbers * computed, "logits": logits},
+    }
+    if use.compares:
+        found["at the end, where it is loaded again to be compared"] = held | {"the whole model": whole}
+    return found
+
+
+LOGIT_BYTES = 64 << 20
+"""As `sellarec.language.scorer`, which loads torch, has it."""
+
+
+def largest(found: dict[str, dict[str, int]]) -> tuple[str, dict[str, int]]:
+    """The phase that takes most."""
+    return max(found.items(), key=lambda phase: sum(phase[1].values()))
+
+
+def summary(found: dict[str, dict[str, int]]) -> str:
+    """One line: what is needed, and of what it is made."""
+    when, parts = largest(found)
+    return f"{_amount(sum(parts.values()))} {when} ({_sum(parts)})"
+
+
+def check_model_fits(found: dict[str, dict[str, int]], room: int, whose: str, advice: dict[str, str]) -> None:
+    """Refuse a model that takes more than there is room for.
+
+    Args:
+        room: bytes that one worker has for it.
+        whose: what has that room, for the message.
+        advice: by name of a part what makes it smaller.
+
+    Raises:
+        UserError: with the sum, and what to do about its largest parts.
+    """
+    when, parts = largest(found)
+    if sum(parts.values()) <= room:
+        return
+    ordered = sorted(parts, key=lambda name: -parts[name])
+    hints = list(
+        dict.fromkeys(advice[name] for name in ordered if name in advice and parts[name] * 4 > sum(parts.values()))
+    )
+    raise UserError(
+        f"the language model would take about {_amount(sum(parts.values()))} of each worker {when} ({_sum(parts)}), but {whose} "
+        f"has room for {_amount(room)}: {', or '.join([*hints, 'take a smaller model or a larger machine'])}"
+    )
+
+
+def _amount(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+
+
+def _sum(parts: dict[str, int]) -> str:
+    shown = {name: size for name, size in parts.items() if size}
+    return " + ".join(f"{name} {_amount(size)}" for name, size in shown.items())
+
+
+def use_of(stage: str, config: Any, context: int) -> Use:
+    """How a stage of a run uses the model.
+
+    Args:
+        context: the model's, in tokens.
+    """
+    settings, llm = getattr(config, stage), config.llm
+    tokens = min(config.prompt.max_tokens, context)
+    common = {
+        "workers": config.workers,
+        "micro_batch": settings.micro_batch,
+        "storage": llm.storage,
+        "dtype": llm.dtype,
+    }
+    if stage == "distil":
+        from sellarec.language.distil import MAX_TOKENS
+
+        return Use(**common | {"workers": 1, "dtype": "float32"}, tokens=min(MAX_TOKENS, context), logits="none")
+    if stage == "evaluate":
+        return Use(**common, tokens=tokens, before=1)
+    common["checkpoints"] = settings.checkpoint_activations
+    if stage == "pretrain":
+        common["storage"] = "float32"
+        context = min(settings.context, context)
+        return Use(**common, tokens=context, trains="model", backward=True, logits="tokens")
+    trains = "adapter" if stage == "adapt" or "adapter" in settings.train else "nothing"
+    if stage == "adapt" and settings.method == "full":
+        trains, common["storage"] = "model", "float32"
+    logits = "answer" if settings.loss == "answer" else "tokens"
+    return Use(**common, tokens=tokens, trains=trains, backward=True, logits=logits, compares=stage == "adapt")
+
+
+def advice_of(stage: str, config: Any) -> dict[str, str]:
+    """By name of a part the settings that make it smaller, with what they are now."""
+    settings = getattr(config, stage)
+    batch = f"lower {stage}.micro_batch ({settings.micro_batch})"
+    shorter = "" if stage in ("distil", "pretrain") else f" or prompt.max_tokens ({config.prompt.max_tokens})"
+    again = "" if getattr(settings, "checkpoint_activations", True) else f", set {stage}.checkpoint_activations"
+    advice = {"activations": batch + shorter + again, "logits": batch + shorter}
+    tunes_all = stage == "adapt" and settings.method == "full"
+    if config.llm.storage == "float32" and stage != "pretrain" and not tunes_all:
+        advice |= dict.fromkeys(("the whole model", "weights"), "take llm.storage bfloat16 (now float32)")
+    return advice
