@@ -81,29 +81,36 @@ def submit(variables: dict[str, str]) -> Submit:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_is_submitted_and_spreads_over_the_nodes(submit: Submit, state: Path, tmp_path: Path) -> None:
-    """Three workers on nodes of 2 CPUs are on two at least; preflight is told first; the same command goes on from what stands."""
-    command = [
-        "python",
-        "jobs/train.py",
-        main_job.write_recipe(tmp_path),
-        "--stages",
-        "prepare,collab",
-        "--name",
-        "one",
-    ]
+    """All stages, by three workers, of which nodes of 2 CPUs hold two at most. Preflight comes first; the same command goes on
+    from what stands.
+    """
+    command = ["python", "jobs/train.py", main_job.write_recipe(tmp_path), "--name", "one"]
     command += ["--workers", "3", "--workspace", tmp_path / "w"]
     status, printed = submit(*command)
     assert status == 0, printed
     assert printed.index("preflight passed") < printed.index("prepare   done")
     for name in ("head", "worker-1", "worker-2"):
         assert f"  {name} (127.0.0.1): 2 CPUs" in printed
-    assert main_job.artifact(tmp_path / "w", "one", "collab").is_dir()
+    assert {record["model"] for record in main_job.read_json(tmp_path / "w/runs/one/results.json")} >= {
+        "collab",
+        "sella-rec",
+    }
     assert [
         path.name for path in (tmp_path / "w").iterdir() if path.name.startswith(".")
     ] == []  # preflight's folder is gone
     status, printed = submit(*command)
-    assert status == 0 and printed.count("stands already") == 2, printed
+    assert status == 0 and printed.count("stands already") == 8, printed
     assert "head       127.0.0.1       2 CPUs  raylet" in local("status", state)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_stage_that_fails_is_the_jobs_failure(submit: Submit, tmp_path: Path) -> None:
+    """A loss that is not finite, found by the workers: the job has failed, and says why."""
+    recipe = main_job.write_recipe(tmp_path)
+    flags = ["--stages", "prepare,collab", "--collab.table-learning-rate", "1e38", "--collab.table-optimizer", "sgd"]
+    status, printed = submit("python", "jobs/train.py", recipe, *flags, "--name", "one", "--workspace", tmp_path / "w")
+    assert status == 1 and "error: " in printed and "finite" in printed, printed
 
 
 @pytest.mark.ray
@@ -142,18 +149,16 @@ def test_all_that_listens_is_on_loopback(variables: dict[str, str], state: Path)
 
 
 ODD = """
-import json, os, sys, time
-from ray.cluster_utils import Cluster
-address, change = sys.argv[1], json.loads(sys.argv[2])
-cluster = Cluster(shutdown_at_exit=False)
+import json, sys
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+address, change = sys.argv[1], json.loads(sys.argv[2])
 params = RayParams(
     gcs_address=address, redis_address=address, node_ip_address="127.0.0.1", node_name="odd", num_cpus=1, num_gpus=0,
     object_store_memory=100 << 20, min_worker_port=0, max_worker_port=0, node_manager_port=0, include_log_monitor=False,
     dashboard_agent_listen_port=None, env_vars=change,
 )
-node = Node(params, head=False, shutdown_at_exit=True, spawn_reaper=True)
+Node(params, head=False, shutdown_at_exit=True, spawn_reaper=True)
 print("up", flush=True)
 sys.stdin.read()
 """
