@@ -137,13 +137,10 @@ def up(
         node["ip"] = "127.0.0.1" if subnet is None else str(subnet[i + 2])
         node["namespace"] = None if subnet is None else f"{_link(subnet)}-{i}"
     address = f"http://{facts['nodes'][0]['ip']}:{facts['dashboard_port']}"
-    variables = {
-        "RAY_API_SERVER_ADDRESS": address,
-        "RAY_ADDRESS": f"{facts['nodes'][0]['ip']}:{facts['port']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-    }
+    variables = {"RAY_API_SERVER_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     if network == "loopback":
+        # where nodes have namespaces, this machine is none, and only jobs that are submitted can join
+        variables["RAY_ADDRESS"] = f"127.0.0.1:{facts['port']}"
         # despite its name it works everywhere: Ray then keeps to 127.0.0.1 instead of the machine's own address
         variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     facts |= {"address": address, "variables": variables}
@@ -306,7 +303,7 @@ def _raylets(facts: dict[str, Any]) -> dict[str, int]:
 
 
 def _of_session(state: Path) -> list[dict[str, Any]]:
-    """Processes of this user whose environment or arguments name this cluster's own folder for Ray."""
+    """Processes whose environment names this cluster's own folder for Ray, as that of all its nodes and jobs does."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
@@ -398,6 +395,8 @@ def _remove_namespaces(facts: dict[str, Any]) -> None:
     bridge = _link(ipaddress.IPv4Network(facts["subnet"]))
     namespaces = {found["name"] for found in json.loads(_ip("-json", "netns", "list") or "[]")}
     for node in facts["nodes"]:
+        if Path("/sys/class/net", node["namespace"]).exists():  # else it goes some time after its namespace
+            _ip("link", "delete", node["namespace"])
         if node["namespace"] in namespaces:
             _ip("netns", "delete", node["namespace"])
     if Path("/sys/class/net", bridge).exists():

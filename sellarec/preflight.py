@@ -93,19 +93,12 @@ class Probe:
     this module.
     """
 
-    def report(self, packages: Sequence[str], uri: str, nonce: str, name: str) -> dict[str, Any]:
+    def versions(self, packages: Sequence[str]) -> dict[str, str | None]:
         import hashlib
         import importlib.util
-        import os
         import platform
-        import shutil
-        import socket
         from importlib import metadata
         from pathlib import Path
-
-        import psutil
-        import ray
-        from pyarrow import fs
 
         versions: dict[str, str | None] = {"python": platform.python_version()}
         for package in packages:
@@ -119,6 +112,17 @@ class Probe:
             for file in sorted(folder.rglob("*.py")):
                 digest.update(str(file.relative_to(folder)).encode() + b"\0" + file.read_bytes())
             versions["code"] = digest.hexdigest()[:12]
+        return versions
+
+    def report(self, packages: Sequence[str], uri: str, nonce: str, name: str) -> dict[str, Any]:
+        import os
+        import shutil
+        import socket
+        from pathlib import Path
+
+        import psutil
+        import ray
+        from pyarrow import fs
 
         sees = writes = None
         try:
@@ -143,7 +147,7 @@ class Probe:
             machine += socket.gethostname()
         session = ray._private.worker._global_node.get_session_dir_path()
         return {
-            "versions": versions, "sees": sees, "writes": writes, "machine": machine, "memory": memory,
+            "versions": self.versions(packages), "sees": sees, "writes": writes, "machine": machine, "memory": memory,
             "disk": shutil.disk_usage(os.path.realpath(session)).free,
         }  # fmt: skip
 
@@ -265,7 +269,8 @@ def preflight(workers: int, gpus: bool, worker_memory: int, workspace: Place) ->
     probes = _probes(nodes)
     try:
         found = _reports(nodes, probes, workspace)
-        check_versions(found)
+        driver = ("the driver", Probe().versions(PACKAGES))
+        check_versions([driver, *((str(node), report.versions) for node, report in found)])
         check_storage(found, workspace)
         check_clocks(found)
         check_disks(found, workspace)
@@ -353,9 +358,16 @@ def _clock(probe: Any) -> float:
     return there - min(max(there, asked), answered)
 
 
-def check_versions(found: Sequence[tuple[Node, Report]]) -> None:
-    """Raises UserError where the nodes have not the same Python (minor version), packages, and code of sellarec."""
-    lacking = [str(node) for node, report in found if report.versions["code"] is None]
+def check_versions(found: Sequence[tuple[str, dict[str, str | None]]]) -> None:
+    """Refuse a cluster whose nodes and driver have not the same Python (minor version), packages, and code of sellarec.
+
+    Args:
+        found: who, and the versions there.
+
+    Raises:
+        UserError: each version, and who has it.
+    """
+    lacking = [who for who, versions in found if versions["code"] is None]
     if lacking:
         raise UserError(
             f"preflight: package sellarec is not on {', '.join(lacking)}: submit the job with --working-dir, or install the "
@@ -364,11 +376,11 @@ def check_versions(found: Sequence[tuple[Node, Report]]) -> None:
     series = ".".join(map(str, PYTHON))
     for name in ("python", *PACKAGES, "code"):
         by_version: dict[str, list[str]] = {}
-        for node, report in found:
-            version = report.versions[name] or "none"
+        for who, versions in found:
+            version = versions[name] or "none"
             if name == "python" and version.startswith(f"{series}."):
                 version = series
-            by_version.setdefault(version, []).append(str(node))
+            by_version.setdefault(version, []).append(who)
         if len(by_version) > 1:
             what = "the code of sellarec" if name == "code" else name
             listed = "; ".join(f"{version} on {', '.join(names)}" for version, names in by_version.items())

@@ -36,21 +36,19 @@ def refused(*words: str) -> pytest.RaisesExc[UserError]:
 
 
 def test_versions() -> None:
-    preflight.check_versions(cluster())
-    preflight.check_versions(cluster(versions={**VERSIONS, "python": "3.11.9"}))  # Ray asks for the same minor version
-    for name, version in (
-        ("torch", "2.12"),
-        ("torch", None),
-        ("ray", "2.59.0"),
-        ("fbgemm-gpu", "1.8"),
-        ("python", "3.12.1"),
-    ):
-        with refused(f"{name} is not the same", "on head .10.0.0.0., worker-1", f"{version or 'none'} on worker-2"):
-            preflight.check_versions(cluster(versions={**VERSIONS, name: version}))
-    with refused("the code of sellarec is not the same", "bbbb on worker-2"):
-        preflight.check_versions(cluster(versions={**VERSIONS, "code": "bbbb"}))
-    with refused("sellarec is not on worker-2 .10.0.0.2.:"):
-        preflight.check_versions(cluster(versions={**VERSIONS, "sellarec": None, "code": None}))
+    def check(**change: str | None) -> None:
+        preflight.check_versions([("the driver", VERSIONS), ("head", VERSIONS), ("worker-1", {**VERSIONS, **change})])
+
+    check()
+    check(python="3.11.9")  # Ray asks for the same minor version
+    cases = (("torch", "2.12"), ("torch", None), ("ray", "2.59.0"), ("fbgemm-gpu", "1.8"), ("python", "3.12.1"))
+    for name, version in cases:
+        with refused(f"{name} is not the same", "on the driver, head", f"{version or 'none'} on worker-1"):
+            check(**{name: version})
+    with refused("the code of sellarec is not the same", "aaaa on the driver, head; bbbb on worker-1"):
+        check(code="bbbb")
+    with refused("sellarec is not on worker-1:"):
+        check(sellarec=None, code=None)
 
 
 def test_storage() -> None:

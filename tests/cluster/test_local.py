@@ -132,12 +132,16 @@ def test_jobs_that_are_refused(submit: Submit, tmp_path: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_without_the_token_nobody_gets_in(variables: dict[str, str]) -> None:
+def test_without_the_token_nobody_gets_in(variables: dict[str, str], tmp_path: Path) -> None:
     ray = Path(sys.executable).parent / "ray"
     for name, mode, status in (("with", "token", 0), ("without", "disabled", 1)):
         environment = {**CLEAN, **variables, "RAY_AUTH_MODE": mode}
         done = subprocess.run([ray, "job", "list"], capture_output=True, text=True, env=environment)
         assert (done.returncode != 0) == (status != 0), f"{name} the token: {done.stdout}{done.stderr}"
+    check = [sys.executable, ROOT / "jobs" / "preflight.py", "--workspace", tmp_path]
+    environment = {**CLEAN, **variables, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(check, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 2 and "can't be joined" in done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.ray
