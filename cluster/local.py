@@ -4,8 +4,8 @@ python cluster/local.py up --nodes 3     starts them (the head is one of the nod
 python cluster/local.py status           the nodes, and whether they are alive
 python cluster/local.py down             ends what `up` started, and nothing else
 
-With --network namespaces (root) each node has a network namespace and an IP address of its own, on a bridge that leads
-nowhere else. With --network loopback all are at 127.0.0.1, on ports of their own. Neither can be reached from another machine.
+All nodes are at 127.0.0.1, on ports of their own. With --network namespaces (root) each has a network namespace and an IP
+address of its own, on a bridge that leads nowhere else.
 """
 
 import argparse
@@ -65,9 +65,9 @@ def main(arguments: list[str]) -> None:
     )
     up_parser.add_argument(
         "--network",
-        choices=("auto", "namespaces", "loopback"),
-        default="auto",
-        help="auto: namespaces where this user may make them, else loopback (auto)",
+        choices=("loopback", "namespaces"),
+        default="loopback",
+        help="what nodes have for themselves: ports of 127.0.0.1, or (as root) network namespaces and addresses (loopback)",
     )
     given = parser.parse_args(arguments)
     state = given.state.absolute()
@@ -86,7 +86,7 @@ def up(
     cpus: int,
     port: int | None = None,
     dashboard_port: int | None = None,
-    network: str = "auto",
+    network: str = "loopback",
 ) -> None:
     """Start the nodes and print `address: ...` and one `export ...` line per variable that a client needs.
 
@@ -110,8 +110,6 @@ def up(
         )
     if state.exists() and any(state.iterdir()):
         raise UserError(f"--state {state} is not empty, and no cluster's: give another folder")
-    if network == "auto":
-        network = "namespaces" if _may_make_namespaces() else "loopback"
     if network == "namespaces" and not _may_make_namespaces():
         raise UserError("--network namespaces takes root and the command `ip` (iproute2): take --network loopback")
     ports = {"--port": port, "--dashboard-port": dashboard_port}
