@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> None:
         Settings, args=arguments, prog="generate.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
     )
     check_environment()
+    from sellarec.artifacts import Place
     from sellarec.data.synthetic import Synthetic, synthetic_source, write_raw
     from sellarec.training.launch import connect
     from sellarec.training.progress import Console
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> None:
         users=settings.users, items=settings.items, interactions=settings.interactions, seed=settings.seed
     )
     console = Console()
-    connect(1, console)
+    connect(1, console, Place.of(str(settings.out)))
     write_raw(generated, settings.out, settings.gzip, lambda name, size: console.line(f"{name}: {size:,} bytes"))
     if not settings.raw_only:
         from sellarec.config import Data

@@ -14,7 +14,7 @@ import tyro
 import yaml
 
 from sellarec.checks import check, check_bounds, check_data, check_width
-from sellarec.config import STAGES, Config, Evaluation, Fuse, Planning, Prepare, leaves
+from sellarec.config import STAGES, Config, Evaluation, Fuse, Planning, Preflight, Prepare, leaves
 from sellarec.errors import UserError
 from sellarec.language.templates import is_file
 
@@ -166,6 +166,18 @@ def parse_planning(arguments: Sequence[str]) -> Planning:
     settings = tyro.cli(Planning, args=list(arguments), prog="plan.py")
     check_bounds(settings)
     check_width("dim", settings.dim)
+    return settings
+
+
+def parse_preflight(arguments: Sequence[str]) -> Preflight:
+    """The settings of jobs/preflight.py, checked.
+
+    Raises:
+        UserError: settings that are out of range.
+        SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
+    """
+    settings = tyro.cli(Preflight, args=list(arguments), prog="preflight.py")
+    check_bounds(settings)
     return settings
 
 

@@ -628,6 +628,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """Check the cluster that RAY_ADDRESS names for a run, without starting one."""
+
+    workers: int = 2
+    """Training processes that the run would have."""
+    workspace: str = "runs"
+    """Folder or URI (s3://, gs://) that the run would write to."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Planning:
     """Print which worker would hold which rows of a user and an item table, and the memory that takes."""
 

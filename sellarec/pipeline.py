@@ -6,7 +6,6 @@ A stage reads artifacts and writes one. What stands already, by its fingerprint,
 import dataclasses
 import errno
 import json
-import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from sellarec.training.launch import (
     check_room,
     connect,
     free_gpu_memory,
+    joins_cluster,
     room_for_tables,
     run_task,
     run_workers,
@@ -236,7 +236,7 @@ def _run(this: Run) -> None:
     this.store.check_writable()
     _check_sharding(this, wanted)
     _check_layer(this, wanted)
-    if wanted != ("prepare",) and not os.environ.get("RAY_ADDRESS"):
+    if wanted != ("prepare",) and not joins_cluster():
         check_room(config.workers)
     settings = _check_name(this, _origins(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
@@ -244,6 +244,8 @@ def _run(this: Run) -> None:
     needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
     _check_inputs(this, [stage for stage in STAGES if stage in needed], wanted, recorded)
     try:
+        if joins_cluster():  # checked before any work
+            this.cluster = connect(config.workers, console, this.store.workspace)
         for stage in STAGES:
             if stage in needed:
                 if stage in wanted:
@@ -408,7 +410,7 @@ def _stage(this: Run, stage: str) -> None:
             return
         start = time.monotonic()
         if stage != "prepare" and this.cluster is None:
-            this.cluster = connect(this.config.workers, this.console)
+            this.cluster = connect(this.config.workers, this.console, this.store.workspace)
         found = RUN[stage](this)
         if not is_held():
             raise StageFailed(
@@ -440,7 +442,7 @@ def _is_full_disk(error: BaseException, workspace: Place) -> bool:
 def _prepare(this: Run) -> dict[str, Any]:
     def start_ray() -> None:
         if this.cluster is None:
-            this.cluster = connect(this.config.workers, this.console)
+            this.cluster = connect(this.config.workers, this.console, this.store.workspace)
 
     data = this.config.data
     if data.source == "log":

@@ -33,6 +33,7 @@ PACKAGES = ("sellarec", "ray", "pyarrow", "polars", "numpy")
 
 def prepare_generated(rows: int, folder: Path) -> None:
     """What is measured."""
+    from sellarec.artifacts import Place
     from sellarec.config import Data
     from sellarec.data.log import write_manifest
     from sellarec.data.prepare import discard_work, prepare, rules_of
@@ -47,7 +48,7 @@ def prepare_generated(rows: int, folder: Path) -> None:
         rules_of(Data(), source),
         folder,
         hashes={},
-        start_ray=lambda: connect(1, console),
+        start_ray=lambda: connect(1, console, Place.of(str(folder))),
         say=console.line,
     )
     write_manifest(folder, facts)

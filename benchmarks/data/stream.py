@@ -23,6 +23,7 @@ import ray
 import ray.train
 from prepare_curve import PACKAGES, prepare_generated
 
+from sellarec.artifacts import Place
 from sellarec.collab.negatives import Negatives
 from sellarec.data.log import Log, item_counts, read_log
 from sellarec.language.prompts import Prompts
@@ -98,7 +99,7 @@ def main() -> None:
         scratch = Path(folder)
         prepare_generated(arguments.rows, scratch / "log")
         ray.shutdown()  # preparation's, which has room for one worker
-        connect(max(arguments.workers), Console())
+        connect(max(arguments.workers), Console(), Place.of(folder))
         log = read_log(scratch / "log")
         order = Order(tuple(row_groups([str(path) for path in log.split_paths("train")])), BATCH, seed=0)
         for name, (columns, prepare) in cases(log).items():

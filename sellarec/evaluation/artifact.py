@@ -27,7 +27,7 @@ from sellarec.evaluation.queries import PROTOCOL, write_candidates, write_querie
 from sellarec.evaluation.ranking import UserMetrics, ranking_records, user_metrics
 from sellarec.evaluation.results import evaluate_scores
 from sellarec.serving.recommender import EXPORT, UNKNOWN, Recommender, read_export
-from sellarec.training.launch import check_room, connect, run_workers
+from sellarec.training.launch import check_room, connect, joins_cluster, run_workers
 from sellarec.training.progress import PROGRESS_SECONDS, Console
 from sellarec.training.scoring import Scoring, score_worker
 from sellarec.training.stream import Order, row_groups
@@ -85,11 +85,12 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
             f"{settings.artifact} is a {collab.model}, whose score is no product of a user's and an item's vector, so the whole "
             "catalog can't be ranked with it: take --ranking candidates:100, or none"
         )
-    check_room(settings.workers)
+    if not joins_cluster():
+        check_room(settings.workers)
     beside, work = Place.of(str(settings.out.absolute().parent)), f".{settings.out.name}.work"
     place = beside / work
     name = collab.model if trained.stage == "collab" else f"{collab.model}, aligned"
-    cluster = connect(settings.workers, console)
+    cluster = connect(settings.workers, console, beside)
     try:
         with place.writing() as folder:
             paths = [str(path) for path in log.split_paths(settings.split)]

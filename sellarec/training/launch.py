@@ -6,12 +6,14 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from sellarec.artifacts import Place
 from sellarec.config import Language
 from sellarec.errors import StageFailed, UserError
+from sellarec.preflight import check_address, check_workspace, in_words, preflight
 from sellarec.training.progress import WORKER_TIMEOUT, Console, ProgressBoard, duration
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -45,11 +47,14 @@ class Cluster:
     gpus: bool
 
 
-def connect(workers: int, console: Console) -> Cluster:
-    """Join the cluster that RAY_ADDRESS names, or start Ray on this machine, and check that the workers have room.
+def connect(workers: int, console: Console, workspace: Place) -> Cluster:
+    """Join the cluster that RAY_ADDRESS names and check it (`preflight.py`), or start Ray on this machine.
+
+    Args:
+        workspace: what the job writes to; on a cluster all nodes have to see it.
 
     Raises:
-        UserError: the workers don't fit, with the arithmetic.
+        UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, with the arithmetic.
     """
     # Reports wait for the controller's next poll, 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
@@ -57,7 +62,8 @@ def connect(workers: int, console: Console) -> Cluster:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # its progress is told by ours
     cores = os.cpu_count() or 1
-    local = not os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS")
+    local = not joins_cluster()
     if local:
         # Despite its name it works everywhere: every Ray process of this run listens on the loopback address only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -79,19 +85,33 @@ def connect(workers: int, console: Console) -> Cluster:
             logging_level=logging.ERROR,
         )
     else:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    if not local and workers + 1 > cpus:
-        raise UserError(
-            f"{workers} workers of 1 CPU each and 1 CPU to read data need {workers + 1}, but the cluster at "
-            f"{os.environ['RAY_ADDRESS']} advertises {cpus:g}: lower --workers or add nodes"
-        )
+        console.line(f"joining the Ray cluster at {address}")
+        check_address(str(address))
+        check_workspace(workspace)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
+            # another version of Ray or Python, no token or a wrong one, a machine that is no node of the cluster
+            raise UserError(
+                f"the cluster at RAY_ADDRESS {address} can't be joined: {' '.join(str(error).split())}"
+            ) from error
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if not local:
+        start = time.monotonic()
+        found = preflight(workers, gpus >= workers, WORKER_MEMORY, workspace)
+        for line in in_words(found):
+            console.line(f"  {line}")
+        console.line(f"preflight passed in {time.monotonic() - start:.0f} s: {len(found)} nodes")
     if 0 < gpus < workers:
         console.line(
             f"note: {workers} workers find {gpus:g} GPUs, so they run on CPUs: give --workers {gpus:g} to use them"
         )
     return Cluster(local=local, gpus=gpus >= workers)
+
+
+def joins_cluster() -> bool:
+    """Whether this job joins a cluster instead of starting Ray on this machine."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
 def room_for_tables(workers: int) -> int:

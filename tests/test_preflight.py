@@ -1,0 +1,125 @@
+"""What preflight makes of nodes' reports, and of addresses. On real nodes: tests/cluster/test_local.py."""
+
+import http.server
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sellarec import preflight
+from sellarec.artifacts import Place
+from sellarec.errors import UserError
+from sellarec.preflight import GIB, Node, Report
+
+VERSIONS: dict[str, str | None] = {
+    "python": "3.11.7",
+    **dict.fromkeys(preflight.PACKAGES, "1.0"),
+    "fbgemm-gpu": None,
+    "code": "aaaa",
+}
+FINE = Report(versions=VERSIONS, sees=None, writes=None, machine="m", memory=16 * GIB, disk=9 * GIB, clock=0.0)
+NODES = [Node(name, f"10.0.0.{i}", str(i), cpus=2, gpus=0) for i, name in enumerate(("head", "worker-1", "worker-2"))]
+
+
+def cluster(**change: object) -> list[tuple[Node, Report]]:
+    """Three nodes that are machines of their own, the last of which reports otherwise."""
+    found = [(node, replace(FINE, machine=node.id)) for node in NODES]
+    return [*found[:2], (NODES[2], replace(found[2][1], **change))]  # type: ignore[arg-type]
+
+
+def refused(*words: str) -> pytest.RaisesExc[UserError]:
+    return pytest.raises(UserError, match="(?s)" + ".*".join(words))
+
+
+def test_versions() -> None:
+    def check(**change: str | None) -> None:
+        preflight.check_versions([("the driver", VERSIONS), ("head", VERSIONS), ("worker-1", {**VERSIONS, **change})])
+
+    check()
+    check(python="3.11.9")  # Ray asks for the same minor version
+    cases = (("torch", "2.12"), ("torch", None), ("ray", "2.59.0"), ("fbgemm-gpu", "1.8"), ("python", "3.12.1"))
+    for name, version in cases:
+        with refused(f"{name} is not the same", "on the driver, head", f"{version or 'none'} on worker-1"):
+            check(**{name: version})
+    with refused("the code of sellarec is not the same", "aaaa on the driver, head; bbbb on worker-1"):
+        check(code="bbbb")
+    with refused("sellarec is not on worker-1:"):
+        check(sellarec=None, code=None)
+
+
+def test_storage() -> None:
+    place = Place.of("/shared/runs")
+    preflight.check_storage(cluster(), place)
+    with refused("/shared/runs is not seen by 1 of 3 nodes .worker-2 .10.0.0.2.: No such file"):
+        preflight.check_storage(cluster(sees="No such file"), place)
+    with refused("/shared/runs can't be written to by 1 of 3 nodes .worker-2 .10.0.0.2.: Read-only"):
+        preflight.check_storage(cluster(writes="Read-only"), place)
+
+
+def test_clocks_and_disks(tmp_path: Path) -> None:
+    place = Place.of(str(tmp_path))
+    preflight.check_clocks(cluster(clock=preflight.CLOCK_SECONDS))
+    for off in (61.5, -61.5):
+        with refused(f"worker-2 .10.0.0.2. is .{abs(off)} s off"):
+            preflight.check_clocks(cluster(clock=off))
+    with refused("1 GiB of disk", "worker-2 .10.0.0.2. has 0.50 GiB"):
+        preflight.check_disks(cluster(disk=GIB // 2), place)
+
+
+def test_room_is_counted_by_node() -> None:
+    """2 CPUs a node, one of the six for reading. GPUs, memory, and memory that two nodes of one machine share bound it too."""
+    preflight.check_resources(cluster(), 5, False, GIB)
+    with refused(
+        "6 workers of 1 CPU and 1.00 GiB each",
+        "need 7 CPUs; the cluster has 6",
+        "worker-1 .10.0.0.1. 2 .2 CPUs, 16.0 GiB",
+    ):
+        preflight.check_resources(cluster(), 6, False, GIB)
+    preflight.check_resources(cluster(memory=GIB), 5, False, GIB)
+    with refused("room for 4 workers", "worker-2 .10.0.0.2. 0 .2 CPUs, 0.5 GiB"):
+        preflight.check_resources(cluster(memory=GIB // 2), 5, False, GIB)
+    preflight.check_resources([(node, replace(FINE, memory=6 * GIB)) for node in NODES], 5, False, GIB)
+    with refused("room for 3 workers", "1 .2 CPUs, 1.7 GiB"):
+        preflight.check_resources([(node, replace(FINE, memory=5 * GIB)) for node in NODES], 4, False, GIB)
+    nodes = [(replace(node, gpus=i), FINE) for i, node in enumerate(NODES)]
+    preflight.check_resources(nodes, 3, True, GIB)
+    with refused("4 workers of 1 CPU, a GPU", "head .10.0.0.0. 0 .2 CPUs, 0 GPUs"):
+        preflight.check_resources(nodes, 4, True, GIB)
+
+
+def test_a_workspace_in_the_jobs_unpacked_files() -> None:
+    preflight.check_workspace(Place.of("/shared/runs"))
+    with refused("/session/runtime_resources/working_dir_files/_ray_pkg_1/runs lies where Ray has unpacked"):
+        preflight.check_workspace(Place.of("/session/runtime_resources/working_dir_files/_ray_pkg_1/runs"))
+
+
+@pytest.fixture
+def web_server() -> Iterator[int]:
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_address[1]
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_addresses_where_no_cluster_answers(web_server: int) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        free = taken.getsockname()[1]
+        with refused(f"no cluster answers at RAY_ADDRESS 127.0.0.1:{free}", "refused"):
+            preflight.check_address(f"127.0.0.1:{free}")
+    start = time.monotonic()
+    with refused(f"something listens at RAY_ADDRESS 127.0.0.1:{web_server}, but it is no head"):
+        preflight.check_address(f"127.0.0.1:{web_server}")
+    assert time.monotonic() - start < 3 * preflight.CONNECT_SECONDS
+    for address in ("http://127.0.0.1:8265", "127.0.0.1", ":6379", "127.0.0.1:head"):
+        with refused("is no HOST:PORT"):
+            preflight.check_address(address)
+    with refused("ray://", "ray job submit"):
+        preflight.check_address("ray://127.0.0.1:10001")
