@@ -11,7 +11,7 @@ from typing import Any
 
 from sellarec.artifacts import Place
 from sellarec.config import Language
-from sellarec.errors import StageFailed, UserError
+from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.training.progress import Console, ProgressBoard, duration
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -45,8 +45,11 @@ class Cluster:
     gpus: bool
 
 
-def connect(workers: int, console: Console) -> Cluster:
+def connect(workers: int, console: Console, groups: int = 1) -> Cluster:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine, and check that the workers have room.
+
+    Args:
+        groups: worker groups that are to run at a time, of `workers` each.
 
     Raises:
         UserError: the workers don't fit, with the arithmetic.
@@ -73,7 +76,7 @@ def connect(workers: int, console: Console) -> Cluster:
             console.line(f"note: {workers} workers share {cores} cores")
         ray.init(
             address="local",
-            num_cpus=max(cores, workers + 2),
+            num_cpus=max(cores, groups * (workers + 2)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -82,16 +85,19 @@ def connect(workers: int, console: Console) -> Cluster:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    if not local and workers + 1 > cpus:
+    if not local and groups * (workers + 1) > cpus:
+        several = f"{groups} x " if groups > 1 else ""
         raise UserError(
-            f"{workers} workers of 1 CPU each and 1 CPU to read data need {workers + 1}, but the cluster at "
-            f"{os.environ['RAY_ADDRESS']} advertises {cpus:g}: lower --workers or add nodes"
+            f"{several}{workers} workers of 1 CPU each and {several}1 CPU to read data need {groups * (workers + 1)}, but the "
+            f"cluster at {os.environ['RAY_ADDRESS']} advertises {cpus:g}: lower --workers{' or --concurrent' if several else ''} "
+            "or add nodes"
         )
-    if 0 < gpus < workers:
+    if 0 < gpus < groups * workers:
         console.line(
-            f"note: {workers} workers find {gpus:g} GPUs, so they run on CPUs: give --workers {gpus:g} to use them"
+            f"note: {groups * workers} workers find {gpus:g} GPUs, so they run on CPUs: "
+            f"{'lower --workers or --concurrent' if groups > 1 else f'give --workers {gpus:g}'} to use them"
         )
-    return Cluster(local=local, gpus=gpus >= workers)
+    return Cluster(local=local, gpus=gpus >= groups * workers)
 
 
 def room_for_tables(workers: int) -> int:
@@ -117,22 +123,31 @@ def check_room(workers: int) -> None:
         )
 
 
-def train(training: Any, workers: int, gpus: bool, console: Console, on_record: Callable[[dict], None]) -> None:
+def train(
+    training: Any,
+    workers: int,
+    gpus: bool,
+    console: Console,
+    on_record: Callable[[dict], None],
+    stop: threading.Event | None = None,
+) -> None:
     """Run one stage's training to its end, surviving lost workers.
 
     Args:
         training: a `loop.Training` without its board.
         on_record: takes each progress record of rank 0, for TensorBoard.
+        stop: once it is set, the training ends at its next record.
 
     Raises:
         UserError: a mistake that a worker found.
+        TrainingStopped: `stop` was set before its end.
         StageFailed: it failed for another reason, and again after RETRIES restarts.
     """
     from sellarec.training.loop import train_worker
 
     run_workers(
         train_worker, {"training": training}, training.stage, training.output, workers, gpus, console, on_record,
-        keep_freed_memory=not isinstance(training.settings, Language),
+        keep_freed_memory=not isinstance(training.settings, Language), stop=stop,
     )  # fmt: skip
 
 
@@ -146,11 +161,13 @@ def run_workers(
     console: Console,
     on_record: Callable[[dict], None],
     keep_freed_memory: bool = False,
+    stop: threading.Event | None = None,
 ) -> None:
     """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board.
 
     Args:
         keep_freed_memory: see KEEP_FREED_MEMORY; without effect on GPUs.
+        stop: see `train`.
     """
     import ray
     import ray.train
@@ -177,7 +194,7 @@ def run_workers(
     )
     console.line(f"{stage:<9} starting {workers} workers")
     handler = signal.getsignal(signal.SIGINT)
-    with _showing(board, console, on_record) as errors:
+    with _showing(board, console, on_record, stop) as (errors, stopped):
         try:
             trainer.fit()
         except SystemExit as error:  # Ray Train's own handler of Ctrl-C ends the process, with status 0
@@ -191,6 +208,8 @@ def run_workers(
                 signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
     if errors:
         raise UserError(errors[0])
+    if stopped:
+        raise TrainingStopped(f"stage {stage} was stopped at step {stopped[0]}")
     place.delete("checkpoints")
 
 
@@ -214,11 +233,15 @@ def run_task(function: Callable[..., dict[str, Any]], stage: str, console: Conso
 
 
 @contextlib.contextmanager
-def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) -> Iterator[list[str]]:
-    """Print what arrives on the board while the block runs; gives the list of errors that workers put there."""
+def _showing(
+    board: Any, console: Console, on_record: Callable[[dict], None], stop: threading.Event | None = None
+) -> Iterator[tuple[list[str], list[int]]]:
+    """Print what arrives on the board while the block runs, and tell it to stop; gives the list of errors that workers put
+    there, and the step at which they stopped, if they were told to."""
     import ray
 
     errors: list[str] = []
+    stopped: list[int] = []
     failures: list[BaseException] = []
     starts = 0
     ended = threading.Event()
@@ -227,10 +250,15 @@ def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) ->
         nonlocal starts
         while True:
             last = ended.wait(0.5)
+            if stop is not None and stop.is_set():
+                board.stop.remote()
             for record in ray.get(board.take.remote()):
                 if "error" in record:
                     errors.append(record["error"])
+                elif "stopped" in record:
+                    stopped.append(record["stopped"])
                 elif "started" in record:
+                    on_record(record)
                     starts += 1
                     if record["started"]:
                         what = f"goes on from its checkpoint at step {record['started']}/{record['steps']}"
@@ -254,7 +282,7 @@ def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) ->
     thread = threading.Thread(target=show_or_note)
     thread.start()
     try:
-        yield errors
+        yield errors, stopped
     finally:
         ended.set()
         thread.join()
@@ -270,15 +298,15 @@ def cause_of(error: BaseException) -> str:
     """
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return _last_line(error)
+        return last_line(error)
     by_line: dict[str, int] = {}
     for rank, failure in sorted(failures.items()):
-        by_line.setdefault(_last_line(failure), rank)
+        by_line.setdefault(last_line(failure), rank)
     own = {line: rank for line, rank in by_line.items() if not _LOST_PEER.search(line)}
     return "; ".join(f"worker {rank}: {line}" for line, rank in (own or by_line).items())
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 

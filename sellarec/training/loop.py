@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.train
+import ray.util
 import torch
 import torch.distributed as dist
 
@@ -117,7 +118,9 @@ def _train(training: Training) -> None:
             position = Position(**json.loads((Path(folder) / "position.json").read_text()))
     selection = settings if isinstance(settings, Selection) else None
     if workers.rank == 0:
-        training.board.put.remote({"stage": training.stage, "started": position.step, "steps": training.steps})
+        group = ray.util.get_current_placement_group()
+        started = {"stage": training.stage, "started": position.step, "steps": training.steps}
+        training.board.put.remote({**started, "group": group.id.hex() if group is not None else None})
     valid = _Valid(training, task, workers) if selection else None
     validate_every = max(1, round(selection.validate_every * training.train.steps_per_epoch)) if selection else 0
     steps = training.steps
@@ -144,7 +147,13 @@ def _train(training: Training) -> None:
             improved = valid.evaluate(engine, position)
             reporter.evaluated(position)
             stopped = position.evaluations_without >= selection.patience
-        (due,) = workers.sum(time.monotonic() - saved > settings.checkpoint_every if workers.rank == 0 else 0.0)
+        is_due = workers.rank == 0 and time.monotonic() - saved > settings.checkpoint_every
+        due, told_to_stop = workers.sum(is_due, reporter.told_to_stop)
+        if told_to_stop:
+            batches.close()
+            if workers.rank == 0:
+                ray.get(training.board.put.remote({"stopped": position.step}))
+            return
         if improved or due:
             reporter.flush(position)
             _report_checkpoint(engine, position, improved)
@@ -278,6 +287,7 @@ class _Reporter:
         self._first_step = first_step
         self._wait = 0.0
         self._losses: list[float] = []
+        self.told_to_stop = False
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -317,11 +327,12 @@ class _Reporter:
 
     def evaluated(self, position: Position) -> None:
         step, metrics = position.evaluations[-1]
-        self._send({"step": step, "steps": self._steps, "valid": metrics, "best": position.best_step})
+        record = {"step": step, "steps": self._steps, "valid": metrics, "best": position.best_step}
+        self._send({**record, "evaluations": list(position.evaluations)})
 
     def _send(self, record: dict[str, Any]) -> None:
         if self._rank == 0:
-            self._training.board.put.remote({"stage": self._training.stage, **record})
+            self.told_to_stop = ray.get(self._training.board.put.remote({"stage": self._training.stage, **record}))
 
 
 def seed_everything(*parts: int | str) -> None:

@@ -12,9 +12,16 @@ class ProgressBoard:
 
     def __init__(self) -> None:
         self._records: list[dict[str, Any]] = []
+        self._stopped = False
 
-    def put(self, record: dict[str, Any]) -> None:
+    def put(self, record: dict[str, Any]) -> bool:
+        """Take a record; whether the driver wants the training to stop."""
         self._records.append(record)
+        return self._stopped
+
+    def stop(self) -> None:
+        """Let the training end at its next record."""
+        self._stopped = True
 
     def take(self) -> list[dict[str, Any]]:
         """The records since the last call."""
