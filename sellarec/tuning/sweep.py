@@ -142,9 +142,7 @@ def _run_trials(
     try:
         if tune.Tuner.can_restore(f"{folder}/tune"):
             console.line(f"the sweep goes on: {place}")
-            tuner = tune.Tuner.restore(
-                f"{folder}/tune", trainable, resume_unfinished=True, restart_errored=True, param_space=_domains(space)
-            )
+            tuner = tune.Tuner.restore(f"{folder}/tune", trainable, resume_unfinished=True, restart_errored=True)
         else:
             tuner = tune.Tuner(
                 trainable,
@@ -192,7 +190,7 @@ def _searcher(settings: Sweep) -> Any:
     if settings.algorithm == "random":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        return BasicVariantGenerator(random_state=settings.seed)
+        return BasicVariantGenerator(random_state=settings.seed, max_concurrent=settings.concurrent)
     from ray.tune.search.optuna import OptunaSearch
 
     return OptunaSearch(metric=VALUE, mode="max", seed=settings.seed)
