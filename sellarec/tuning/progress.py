@@ -27,7 +27,8 @@ class Progress(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        self._line(trials, trial, f"evaluation {result[EVALUATION]}: best so far {result[VALUE]:.4f}")
+        if not result["done"]:
+            self._line(trials, trial, f"evaluation {result[EVALUATION]}: best so far {result[VALUE]:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result

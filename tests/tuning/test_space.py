@@ -73,7 +73,7 @@ def test_spaces_that_are_refused_when_they_are_read(content: object, words: list
 
 
 def test_a_space_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no search space 'none'.*align"):
+    with pytest.raises(UserError, match=r"no search space 'none'.*align"):
         read_space("none")
 
 
