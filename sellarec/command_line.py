@@ -105,6 +105,8 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
     if sweep.name is None:
         sweep = dataclasses.replace(sweep, name="-".join([*names, sweep.stage]))
     check_bounds(sweep)
+    if not 0 < sweep.share <= 1:
+        raise UserError(f"share is {sweep.share}: a number above 0, at most 1, is needed")
     if sweep.stages:
         raise UserError(
             f"stages is {', '.join(sweep.stages)}, but a sweep runs what its --stage reads, and its trials: leave it out"

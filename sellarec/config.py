@@ -539,6 +539,8 @@ class Sweep(Config):
     came as far are stopped (asynchronous successive halving, arXiv 1810.05934)."""
     concurrent: int = runtime(1)
     """Trials that run at a time, of `workers` training processes each."""
+    share: float = runtime(1.0)
+    """What each worker of a trial takes of a CPU, or of a GPU where there are some for all: 0.5 lets two workers share one."""
     max_failures: int = runtime(2)
     """How often a trial that failed, or was lost, is taken up again."""
 

@@ -518,8 +518,9 @@ def _train(
         dtype=dtype, storage=this.config.tables,
     )  # fmt: skip
     on_record = this.on_record or partial(_to_tensorboard, this)
+    assert this.cluster is not None
     try:
-        train(training, this.config.workers, this.gpus(), this.console, on_record, this.stop)
+        train(training, this.config.workers, this.gpus(), this.console, on_record, this.stop, this.cluster.share)
     except TrainingStopped:
         this.artifact(stage).delete(*(name for name in this.artifact(stage).names() if name != "lease.json"))
         raise

@@ -39,17 +39,20 @@ class Cluster:
     Attributes:
         local: Ray was started by this process, on this machine.
         gpus: whether workers get a GPU each.
+        share: what each worker takes of a CPU, or of a GPU.
     """
 
     local: bool
     gpus: bool
+    share: float = 1.0
 
 
-def connect(workers: int, console: Console, groups: int = 1) -> Cluster:
+def connect(workers: int, console: Console, groups: int = 1, share: float = 1.0) -> Cluster:
     """Join the cluster that RAY_ADDRESS names, or start Ray on this machine, and check that the workers have room.
 
     Args:
         groups: worker groups that are to run at a time, of `workers` each.
+        share: what each worker takes of a CPU, or of a GPU where there are some for all.
 
     Raises:
         UserError: the workers don't fit, with the arithmetic.
@@ -85,19 +88,26 @@ def connect(workers: int, console: Console, groups: int = 1) -> Cluster:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     resources = ray.cluster_resources()
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    if not local and groups * (workers + 1) > cpus:
+    needed = groups * (workers * share + 1)
+    if not local and needed > cpus:
         several = f"{groups} x " if groups > 1 else ""
         raise UserError(
-            f"{several}{workers} workers of 1 CPU each and {several}1 CPU to read data need {groups * (workers + 1)}, but the "
+            f"{several}{workers} workers of {share:g} CPU each and {several}1 CPU to read data need {needed:g}, but the "
             f"cluster at {os.environ['RAY_ADDRESS']} advertises {cpus:g}: lower --workers{' or --concurrent' if several else ''} "
             "or add nodes"
         )
-    if 0 < gpus < groups * workers:
+    has_gpus = gpus >= groups * workers * share
+    if has_gpus and share < 1 and workers > 1:
+        raise UserError(
+            f"share is {share:g} and workers {workers}, but NCCL takes no two workers of a group on one GPU: give --workers 1, "
+            "or leave share out"
+        )
+    if gpus > 0 and not has_gpus:
         console.line(
             f"note: {groups * workers} workers find {gpus:g} GPUs, so they run on CPUs: "
             f"{'lower --workers or --concurrent' if groups > 1 else f'give --workers {gpus:g}'} to use them"
         )
-    return Cluster(local=local, gpus=gpus >= groups * workers)
+    return Cluster(local=local, gpus=has_gpus, share=share)
 
 
 def room_for_tables(workers: int) -> int:
@@ -130,6 +140,7 @@ def train(
     console: Console,
     on_record: Callable[[dict], None],
     stop: threading.Event | None = None,
+    share: float = 1.0,
 ) -> None:
     """Run one stage's training to its end, surviving lost workers.
 
@@ -137,6 +148,7 @@ def train(
         training: a `loop.Training` without its board.
         on_record: takes each progress record of rank 0, for TensorBoard.
         stop: once it is set, the training ends at its next record.
+        share: what each worker takes of a CPU, or of a GPU.
 
     Raises:
         UserError: a mistake that a worker found.
@@ -147,7 +159,7 @@ def train(
 
     run_workers(
         train_worker, {"training": training}, training.stage, training.output, workers, gpus, console, on_record,
-        keep_freed_memory=not isinstance(training.settings, Language), stop=stop,
+        keep_freed_memory=not isinstance(training.settings, Language), stop=stop, share=share,
     )  # fmt: skip
 
 
@@ -162,12 +174,14 @@ def run_workers(
     on_record: Callable[[dict], None],
     keep_freed_memory: bool = False,
     stop: threading.Event | None = None,
+    share: float = 1.0,
 ) -> None:
     """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board.
 
     Args:
         keep_freed_memory: see KEEP_FREED_MEMORY; without effect on GPUs.
         stop: see `train`.
+        share: see `train`.
     """
     import ray
     import ray.train
@@ -178,10 +192,11 @@ def run_workers(
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()
     config = {name: dataclasses.replace(value, board=board) for name, value in config.items()}
     storage = str(place.folder) if place.is_local else place.uri
+    taken = {"CPU": 1, "GPU": share} if gpus else {"CPU": share}
     trainer = TorchTrainer(
         function,
         train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker={"CPU": 1}),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=taken),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=600),
         run_config=RunConfig(
             name="checkpoints",

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 REDUCTION = 3
 """Of the trials that come as far, asha lets one of so many go on; the next decision is after so many times the evaluations."""
 
+KEPT = ("stage", "trials", "algorithm", "scheduler", "concurrent", "max_failures")
+"""Settings that Ray Tune goes on with as the sweep was begun."""
+
 
 def sweep(settings: Sweep) -> None:
     """Run a sweep, or go on with one, and write its folder WORKSPACE/sweeps/NAME.
@@ -94,7 +97,7 @@ def _marks(this: Run, stage: str, config: Config) -> dict[str, str]:
 def _check_name(place: Place, settings: Sweep, config: Config, space: Sequence[Domain]) -> dict[str, Any]:
     """A name belongs to one sweep: the same one resumes, another one is refused. Returns what to record of it."""
     mine = {
-        **{name: getattr(settings, name) for name in ("stage", "trials", "algorithm", "scheduler")},
+        **{name: getattr(settings, name) for name in KEPT},
         "search": {domain.name: {domain.kind: domain.values} for domain in space},
         **result_settings(config),
     }
@@ -129,7 +132,7 @@ def _run_trials(
         "RAY_AIR_NEW_OUTPUT": "0",
     }.items():
         os.environ.setdefault(name, value)
-    cluster = connect(settings.workers, console, groups=settings.concurrent)
+    cluster = connect(settings.workers, console, settings.concurrent, settings.share)
     import ray
     from ray import tune
 

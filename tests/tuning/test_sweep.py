@@ -29,6 +29,8 @@ def test_a_sweep_has_the_name_of_its_recipes_and_stage() -> None:
         (["--stages", "collab"], ["stages is collab", "leave it out"]),
         (["--trials", "0"], ["trials is 0", "at least 1"]),
         (["--concurrent", "0"], ["concurrent is 0"]),
+        (["--share", "0"], ["share is 0"]),
+        (["--share", "1.5"], ["share is 1.5"]),
         (["--max-failures", "-1"], ["max_failures is -1"]),
         (["--align.temperature", "0"], ["align.temperature"]),
     ],
