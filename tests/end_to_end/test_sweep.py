@@ -120,9 +120,13 @@ def test_trials_that_all_fail_end_the_sweep_with_their_cause(tmp_path: Path, hel
     assert [row["status"] for row in rows] == ["failed", "failed"] and all(row["cause"] for row in rows)
 
 
-def test_a_sweep_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["random", "tpe"])
+def test_a_sweep_goes_on_after_its_driver_was_killed(algorithm: str, tmp_path: Path) -> None:
+    flags = ("--scheduler", "none", "--algorithm", algorithm)
+    if algorithm == "tpe":
+        pytest.importorskip("optuna")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, str(main_job.ROOT / "jobs/tune.py"), *arguments(tmp_path, "--scheduler", "none")]
+    command = [sys.executable, str(main_job.ROOT / "jobs/tune.py"), *arguments(tmp_path, *flags)]
     log = tmp_path / "first.log"
     with open(log, "w") as file:
         job = subprocess.Popen(command, cwd=main_job.ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
