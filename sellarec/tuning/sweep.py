@@ -160,6 +160,7 @@ def _run_trials(
                     name="tune",
                     storage_path=folder,
                     failure_config=tune.FailureConfig(max_failures=settings.max_failures),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stage keeps its own
                     callbacks=[Progress(console, space, settings.trials, place / "trials")],
                     verbose=0,
                 ),
