@@ -8,15 +8,17 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
 from sellarec.checks import check, check_bounds, check_data, check_width
-from sellarec.config import STAGES, Config, Evaluation, Fuse, Planning, Preflight, Prepare, leaves
+from sellarec.config import STAGES, Config, Evaluation, Fuse, Planning, Preflight, Prepare, Sweep, leaves
 from sellarec.errors import UserError
 from sellarec.language.templates import is_file
+
+Settings = TypeVar("Settings", bound=Config)
 
 
 def recipe_folder() -> Path:
@@ -85,24 +87,54 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
         UserError: an unknown recipe or setting, or settings that contradict each other.
         SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
     """
+    config, names = _parse(Config, arguments, program)
+    if config.name is None:
+        config = dataclasses.replace(config, name="-".join(names))
+    check(config)
+    return config
+
+
+def parse_sweep(arguments: Sequence[str]) -> Sweep:
+    """The settings of a command line `[RECIPE ...] [--flag value ...]` of jobs/tune.py, checked; the search space is not.
+
+    Raises:
+        UserError: an unknown recipe or setting, or settings that contradict each other.
+        SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
+    """
+    sweep, names = _parse(Sweep, arguments, "tune.py")
+    if sweep.name is None:
+        sweep = dataclasses.replace(sweep, name="-".join([*names, sweep.stage]))
+    check_bounds(sweep)
+    if not 0 < sweep.share <= 1:
+        raise UserError(f"share is {sweep.share}: a number above 0, at most 1, is needed")
+    if sweep.stages:
+        raise UserError(
+            f"stages is {', '.join(sweep.stages)}, but a sweep runs what its --stage reads, and its trials: leave it out"
+        )
+    if sweep.metric is not None:
+        section = dataclasses.replace(getattr(sweep, sweep.stage), select_on=sweep.metric)
+        sweep = dataclasses.replace(sweep, **{sweep.stage: section})
+    check(sweep.base())
+    return sweep
+
+
+def _parse(kind: type[Settings], arguments: Sequence[str], program: str) -> tuple[Settings, list[str]]:
+    """The settings of a command line `[RECIPE ...] [--flag value ...]`, and the recipes' names."""
     names, flags = _with_recipes(arguments, "demo")
     if any(flag in ("--stages", "--stages=") for flag in arguments) and not _has_stages(list(arguments)):
         raise UserError(f"--stages names none: give some of {', '.join(STAGES)}, separated by commas, or leave it out")
     description = (
-        f"usage: {program} [RECIPE ...] [OPTIONS]\n\n{Config.__doc__}\n\nA RECIPE is a .yaml file or one of: "
+        f"usage: {program} [RECIPE ...] [OPTIONS]\n\n{kind.__doc__}\n\nA RECIPE is a .yaml file or one of: "
         f"{', '.join(built_in_recipes())} (default: demo). Later ones are laid over earlier ones, then the flags."
     )
     config = tyro.cli(
-        Config, args=_split_stages(flags), prog=program, description=description, config=(tyro.conf.FlagConversionOff,)
+        kind, args=_split_stages(flags), prog=program, description=description, config=(tyro.conf.FlagConversionOff,)
     )
-    if config.name is None:
-        config = dataclasses.replace(config, name="-".join(names))
     if is_file(config.prompt.template):
         # workers, which read it too, are in another folder
         path = str(Path(config.prompt.template).expanduser().absolute())
         config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, template=path))
-    check(config)
-    return dataclasses.replace(config, fuse=_in_order(config.fuse))
+    return dataclasses.replace(config, fuse=_in_order(config.fuse)), names
 
 
 def _in_order(fuse: Fuse) -> Fuse:
@@ -179,6 +211,19 @@ def parse_preflight(arguments: Sequence[str]) -> Preflight:
     settings = tyro.cli(Preflight, args=list(arguments), prog="preflight.py")
     check_bounds(settings)
     return settings
+
+
+def typed(name: str, value: Any) -> Any:
+    """A value of YAML as the setting of this dotted name takes it.
+
+    Raises:
+        UserError: it takes none such.
+    """
+    flags = _as_flag(name, value)
+    if not _parses(flags):
+        raise UserError(f"{name} can't be {value!r}: `--help` tells what it takes")
+    config = tyro.cli(Config, args=flags, config=(tyro.conf.FlagConversionOff,))
+    return next(found for other, found, _ in leaves(config) if other == name)
 
 
 def _absolute(path: str | None) -> str | None:

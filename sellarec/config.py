@@ -561,6 +561,37 @@ class Config:
         return self.llm.model == EMBEDDED or self.pretrain.continued
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Config):
+    """Train one stage many times with settings that are drawn, and compare the trials on the valid split."""
+
+    stage: Literal["adapt", "collab", "align", "fuse"] = runtime("align")
+    """Stage whose trials are compared. What it reads is made once, before them; the test split is not read."""
+    search: str | None = runtime(None)
+    """Settings that are drawn, and from what: a name in sellarec/searches, or a .yaml file in their form; None: the one that is
+    named as the stage."""
+    metric: Literal["auc", "uauc"] | None = runtime(None)
+    """Metric of the valid split that trials are compared by, and by which each keeps its best state; None: the stage's
+    `select_on`."""
+    trials: int = runtime(16)
+    """Trials."""
+    algorithm: Literal["random", "tpe"] = runtime("random")
+    """random: drawn independently; tpe: drawn near what did well so far (Optuna's tree-structured Parzen estimator)."""
+    scheduler: Literal["none", "asha"] = runtime("asha")
+    """none: each trial trains to its end; asha: after 1, 3, 9, ... evaluations those below the best third of the trials that
+    came as far are stopped (asynchronous successive halving, arXiv 1810.05934)."""
+    concurrent: int = runtime(1)
+    """Trials that run at a time, of `workers` training processes each."""
+    share: float = runtime(1.0)
+    """What each worker of a trial takes of a CPU, or of a GPU where there are some for all: 0.5 lets two workers share one."""
+    max_failures: int = runtime(2)
+    """How often a trial that failed, or was lost, is taken up again."""
+
+    def base(self) -> Config:
+        """The config that trials' settings are laid over."""
+        return Config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Config)})
+
+
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
     """(dotted name, value, field) of every setting below a config dataclass."""
     for f in dataclasses.fields(settings):

@@ -19,6 +19,10 @@ class StageFailed(Exception):
     """
 
 
+class TrainingStopped(Exception):
+    """A training ended before its end because its driver asked it to: nothing of it is kept."""
+
+
 def exit_status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Run a job's `main` on its arguments: its exit status, with one line on stderr where it is not 0."""
     try:

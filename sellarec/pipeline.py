@@ -6,6 +6,7 @@ A stage reads artifacts and writes one. What stands already, by its fingerprint,
 import dataclasses
 import errno
 import json
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
 from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
-from sellarec.errors import StageFailed, UserError
+from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.language.templates import AUTO, is_file, read_template, read_templates, template_mark
 from sellarec.training.launch import (
     Cluster,
@@ -122,6 +123,10 @@ class Run:
     seconds: dict[str, float | None] = field(default_factory=dict)
     """Wall time of each stage that this run carried out; None where the artifact stood already."""
     writer: Any = None
+    on_record: Callable[[dict[str, Any]], None] | None = None
+    """Takes the progress records of trainings; None: they become TensorBoard scalars of the run."""
+    stop: threading.Event | None = None
+    """Once it is set, a training ends with TrainingStopped, and leaves nothing."""
 
     @classmethod
     def of(cls, config: Config) -> "Run":
@@ -255,7 +260,7 @@ def _run(this: Run) -> None:
                 recorded[stage] = f"{stage}-{this.marks[stage]}"
                 this.place.write_json("artifacts.json", recorded)
                 if stage == "prepare":
-                    _check_labels(this, wanted)
+                    check_labels(this, wanted)
                     # the data are good: from here on the name is taken
                     this.place.write_json("settings.json", settings)
                     this.place.write_text("config.yaml", to_yaml(this.config))
@@ -316,6 +321,33 @@ def _settings_names(stage: str, config: Config) -> set[str]:
 
 def _stands(this: Run, stage: str, artifact: str) -> bool:
     return this.store.manifest(stage, artifact.removeprefix(f"{stage}-")) is not None
+
+
+def marks_of(this: Run, stage: str) -> dict[str, str]:
+    """Fingerprints of a stage and of all that it reads, directly or through another stage, by stage."""
+    this.marks = {}
+    needed = _closure((stage,), this.config, set())
+    for name in STAGES:
+        if name in needed:
+            this.marks[name] = fingerprint(_facts(this, name))
+    return this.marks
+
+
+def run_stage(this: Run, stage: str) -> None:
+    """Carry out one stage where its artifact doesn't stand, of a run that is connected to Ray and has its inputs' `marks`.
+
+    Raises:
+        UserError, StageFailed: as `run`.
+        TrainingStopped: the run's `stop` was set.
+    """
+    this.marks[stage] = fingerprint(_facts(this, stage))
+    _stage(this, stage)
+
+
+def check_stage(this: Run, stage: str) -> None:
+    """Raises UserError where a stage can't be carried out as asked for, whatever the data."""
+    _check_sharding(this, (stage,))
+    _check_layer(this, (stage,))
 
 
 def _closure(wanted: tuple[str, ...], config: Config, standing: set[str]) -> set[str]:
@@ -515,8 +547,16 @@ def _train(
         dtype=dtype, storage=this.config.tables,
     )  # fmt: skip
     training = dataclasses.replace(training, profiled=_profiled(this, stage, training.steps))
-    on_record = partial(_to_tensorboard, this)
-    train(training, this.config.workers, this.gpus(), this.console, on_record, this.config.worker_timeout)
+    on_record = this.on_record or partial(_to_tensorboard, this)
+    assert this.cluster is not None
+    try:
+        train(
+            training, this.config.workers, this.gpus(), this.console, on_record, this.config.worker_timeout, this.stop,
+            this.cluster.share,
+        )  # fmt: skip
+    except TrainingStopped:
+        this.artifact(stage).delete(*(name for name in this.artifact(stage).names() if name != "lease.json"))
+        raise
     this.artifact(stage).delete(WORK)
     found = this.artifact(stage).read_json("training.json")
     assert found is not None
@@ -598,7 +638,7 @@ def _check_layer(this: Run, wanted: Sequence[str]) -> None:
         check_layer(layer, decoder_depth(this.given_llm), this.config.llm.model)
 
 
-def _check_labels(this: Run, stages: Sequence[str]) -> None:
+def check_labels(this: Run, stages: Sequence[str]) -> None:
     """Raises UserError where a stage can't be trained, or selected, for want of rows of one label."""
     facts = this.log().facts
     for stage in stages:

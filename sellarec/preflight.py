@@ -251,13 +251,18 @@ def living_nodes() -> list[Node]:
     return [found for _, _, found in sorted(nodes, key=lambda entry: entry[:2])]
 
 
-def preflight(workers: int, gpus: bool, worker_memory: int, workspace: Place) -> list[tuple[Node, Report]]:
+def preflight(
+    workers: int, gpus: bool, worker_memory: int, workspace: Place, groups: int = 1, share: float = 1.0
+) -> list[tuple[Node, Report]]:
     """Check the connected cluster for a run; gives what its nodes reported.
 
     Args:
+        workers: of one group.
         gpus: whether each worker is to have a GPU.
         worker_memory: bytes that a worker takes at least.
         workspace: has to be seen and written to by all nodes.
+        groups: worker groups that are to run at a time.
+        share: what each worker takes of a CPU, or of a GPU.
 
     Raises:
         UserError: what doesn't fit, with the nodes' names.
@@ -274,7 +279,7 @@ def preflight(workers: int, gpus: bool, worker_memory: int, workspace: Place) ->
         check_storage(found, workspace)
         check_clocks(found)
         check_disks(found, workspace)
-        check_resources(found, workers, gpus, worker_memory)
+        check_resources(found, workers, gpus, worker_memory, groups, share)
         _check_network(nodes, probes, gpus)
     finally:
         for probe in probes:
@@ -428,29 +433,39 @@ def check_disks(found: Sequence[tuple[Node, Report]], workspace: Place) -> None:
         )
 
 
-def check_resources(found: Sequence[tuple[Node, Report]], workers: int, gpus: bool, worker_memory: int) -> None:
+def check_resources(
+    found: Sequence[tuple[Node, Report]],
+    workers: int,
+    gpus: bool,
+    worker_memory: int,
+    groups: int = 1,
+    share: float = 1.0,
+) -> None:
     """Refuse a run that the nodes could never hold, whatever else ends on them.
 
-    A worker takes 1 CPU, a GPU with `gpus`, and `worker_memory`; reading data takes one CPU more.
+    A worker takes `share` of a CPU (with `gpus` a CPU, and `share` of a GPU), and `worker_memory`; reading data takes one CPU
+    more for each of `groups` groups of `workers`.
 
     Raises:
         UserError: what is needed, and what each node has.
     """
     shared = [report.machine for _, report in found]
-    places, lines = 0, []
+    places, lines, cpu = 0, [], 1.0 if gpus else share
     for node, report in found:
         memory = max(0, report.memory) // shared.count(report.machine)
-        room = min([int(node.cpus), memory // worker_memory, *([int(node.gpus)] if gpus else [])])
+        room = min([int(node.cpus / cpu), memory // worker_memory, *([int(node.gpus / share)] if gpus else [])])
         places += room
         has_gpus = f", {node.gpus:g} GPUs" if gpus else ""
         lines.append(f"{node} {room} ({node.cpus:g} CPUs{has_gpus}, {memory / GIB:.1f} GiB of memory free)")
     cpus = sum(node.cpus for node, _ in found)
-    has_gpu = ", a GPU" if gpus else ""
-    if workers > places or workers + 1 > cpus:
+    has_gpu = f", {share:g} GPU" if gpus else ""
+    needed = groups * (workers * cpu + 1)
+    if groups * workers > places or needed > cpus:
+        several, fewer = (f"{groups} x ", "--workers or --concurrent") if groups > 1 else ("", "--workers")
         raise UserError(
-            f"preflight: {workers} workers of 1 CPU{has_gpu} and {worker_memory / GIB:.2f} GiB each (before any table or model) "
-            f"and 1 CPU to read data need {workers + 1} CPUs; the cluster has {cpus:g}, and room for {places} workers: "
-            f"{'; '.join(lines)}: lower --workers or add nodes"
+            f"preflight: {several}{workers} workers of {cpu:g} CPU{has_gpu} and {worker_memory / GIB:.2f} GiB each (before any "
+            f"table or model) and {several}1 CPU to read data need {needed:g} CPUs; the cluster has {cpus:g}, and room for "
+            f"{places} workers: {'; '.join(lines)}: lower {fewer} or add nodes"
         )
 
 

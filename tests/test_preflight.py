@@ -87,8 +87,14 @@ def test_room_is_counted_by_node() -> None:
         preflight.check_resources([(node, replace(FINE, memory=5 * GIB)) for node in NODES], 4, False, GIB)
     nodes = [(replace(node, gpus=i), FINE) for i, node in enumerate(NODES)]
     preflight.check_resources(nodes, 3, True, GIB)
-    with refused("4 workers of 1 CPU, a GPU", "head .10.0.0.0. 0 .2 CPUs, 0 GPUs"):
+    with refused("4 workers of 1 CPU, 1 GPU", "head .10.0.0.0. 0 .2 CPUs, 0 GPUs"):
         preflight.check_resources(nodes, 4, True, GIB)
+    preflight.check_resources(nodes, 3, True, GIB, share=0.5, groups=2)
+    # trials of a sweep: each reads its own data
+    preflight.check_resources(cluster(), 2, False, GIB, groups=2)
+    preflight.check_resources(cluster(), 4, False, GIB, groups=2, share=0.5)
+    with refused("2 x 3 workers of 1 CPU", "2 x 1 CPU to read data need 8 CPUs", "lower --workers or --concurrent"):
+        preflight.check_resources(cluster(), 3, False, GIB, groups=2)
 
 
 def test_a_workspace_in_the_jobs_unpacked_files() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sellarec.artifacts import Place
 from sellarec.config import Language
-from sellarec.errors import StageFailed, UserError
+from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.preflight import check_address, check_workspace, in_words, preflight
 from sellarec.training.progress import WORKER_TIMEOUT, Console, ProgressBoard, duration
 
@@ -41,17 +41,20 @@ class Cluster:
     Attributes:
         local: Ray was started by this process, on this machine.
         gpus: whether workers get a GPU each.
+        share: what each worker takes of a CPU, or of a GPU.
     """
 
     local: bool
     gpus: bool
+    share: float = 1.0
 
 
-def connect(workers: int, console: Console, workspace: Place) -> Cluster:
+def connect(workers: int, console: Console, workspace: Place, groups: int = 1, share: float = 1.0) -> Cluster:
     """Join the cluster that RAY_ADDRESS names and check it (`preflight.py`), or start Ray on this machine.
 
     Args:
-        workspace: what the job writes to; on a cluster all nodes have to see it.
+        groups: worker groups that are to run at a time, of `workers` each.
+        share: what each worker takes of a CPU, or of a GPU where there are some for all.
 
     Raises:
         UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, with the arithmetic.
@@ -79,7 +82,7 @@ def connect(workers: int, console: Console, workspace: Place) -> Cluster:
             console.line(f"note: {workers} workers share {cores} cores")
         ray.init(
             address="local",
-            num_cpus=max(cores, workers + 2),
+            num_cpus=max(cores, groups * (workers + 2)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -96,17 +99,24 @@ def connect(workers: int, console: Console, workspace: Place) -> Cluster:
                 f"the cluster at RAY_ADDRESS {address} can't be joined: {' '.join(str(error).split())}"
             ) from error
     gpus = ray.cluster_resources().get("GPU", 0)
+    has_gpus = gpus >= groups * workers * share
+    if has_gpus and share < 1 and workers > 1:
+        raise UserError(
+            f"share is {share:g} and workers {workers}, but NCCL takes no two workers of a group on one GPU: give --workers 1, "
+            "or leave share out"
+        )
     if not local:
         start = time.monotonic()
-        found = preflight(workers, gpus >= workers, WORKER_MEMORY, workspace)
+        found = preflight(workers, has_gpus, WORKER_MEMORY, workspace, groups, share)
         for line in in_words(found):
             console.line(f"  {line}")
         console.line(f"preflight passed in {time.monotonic() - start:.0f} s: {len(found)} nodes")
-    if 0 < gpus < workers:
+    if gpus > 0 and not has_gpus:
         console.line(
-            f"note: {workers} workers find {gpus:g} GPUs, so they run on CPUs: give --workers {gpus:g} to use them"
+            f"note: {groups * workers} workers find {gpus:g} GPUs, so they run on CPUs: "
+            f"{'lower --workers or --concurrent' if groups > 1 else f'give --workers {gpus:g}'} to use them"
         )
-    return Cluster(local=local, gpus=gpus >= workers)
+    return Cluster(local=local, gpus=has_gpus, share=share)
 
 
 def joins_cluster() -> bool:
@@ -150,7 +160,14 @@ def check_room(workers: int) -> None:
 
 
 def train(
-    training: Any, workers: int, gpus: bool, console: Console, on_record: Callable[[dict], None], timeout: float
+    training: Any,
+    workers: int,
+    gpus: bool,
+    console: Console,
+    on_record: Callable[[dict], None],
+    timeout: float,
+    stop: threading.Event | None = None,
+    share: float = 1.0,
 ) -> None:
     """Run one stage's training to its end, surviving lost workers.
 
@@ -158,16 +175,19 @@ def train(
         training: a `loop.Training` without its board.
         on_record: takes each progress record of rank 0, for TensorBoard.
         timeout: seconds after which a worker that doesn't answer counts as lost.
+        stop: once it is set, the training ends after its step.
+        share: what each worker takes of a CPU, or of a GPU.
 
     Raises:
         UserError: a mistake that a worker found.
+        TrainingStopped: `stop` was set before its end.
         StageFailed: it failed for another reason, and again after RETRIES restarts.
     """
     from sellarec.training.loop import train_worker
 
     run_workers(
         train_worker, {"training": training}, training.stage, training.output, workers, gpus, console, on_record,
-        keep_freed_memory=not isinstance(training.settings, Language), stops=True, timeout=timeout,
+        keep_freed_memory=not isinstance(training.settings, Language), stops=True, timeout=timeout, stop=stop, share=share,
     )  # fmt: skip
 
 
@@ -183,18 +203,23 @@ def run_workers(
     keep_freed_memory: bool = False,
     stops: bool = False,
     timeout: float = WORKER_TIMEOUT,
+    stop: threading.Event | None = None,
+    share: float = 1.0,
 ) -> None:
     """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board.
 
     Args:
         keep_freed_memory: see KEEP_FREED_MEMORY; without effect on GPUs.
         stops: whether the workers leave a checkpoint and end when the board asks for it, as it does after the first SIGINT
-            or SIGTERM. Others are broken off.
+            or SIGTERM, or once `stop` is set. Others are broken off.
         timeout: seconds after which a worker that doesn't answer counts as lost.
+        stop: see `train`.
+        share: see `train`.
 
     Raises:
         UserError: a mistake that a worker found.
         StageFailed: it failed for another reason, and again after RETRIES restarts.
+        TrainingStopped: `stop` was set.
         KeyboardInterrupt: after SIGINT or SIGTERM.
     """
     import ray
@@ -207,10 +232,11 @@ def run_workers(
     config = {name: dataclasses.replace(value, board=board, timeout=timeout) for name, value in config.items()}
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
     storage = str(place.folder) if place.is_local else place.uri
+    taken = {"CPU": 1, "GPU": share} if gpus else {"CPU": share}
     trainer = TorchTrainer(
         function,
         train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker={"CPU": 1}),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=taken),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=round(timeout)),
         run_config=RunConfig(
             name="checkpoints",
@@ -233,13 +259,14 @@ def run_workers(
     asked = False
     # in a thread of its own, where Ray Train leaves signals alone; it dies with the process where it is not waited for
     training = threading.Thread(target=fit, daemon=True)
-    with _showing(board, console, on_record) as errors, _signals() as arrived:
+    with _showing(board, console, on_record) as (errors, stopped), _signals() as arrived:
         training.start()
         while training.is_alive():
             if len(arrived) > 1 or (arrived and not stops):
                 raise KeyboardInterrupt
-            if arrived and not asked:
-                console.line(f"{stage:<9} stops after a checkpoint (again: at once)")
+            if not asked and (arrived or (stop is not None and stop.is_set())):
+                if arrived:
+                    console.line(f"{stage:<9} stops after a checkpoint (again: at once)")
                 ray.get(board.stop.remote())
                 asked = True
             training.join(0.2)
@@ -251,8 +278,10 @@ def run_workers(
         ) from error
     if errors:
         raise UserError(errors[0])
-    if asked:
+    if arrived:
         raise KeyboardInterrupt
+    if stopped:
+        raise TrainingStopped(f"stage {stage} was stopped at step {stopped[0]}")
     place.delete("checkpoints")
 
 
@@ -294,11 +323,13 @@ def run_task(function: Callable[..., dict[str, Any]], stage: str, console: Conso
 
 
 @contextlib.contextmanager
-def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) -> Iterator[list[str]]:
-    """Print what arrives on the board while the block runs; gives the list of errors that workers put there."""
+def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) -> Iterator[tuple[list[str], list[int]]]:
+    """Print what arrives on the board while the block runs; gives the list of errors that workers put there, and the step at
+    which they stopped, if they were asked to."""
     import ray
 
     errors: list[str] = []
+    stopped: list[int] = []
     failures: list[BaseException] = []
     starts = 0
     ended = threading.Event()
@@ -310,7 +341,10 @@ def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) ->
             for record in ray.get(board.take.remote()):
                 if "error" in record:
                     errors.append(record["error"])
+                elif "stopped" in record:
+                    stopped.append(record["stopped"])
                 elif "started" in record:
+                    on_record(record)
                     starts += 1
                     if record["started"]:
                         what = f"goes on from its checkpoint at step {record['started']}/{record['steps']}"
@@ -334,7 +368,7 @@ def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) ->
     thread = threading.Thread(target=show_or_note)
     thread.start()
     try:
-        yield errors
+        yield errors, stopped
     finally:
         ended.set()
         thread.join()
@@ -350,15 +384,15 @@ def cause_of(error: BaseException) -> str:
     """
     failures = getattr(error, "worker_failures", None)
     if not failures:
-        return _last_line(error)
+        return last_line(error)
     by_line: dict[str, int] = {}
     for rank, failure in sorted(failures.items()):
-        by_line.setdefault(_last_line(failure), rank)
+        by_line.setdefault(last_line(failure), rank)
     own = {line: rank for line, rank in by_line.items() if not _LOST_PEER.search(line)}
     return "; ".join(f"worker {rank}: {line}" for line, rank in (own or by_line).items())
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 

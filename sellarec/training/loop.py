@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.train
+import ray.util
 import torch
 import torch.distributed as dist
 
@@ -139,7 +140,9 @@ def _train(training: Training) -> None:
             position = Position(**json.loads((Path(folder) / "position.json").read_text()))
     selection = settings if isinstance(settings, Selection) else None
     if workers.rank == 0:
-        training.board.put.remote({"stage": training.stage, "started": position.step, "steps": training.steps})
+        group = ray.util.get_current_placement_group()
+        started = {"stage": training.stage, "started": position.step, "steps": training.steps}
+        training.board.put.remote({**started, "group": group.id.hex() if group is not None else None})
     valid = _Valid(training, task, workers) if selection else None
     validate_every = max(1, round(selection.validate_every * training.train.steps_per_epoch)) if selection else 0
     steps = training.steps
@@ -182,6 +185,8 @@ def _train(training: Training) -> None:
     batches.close()
     profiler.end()
     if leave:
+        if workers.rank == 0:
+            ray.get(training.board.put.remote({"stopped": position.step}))
         return
     reporter.flush(position)
     if valid and position.best_step != position.step:
@@ -431,7 +436,8 @@ class _Reporter:
 
     def evaluated(self, position: Position) -> None:
         step, metrics = position.evaluations[-1]
-        self._send({"step": step, "steps": self._steps, "valid": metrics, "best": position.best_step})
+        record = {"step": step, "steps": self._steps, "valid": metrics, "best": position.best_step}
+        self._send({**record, "evaluations": list(position.evaluations)})
 
     def _send(self, record: dict[str, Any]) -> None:
         if self._engine.workers.rank == 0:

@@ -1,0 +1,233 @@
+"""A sweep: what its stage reads is made once, then Ray Tune runs the trials, then they are compared."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sellarec.artifacts import Place, lease
+from sellarec.config import STAGES, Config, Sweep, result_settings, to_yaml
+from sellarec.errors import StageFailed, UserError
+from sellarec.pipeline import Run, check_labels, check_stage, marks_of, run
+from sellarec.training.launch import check_room, connect, last_line
+from sellarec.training.progress import Console
+from sellarec.tuning.results import Row, format_rows, write_results
+from sellarec.tuning.space import EVALUATION, VALUE, Domain, check_space, read_space, with_settings
+
+if TYPE_CHECKING:
+    from sellarec.tuning.trial import Base
+
+REDUCTION = 3
+"""Of the trials that come as far, asha lets one of so many go on; the next decision is after so many times the evaluations."""
+
+KEPT = ("stage", "trials", "algorithm", "scheduler", "concurrent", "max_failures")
+"""Settings that Ray Tune goes on with as the sweep was begun."""
+
+
+def sweep(settings: Sweep) -> None:
+    """Run a sweep, or go on with one, and write its folder WORKSPACE/sweeps/NAME.
+
+    Raises:
+        UserError: a mistake in settings, search space, data, model or place.
+        StageFailed: a stage before the trials failed, or all trials did.
+    """
+    config, stage, console = _absolute(settings.base()), settings.stage, Console()
+    if settings.algorithm == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise UserError(
+            "algorithm is tpe, which is Optuna's, but optuna is not installed: pip install 'sellarec[tune]'"
+        )
+    if not os.environ.get("RAY_ADDRESS"):
+        check_room(settings.concurrent * (settings.workers + 1))  # a trial has a process of its own beside its workers
+    space = read_space(settings.search or stage)
+    this = Run.of(config)
+    this.store.check_writable()
+    reads = check_space(space, config, stage, partial(_marks, this, stage))
+    this.config = config
+    check_stage(this, stage)
+    place = this.store.workspace / "sweeps" / str(config.name)
+    identity = _check_name(place, settings, config, space)
+    with lease(place, console.line):
+        marks = _run_stages_before(config, stage, reads)
+        place.write_json("sweep.json", identity)
+        rows = _finished(place)
+        if rows is None:
+            rows = _run_trials(settings, config, space, marks, place, console)
+        else:
+            console.line(f"the sweep stands already: {place}")
+        finished = sorted((row for row in rows if row.status == "finished"), key=lambda row: -(row.value or 0))
+        write_results(place, rows, space, stage, getattr(config, stage).select_on)
+        if not finished:
+            raise StageFailed(
+                f"of {len(rows)} trials none came to its end: {next(row.cause for row in rows if row.cause)}"
+            )
+        best = with_settings(config, finished[0].settings)
+        recipe = dataclasses.replace(best, name=f"{config.name}-best")
+        place.write_text("best.yaml", f"# trial {finished[0].trial} of the sweep {config.name}\n{to_yaml(recipe)}")
+        print(f"\n{format_rows(finished[:5], space, getattr(config, stage).select_on)}\n")
+        for what, name in (("table", "trials.csv, trials.parquet"), ("plots", "plots"), ("recipe", "best.yaml")):
+            print(f"{what:<12} {place}/{name}")
+        print(f"TensorBoard  tensorboard --logdir {place}/tensorboard", flush=True)
+
+
+def _absolute(config: Config) -> Config:
+    """Paths from the file system's root: trials run in folders of their own."""
+    paths = {
+        "data.path": config.data.path,
+        "data.items": config.data.items,
+        "llm.model": config.llm.model,
+        "collab.init_from": config.collab.init_from,
+        "collab.init_users": config.collab.init_users,
+        "collab.init_items": config.collab.init_items,
+    }
+    found = {name: Path(path).expanduser().absolute() for name, path in paths.items() if path is not None}
+    standing = {name: str(path) for name, path in found.items() if path.exists()}  # others are hub ids and URIs
+    return with_settings(config, {"workspace": str(Place.of(config.workspace)), **standing})
+
+
+def _marks(this: Run, stage: str, config: Config) -> dict[str, str]:
+    """The fingerprints of a config's stage and of what it reads; what `this` knows of data and model is not found out again."""
+    this.config = config
+    return marks_of(this, stage)
+
+
+def _check_name(place: Place, settings: Sweep, config: Config, space: Sequence[Domain]) -> dict[str, Any]:
+    """A name belongs to one sweep: the same one resumes, another one is refused. Returns what to record of it."""
+    mine = {
+        **{name: getattr(settings, name) for name in KEPT},
+        "search": {domain.name: {domain.kind: domain.values} for domain in space},
+        **result_settings(config),
+    }
+    mine = json.loads(json.dumps(mine))
+    earlier = place.read_json("sweep.json") or mine
+    names = [name for name in mine if earlier.get(name) != mine[name]]
+    if names:
+        shown = ", ".join(f"{name} {earlier.get(name)} then, {mine[name]} now" for name in names[:5])
+        raise UserError(
+            f"the sweep {place} was begun with other settings ({shown}{', ...' if len(names) > 5 else ''}): choose another "
+            "--name (trials that stand are not trained again), or delete that folder"
+        )
+    return mine
+
+
+def _run_stages_before(config: Config, stage: str, reads: Sequence[str]) -> dict[str, str]:
+    """Carry out what the trials read; the fingerprints by stage."""
+    this = Run.of(dataclasses.replace(config, stages=tuple(name for name in STAGES if name in reads)))
+    run(this)
+    check_labels(this, (stage,))
+    return dict(this.marks)
+
+
+def _run_trials(
+    settings: Sweep, config: Config, space: Sequence[Domain], marks: Mapping[str, str], place: Place, console: Console
+) -> list[Row]:
+    """Run what is left of the trials; how all of them went."""
+    for name, value in {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what they write is in our table
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep as it ends any job
+        "TUNE_GLOBAL_CHECKPOINT_S": "5",
+        "RAY_AIR_NEW_OUTPUT": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    cluster = connect(settings.workers, console, Place.of(config.workspace), settings.concurrent, settings.share)
+    import ray
+    from ray import tune
+
+    from sellarec.tuning.progress import Progress
+    from sellarec.tuning.trial import Base, Trial
+
+    base = Base(config, space, settings.stage, marks, cluster, place / "trials")
+    trainable = tune.with_resources(tune.with_parameters(Trial, base=base), {"CPU": 0.01})
+    folder = str(place.folder) if place.is_local else place.uri
+    try:
+        if tune.Tuner.can_restore(f"{folder}/tune"):
+            console.line(f"the sweep goes on: {place}")
+            tuner = tune.Tuner.restore(f"{folder}/tune", trainable, resume_unfinished=True, restart_errored=True)
+        else:
+            tuner = tune.Tuner(
+                trainable,
+                param_space=_domains(space),
+                tune_config=tune.TuneConfig(
+                    num_samples=settings.trials,
+                    max_concurrent_trials=settings.concurrent,
+                    search_alg=_searcher(settings),
+                    scheduler=_scheduler(settings),
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=folder,
+                    failure_config=tune.FailureConfig(max_failures=settings.max_failures),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stage keeps its own
+                    callbacks=[Progress(console, space, settings.trials, place / "trials")],
+                    verbose=0,
+                ),
+            )
+        results = tuner.fit()
+        rows = [_row(number, result, base) for number, result in enumerate(results, 1)]
+    finally:
+        ray.shutdown()
+    if not results.errors:  # else what failed is tried again when the command is given again
+        place.write_json("trials.json", [dataclasses.asdict(row) for row in rows])
+        place.delete("tune", "trials")
+    return rows
+
+
+def _domains(space: Sequence[Domain]) -> dict[str, Any]:
+    """The search space as Tune takes it."""
+    from ray import tune
+
+    found: dict[str, Any] = {}
+    for domain in space:
+        if domain.kind == "choice":
+            found[domain.name] = tune.choice(list(domain.labels))
+        else:
+            low, high = domain.values
+            # Tune's randint leaves out the upper bound
+            found[domain.name] = getattr(tune, domain.kind)(low, high + 1 if domain.kind == "randint" else high)
+    return found
+
+
+def _searcher(settings: Sweep) -> Any:
+    if settings.algorithm == "random":
+        from ray.tune.search.basic_variant import BasicVariantGenerator
+
+        return BasicVariantGenerator(random_state=settings.seed, max_concurrent=settings.concurrent)
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(metric=VALUE, mode="max", seed=settings.seed)
+
+
+def _scheduler(settings: Sweep) -> Any:
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    if settings.scheduler == "none":
+        return FIFOScheduler()
+    # no trial comes to max_t: the end of a trial is its own
+    return ASHAScheduler(time_attr=EVALUATION, metric=VALUE, mode="max", max_t=10**6, reduction_factor=REDUCTION)
+
+
+def _row(number: int, result: Any, base: "Base") -> Row:
+    """How a trial went, of what it reported last."""
+    metrics = result.metrics or {}
+    cause = last_line(result.error) if result.error is not None else metrics.get("cause")
+    artifact = metrics.get("artifact")
+    return Row(
+        trial=number,
+        settings={domain.name: domain.value(result.config[domain.name]) for domain in base.space},
+        status="failed" if cause else "finished" if artifact else "stopped",
+        value=None if cause else metrics[VALUE],
+        kept=metrics.get("kept"),
+        evaluations=metrics.get("evaluations", []),
+        seconds=metrics.get("seconds", metrics.get("time_total_s")),
+        artifact=artifact,
+        cause=cause,
+    )
+
+
+def _finished(place: Place) -> list[Row] | None:
+    """The trials of a sweep that came to its end."""
+    rows = place.read_json("trials.json")
+    return None if rows is None else [Row(**row) for row in rows]

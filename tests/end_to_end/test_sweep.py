@@ -1,0 +1,152 @@
+"""Sweeps as a user runs them: trials that are stopped, lost, or go on after a kill; what is left; the winner as a recipe."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import main_job
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+import yaml
+
+from sellarec.command_line import parse, parse_sweep
+from sellarec.errors import StageFailed
+from sellarec.pipeline import Run, run
+from sellarec.tuning.sweep import sweep
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SPACE = {
+    "collab.table_learning_rate": {"loguniform": [0.0001, 0.5]},
+    "collab.l2": {"choice": [0.01, 0.1]},
+}
+"""Learning rates from hopelessly small to good: asha has something to stop."""
+
+FLAGS = ("--stage", "collab", "--trials", "4", "--workers", "1", "--collab.epochs", "9", "--collab.patience", "9")
+
+
+def write_space(folder: Path, space: dict) -> Path:
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump(space))
+    return path
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Of each Ray session that a sweep ends, the logical CPUs that are still held when all trials are over."""
+    found: list[float] = []
+    shutdown = ray.shutdown
+
+    def measured() -> None:
+        total = ray.cluster_resources()["CPU"]
+        deadline = time.monotonic() + 20  # what is free is told with a delay
+        while (free := ray.available_resources().get("CPU", 0.0)) != total and time.monotonic() < deadline:
+            time.sleep(0.5)
+        found.append(total - free)
+        shutdown()
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "shutdown", measured)
+    return found
+
+
+def arguments(folder: Path, *flags: str, space: dict = SPACE) -> list[str]:
+    files = [str(main_job.write_recipe(folder)), "--search", str(write_space(folder, space))]
+    return ["demo", *files, "--workspace", str(folder / "w"), *FLAGS, *flags]
+
+
+def table(folder: Path) -> list[dict]:
+    return pq.read_table(folder / "w/sweeps/demo-tiny-collab/trials.parquet").to_pylist()
+
+
+def test_trials_that_are_stopped_leave_no_cpu_held_and_the_winner_is_a_recipe(tmp_path: Path, held: list) -> None:
+    sweep(parse_sweep(arguments(tmp_path)))
+    assert held[-1] == 0
+    rows = table(tmp_path)
+    assert len(rows) == 4 and {row["status"] for row in rows} == {"finished", "stopped"}
+    for row in rows:
+        finished = row["status"] == "finished"
+        assert (row["artifact"] is not None) == finished
+        assert len(row["evaluations"]) == 9 if finished else len(row["evaluations"]) < 9
+        assert row["value"] == max(step["auc"] for step in row["evaluations"])
+    artifacts = {path.parent.name for path in (tmp_path / "w/artifacts").glob("*/manifest.json")}
+    stages = [name.partition("-")[0] for name in artifacts]
+    assert sorted(set(stages)) == ["collab", "prepare"], "the test split was not scored, nothing else was made"
+    assert {name for name in artifacts if name.startswith("collab")} == {row["artifact"] for row in rows} - {None}
+
+    best = tmp_path / "w/sweeps/demo-tiny-collab/best.yaml"
+    again = Run.of(parse([str(best), "--stages", "prepare,collab"]))
+    run(again)
+    assert again.seconds == {"prepare": None, "collab": None}, "both stood already"
+    winner = max((row for row in rows if row["artifact"]), key=lambda row: row["value"])
+    assert winner["artifact"] == f"collab-{again.marks['collab']}"
+    assert (again.config.collab.table_learning_rate, again.config.collab.l2) == tuple(winner[name] for name in SPACE)
+
+
+def test_a_trial_whose_process_is_lost_is_taken_up_again(tmp_path: Path, held: list, capsys) -> None:
+    killed = threading.Event()
+
+    def kill() -> None:
+        """Kill the first trial's process when its training is under way."""
+        while not list((tmp_path / "w").glob("artifacts/collab-*/checkpoints/**/position.json")):
+            time.sleep(0.1)
+        for child in psutil.Process().children(recursive=True):
+            if "ray::ResourceTrainable" in " ".join(child.cmdline()):
+                os.kill(child.pid, signal.SIGKILL)
+                killed.set()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    space = {"collab.l2": {"choice": [0.01, 0.1]}}
+    flags = ("--trials", "2", "--collab.epochs", "40", "--collab.patience", "40", "--scheduler", "none")
+    sweep(parse_sweep(arguments(tmp_path, *flags, space=space)))
+    assert killed.is_set() and "lost, and taken up again" in capsys.readouterr().out
+    assert held[-1] == 0
+    assert [row["status"] for row in table(tmp_path)] == ["finished", "finished"]
+
+
+def test_trials_that_all_fail_end_the_sweep_with_their_cause(tmp_path: Path, held: list) -> None:
+    space = {"collab.table_learning_rate": {"choice": [1e30, 1e31]}}
+    with pytest.raises(StageFailed, match=r"none came to its end: .*stage collab"):
+        sweep(parse_sweep(arguments(tmp_path, "--trials", "2", "--collab.table-optimizer", "sgd", space=space)))
+    assert held[-1] == 0
+    rows = table(tmp_path)
+    assert [row["status"] for row in rows] == ["failed", "failed"] and all(row["cause"] for row in rows)
+
+
+@pytest.mark.parametrize("algorithm", ["random", "tpe"])
+def test_a_sweep_goes_on_after_its_driver_was_killed(algorithm: str, tmp_path: Path) -> None:
+    flags = ("--scheduler", "none", "--algorithm", algorithm)
+    if algorithm == "tpe":
+        pytest.importorskip("optuna")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, str(main_job.ROOT / "jobs/tune.py"), *arguments(tmp_path, *flags)]
+    log = tmp_path / "first.log"
+    with open(log, "w") as file:
+        job = subprocess.Popen(command, cwd=main_job.ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        main_job.wait_for(log, "trial 2/4  evaluation", job)
+    finally:
+        main_job.end(job)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "w/artifacts").glob("collab-*/manifest.json")}
+    assert before
+    done = subprocess.run(command, cwd=main_job.ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the sweep goes on" in done.stdout
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "w/artifacts").glob("collab-*/manifest.json")}
+    assert before.items() <= after.items() and len(after) == 4, "what was finished was not trained again"
+    assert [row["status"] for row in table(tmp_path)] == ["finished"] * 4
+
+    # and what is finished stands
+    done = subprocess.run(command, cwd=main_job.ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0 and "the sweep stands already" in done.stdout
+    refused = subprocess.run(
+        [*command, "--trials", "5"], cwd=main_job.ROOT, capture_output=True, text=True, env=environment
+    )
+    assert refused.returncode == 2 and "trials 4 then, 5 now" in refused.stderr
