@@ -118,20 +118,12 @@ def load_model(folder: Path, storage: str = "float32") -> "PreTrainedModel":
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto import modeling_auto
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = read_config(folder)
-    architecture = (getattr(config, "architectures", None) or ["?"])[0]
-    names = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_MAPPING_NAMES)
-    fitting = [name.get(config.model_type) for name in names]  # with its output layer, or without where that is tied
-    # of an encoder, the causal class would load too, and look at what comes after
-    encoder = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder
-    if fitting[0] is None or architecture not in fitting or encoder:
-        raise UserError(f"{folder} holds a {architecture}, which is no causal language model")
-    context_length(config)
+    config = causal_config(folder)
+    architecture = config.architectures[0]
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -154,6 +146,26 @@ def load_model(folder: Path, storage: str = "float32") -> "PreTrainedModel":
             f"{missing[0]} first"
         )
     return model
+
+
+def causal_config(name: str | Path, revision: str | None = None) -> Any:
+    """The config of a folder's or a hub id's model.
+
+    Raises:
+        UserError: it can't be read, or is of something else than a causal language model with position ids.
+    """
+    from transformers.models.auto import modeling_auto
+
+    config = read_config(name, revision)
+    architecture = (getattr(config, "architectures", None) or ["?"])[0]
+    names = (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_MAPPING_NAMES)
+    fitting = [known.get(config.model_type) for known in names]  # with its output layer, or without where that is tied
+    # of an encoder, the causal class would load too, and look at what comes after
+    encoder = config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder
+    if fitting[0] is None or architecture not in fitting or encoder:
+        raise UserError(f"{name} holds a {architecture}, which is no causal language model")
+    context_length(config)
+    return config
 
 
 def context_length(config: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sellarec.config import ALL_LINEAR, Adapt
 from sellarec.errors import UserError
-from sellarec.language.llm import LlmSource, decoder_layers, read_config
+from sellarec.language.llm import LlmSource, causal_config, decoder_layers
 from sellarec.training.plan import GIB
 
 SAVED_NUMBERS = 1.25
@@ -51,13 +51,13 @@ def shape_of(source: LlmSource, adapter: Adapt | None) -> Shape:
     """The shape of a model, by its config alone, with an adapter or without.
 
     Raises:
-        UserError: its config can't be read.
+        UserError: its config can't be read, or is of no causal language model.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    config = read_config(source.name, source.revision)
+    config = causal_config(source.name, source.revision)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     output = model.get_output_embeddings()
@@ -69,7 +69,7 @@ def shape_of(source: LlmSource, adapter: Adapt | None) -> Shape:
         # of DoRA a norm more for each number that a layer gives
         given = [m.out_features if isinstance(m, torch.nn.Linear) else m.nf for m in adapted]
         lora = adapter.rank * sum(sum(m.weight.shape) for m in adapted) + adapter.dora * sum(given)
-    layers = decoder_layers(model)
+    layers = decoder_layers(model) or [model]
     inside = [m for m in layers[0].modules() if m in set(linear.values())]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -90,7 +90,7 @@ class Use:
     """How a stage uses the model.
 
     Attributes:
-        workers: that share its weights; 1 where each holds all of them (distil).
+        workers: that share its weights, where they are sharded.
         micro_batch, tokens: rows that go through it at once, and how long they may be.
         storage, dtype: types of its frozen weights, and of computing.
         trains: what gradients are of: the whole model, its adapter, or nothing of it.
@@ -99,6 +99,7 @@ class Use:
         logits: of which positions logits are made: the last one (answer), some at a time (tokens), or none.
         before: models of the same shape that are held beside it, sharded.
         compares: whether the whole model is loaded once more at the end.
+        sharded: whether FSDP2 holds the weights and gathers them, a single worker's too.
     """
 
     workers: int
@@ -112,6 +113,7 @@ class Use:
     logits: str = "answer"
     before: int = 0
     compares: bool = False
+    sharded: bool = True
 
 
 def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
@@ -123,7 +125,7 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
     state = trained * 12 // use.workers
     outside = shape.weights - shape.layers * shape.layer
     at_once = shape.layers if shape.layer * stored < SMALL_BLOCK else min(2, shape.layers)
-    gathered = (outside + at_once * shape.layer) * computed if use.workers > 1 or stored != computed else 0
+    gathered = (outside + at_once * shape.layer) * computed if use.sharded or stored != computed else 0
     rows = use.micro_batch * use.tokens
     of_layer = int(SAVED_NUMBERS * shape.features)
     if not use.backward:
@@ -141,7 +143,7 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
     }[use.logits]
     held = {"weights": share, "gradients and optimizer": state}
     found = {
-        "while it is loaded": {"the whole model": whole, "weights": share},
+        "while it is loaded": {"the whole model": whole, "weights": share if use.sharded else 0},
         "at a micro-batch": held
         | {"gathered layers": gathered, "activations": rows * numbers * computed, "logits": logits},
     }
@@ -215,7 +217,9 @@ def use_of(stage: str, config: Any, context: int) -> Use:
     if stage == "distil":
         from sellarec.language.distil import MAX_TOKENS
 
-        return Use(**common | {"workers": 1, "dtype": "float32"}, tokens=min(MAX_TOKENS, context), logits="none")
+        return Use(
+            **common | {"workers": 1, "dtype": "float32"}, tokens=min(MAX_TOKENS, context), logits="none", sharded=False
+        )
     if stage == "evaluate":
         return Use(**common, tokens=tokens, before=1)
     common["checkpoints"] = settings.checkpoint_activations

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 import pytest
 
+from sellarec import pipeline
 from sellarec.config import Adapt, Config, Distil, Fuse, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
 from sellarec.language.adapt import build_adapt
 from sellarec.language.llm import find_llm
 from sellarec.language.memory import Shape, Use, advice_of, check_model_fits, phases, shape_of, summary, use_of
+from sellarec.training.launch import Cluster
 
 SHAPE = Shape(
     weights=10_000_000,
@@ -57,7 +59,8 @@ def test_memory_by_hand():
     assert half["at a micro-batch"]["activations"] == 4 * 400 * (12_500 + 4 * 500)
     assert half["at the end, where it is loaded again to be compared"]["the whole model"] == 20_400_000
     scoring = phases(SHAPE, replace(USE, trains="nothing", backward=False, before=1, workers=1))
-    assert scoring["at a micro-batch"]["weights"] == 2 * whole and scoring["at a micro-batch"]["gathered layers"] == 0
+    assert scoring["at a micro-batch"]["weights"] == 2 * whole
+    assert phases(SHAPE, replace(USE, sharded=False))["at a micro-batch"]["gathered layers"] == 0
     assert scoring["at a micro-batch"]["activations"] == 4 * 400 * (10_000 + 4 * 400)
 
 
@@ -73,6 +76,7 @@ def test_each_stage_uses_the_model_in_its_way():
     assert use_of("fuse", replace(config, fuse=Fuse(train=("adapter",))), 250).trains == "adapter"
     distil = use_of("distil", replace(config, distil=Distil(micro_batch=5)), 1000)
     assert (distil.workers, distil.micro_batch, distil.tokens, distil.backward) == (1, 5, 64, False)
+    assert not distil.sharded
     assert use_of("evaluate", config, 1000).before == 1 and not use_of("evaluate", config, 1000).backward
 
 
@@ -99,6 +103,23 @@ def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():
     assert "checkpoint" not in advice_of("evaluate", config)["activations"]
     assert advice_of("distil", config)["activations"] == "lower distil.micro_batch (16)"
     assert "weights" not in advice_of("pretrain", Config(pretrain=Pretrain()))
+
+
+@pytest.mark.parametrize("stage", ["adapt", "distil", "fuse", "evaluate"])
+def test_a_stage_tells_what_its_model_takes_and_is_refused_beyond_this_machines_memory(models, stage, capsys):
+    def check(micro_batch: int) -> None:
+        config = Config(llm=Llm(model=str(models["llama"])))
+        config = replace(config, **{stage: replace(getattr(config, stage), micro_batch=micro_batch)})
+        run = pipeline.Run.of(config)
+        run.cluster = Cluster(local=True, gpus=False)
+        pipeline._check_model(run, stage, run.llm())
+
+    check(2)
+    assert f"{stage:<9} the language model takes about, of each worker, " in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=rf"at a micro-batch .*each of 2 workers.*lower {stage}\.micro_batch \(100000000\)"
+    ):
+        check(100_000_000)
 
 
 MEASURE = """
