@@ -36,7 +36,7 @@ def processes_of(state: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             words = " ".join([*process.cmdline(), process.environ().get("RAY_TMPDIR", "")])
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or not this user's
             continue
         if f"{state}/" in words and process.pid != os.getpid():
             found.append(process)
@@ -126,7 +126,7 @@ def test_jobs_that_are_refused(submit: Submit, tmp_path: Path) -> None:
     ):
         status, printed = submit("python", "jobs/train.py", "demo", *flags)
         errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-        assert status != 0 and len(errors) == 1, printed
+        assert status != 0 and len(set(errors)) == 1, printed  # Ray shows it a second time when the job has ended
         assert all(word in errors[0] for word in words) and "prepare   done" not in printed
 
 
