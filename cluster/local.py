@@ -202,6 +202,8 @@ def keep(state: Path) -> None:
             include_dashboard=i == 0,
             dashboard_host=facts["nodes"][0]["ip"],
             dashboard_agent_listen_port=_free_port(),
+            # a folder each: nodes that share one unpack a job's files over each other's, also while the job runs in them
+            temp_dir=None if i == 0 else str(state / "ray" / str(i)),
             **ports,
         )
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # Ray's exit hooks end the nodes

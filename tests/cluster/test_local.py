@@ -36,7 +36,7 @@ def processes_of(state: Path) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             words = " ".join([*process.cmdline(), process.environ().get("RAY_TMPDIR", "")])
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # ended meanwhile, or not this user's
             continue
         if f"{state}/" in words and process.pid != os.getpid():
             found.append(process)
@@ -126,7 +126,7 @@ def test_jobs_that_are_refused(submit: Submit, tmp_path: Path) -> None:
     ):
         status, printed = submit("python", "jobs/train.py", "demo", *flags)
         errors = [line for line in printed.splitlines() if line.startswith("error: ")]
-        assert status != 0 and len(errors) == 1, printed
+        assert status != 0 and len(set(errors)) == 1, printed  # Ray shows it a second time when the job has ended
         assert all(word in errors[0] for word in words) and "prepare   done" not in printed
 
 
@@ -148,7 +148,7 @@ def test_without_the_token_nobody_gets_in(variables: dict[str, str], tmp_path: P
 @pytest.mark.slow
 def test_all_that_listens_is_on_loopback(variables: dict[str, str], state: Path) -> None:
     found = [c for p in processes_of(state) for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    assert len(found) > 10
+    assert len(found) >= 7  # two of each raylet, one of the head's GCS
     assert {c.laddr.ip.removeprefix("::ffff:") for c in found} == {"127.0.0.1"}
 
 
@@ -156,11 +156,11 @@ ODD = """
 import json, sys
 from ray._private.node import Node
 from ray._private.parameter import RayParams
-address, change = sys.argv[1], json.loads(sys.argv[2])
+address, folder, change = *sys.argv[1:3], json.loads(sys.argv[3])
 params = RayParams(
     gcs_address=address, redis_address=address, node_ip_address="127.0.0.1", node_name="odd", num_cpus=1, num_gpus=0,
     object_store_memory=100 << 20, min_worker_port=0, max_worker_port=0, node_manager_port=0, include_log_monitor=False,
-    dashboard_agent_listen_port=None, env_vars=change,
+    dashboard_agent_listen_port=None, env_vars=change, temp_dir=folder,
 )
 Node(params, head=False, shutdown_at_exit=True, spawn_reaper=True)
 print("up", flush=True)
@@ -177,7 +177,7 @@ def test_a_node_that_is_not_like_the_others_is_named(
     """One more node joins, with another torchrec installed, or with a file system of its own below the workspace."""
     (tmp_path / "w").mkdir()
     change: dict[str, str] = {}
-    command: list[str | Path] = [sys.executable, "-c", ODD, variables["RAY_ADDRESS"]]
+    command: list[str | Path] = [sys.executable, "-c", ODD, variables["RAY_ADDRESS"], state / "ray" / what]
     if what == "package":
         folder = tmp_path / "site" / "torchrec-1.7.0.dist-info"
         folder.mkdir(parents=True)
