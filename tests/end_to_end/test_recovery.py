@@ -131,7 +131,8 @@ def assert_same(stage: str, undisturbed: Path, disturbed: Path) -> None:
             np.testing.assert_array_equal(found[name], value, err_msg=f"{file}: {name}")
 
 
-@pytest.mark.parametrize("stage", ["collab", pytest.param("fuse", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["collab", "fuse"])
 def test_a_worker_that_hangs_is_lost_in_the_stated_time(
     stage: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
