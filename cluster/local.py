@@ -108,6 +108,8 @@ def up(
         raise UserError(
             f"{state} is left from a cluster that has died: `python cluster/local.py down --state {state}` clears it"
         )
+    if state.is_symlink() or (state.exists() and state.stat().st_uid != os.getuid()):
+        raise UserError(f"--state {state} is a link, or another user's: give another folder")
     if state.exists() and any(state.iterdir()):
         raise UserError(f"--state {state} is not empty, and no cluster's: give another folder")
     if network == "namespaces" and not _may_make_namespaces():
@@ -260,12 +262,19 @@ def down(state: Path, keep_log: bool = False) -> None:
         if _is_running(facts["keeper"]):
             keeper = psutil.Process(facts["keeper"]["pid"])
             processes = [keeper, *keeper.children(recursive=True)]
-            facts["processes"] = [_mark(process.pid) for process in processes if process.is_running()]
+            facts["processes"] = []
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    facts["processes"].append(_mark(process.pid))
             _write(state, facts)  # a `down` that is cut off here can be repeated
             keeper.terminate()
     # where the keeper had died before, its nodes are found by the folder that all of Ray's processes are told of
     left = [*facts.get("processes", []), *_of_session(state)]
-    processes = [psutil.Process(mark["pid"]) for mark in left if _is_running(mark)]
+    processes = []
+    for mark in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if _is_running(mark):
+                processes.append(psutil.Process(mark["pid"]))
     _, alive = psutil.wait_procs(processes, timeout=GRACE_SECONDS)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):

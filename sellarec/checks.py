@@ -142,7 +142,8 @@ def _check_align(config: Config) -> None:
             "an item whose row is masked nothing is left to tell its distilled vector by; take collab.model lightgcn, or "
             "align.contrastive rlmrec-con"
         )
-    if align.contrastive == "rlmrec-con" and config.fuse.warm_start and config.fuse.tokens != ("semantic",):
+    projects = config.fuse.represent == "collaborative" and config.fuse.tokens != ("semantic",)
+    if align.contrastive == "rlmrec-con" and config.fuse.warm_start and projects:
         raise UserError(
             "align.contrastive is rlmrec-con, which projects distilled vectors to the width of rows, but fuse.warm_start is "
             "True, which starts from a projection of rows: take --fuse.warm-start False, or another align.contrastive"

@@ -91,7 +91,7 @@ def parse(arguments: Sequence[str], program: str = "train.py") -> Config:
     if config.name is None:
         config = dataclasses.replace(config, name="-".join(names))
     check(config)
-    return config
+    return dataclasses.replace(config, fuse=_in_order(config.fuse))
 
 
 def parse_sweep(arguments: Sequence[str]) -> Sweep:
@@ -111,11 +111,16 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
         raise UserError(
             f"stages is {', '.join(sweep.stages)}, but a sweep runs what its --stage reads, and its trials: leave it out"
         )
+    if sweep.profile.stages:
+        raise UserError(
+            f"profile.stages is {', '.join(sweep.profile.stages)}, but trials would write over each other's traces: profile a "
+            "run of jobs/train.py"
+        )
     if sweep.metric is not None:
         section = dataclasses.replace(getattr(sweep, sweep.stage), select_on=sweep.metric)
         sweep = dataclasses.replace(sweep, **{sweep.stage: section})
     check(sweep.base())
-    return sweep
+    return dataclasses.replace(sweep, fuse=_in_order(sweep.fuse))
 
 
 def _parse(kind: type[Settings], arguments: Sequence[str], program: str) -> tuple[Settings, list[str]]:
@@ -134,7 +139,7 @@ def _parse(kind: type[Settings], arguments: Sequence[str], program: str) -> tupl
         # workers, which read it too, are in another folder
         path = str(Path(config.prompt.template).expanduser().absolute())
         config = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, template=path))
-    return dataclasses.replace(config, fuse=_in_order(config.fuse)), names
+    return config, names
 
 
 def _in_order(fuse: Fuse) -> Fuse:
@@ -223,6 +228,7 @@ def typed(name: str, value: Any) -> Any:
     if not _parses(flags):
         raise UserError(f"{name} can't be {value!r}: `--help` tells what it takes")
     config = tyro.cli(Config, args=flags, config=(tyro.conf.FlagConversionOff,))
+    config = dataclasses.replace(config, fuse=_in_order(config.fuse))
     return next(found for other, found, _ in leaves(config) if other == name)
 
 

@@ -533,7 +533,8 @@ class Config:
     workers: int = runtime(2)
     """Training processes; each holds 1/workers of every table and of the language model."""
     worker_timeout: float = runtime(600.0)
-    """Seconds without an answer after which a worker counts as lost; the stage then goes on from its checkpoint."""
+    """Seconds without an answer after which a worker counts as lost, and the stage goes on from its checkpoint. More than loading
+    or writing a model takes."""
     seed: int = 1
     """Seed of initial weights, order of rows and dropout. Never changes the prepared data."""
     stages: tuple[str, ...] = runtime(())

@@ -1,6 +1,7 @@
 """The errors that end a job with a message instead of a traceback."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -24,7 +25,9 @@ class TrainingStopped(Exception):
 
 
 def exit_status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
-    """Run a job's `main` on its arguments: its exit status, with one line on stderr where it is not 0."""
+    """Run a job's `main` on its arguments: its exit status, with one line on stderr where it is not 0. SIGTERM ends it as Ctrl-C
+    does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(arguments)
         sys.stdout.flush()

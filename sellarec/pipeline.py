@@ -92,7 +92,7 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         "pretrain": ("pretrain", "llm"),
         "adapt": ("prompt", "adapt", "llm"),
         "collab": ("collab", "tables"),
-        "distil": ("distil",),
+        "distil": ("distil", "llm"),
         "align": ("align", "collab", "tables"),
         "fuse": ("prompt", "fuse", "llm", "tables"),
         "evaluate": ("prompt", "evaluate", "llm"),
@@ -105,6 +105,8 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         return {"data": data}
     if stage == "pretrain" or (stage == "adapt" and config.adapt.method == "full"):
         del settings["llm"]["storage"]  # no weight is frozen there
+    if stage == "distil":
+        settings["llm"] = {"storage": settings["llm"]["storage"]}  # it computes in float32 always
     if "prompt" in settings and is_file(config.prompt.template):
         settings["prompt"]["template"] = "file"  # what it says is among the facts
     return {**settings, "seed": config.seed}
@@ -118,6 +120,10 @@ class Run:
     store: Store
     console: Console
     cluster: Cluster | None = None
+    groups: int = 1
+    """Worker groups that are to run at a time: of a sweep its trials'."""
+    share: float = 1.0
+    """What each worker takes of a CPU, or of a GPU where there are some for all."""
     marks: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each stage, known once its inputs' are."""
     seconds: dict[str, float | None] = field(default_factory=dict)
@@ -209,6 +215,10 @@ class Run:
         given = {f"collab.{name}": getattr(settings, name) for name in ("init_users", "init_items")}
         return {name: file_hash(path) for name, path in given.items() if path is not None}
 
+    def connect(self) -> None:
+        workspace = self.store.workspace
+        self.cluster = connect(self.config.workers, self.console, workspace, self.groups, self.share)
+
     def gpus(self) -> bool:
         assert self.cluster is not None
         return self.cluster.gpus
@@ -237,7 +247,8 @@ def run(this: Run) -> None:
 
 def _run(this: Run) -> None:
     config, console = this.config, this.console
-    wanted = config.stages or tuple(s for s in STAGES if s != "pretrain" or config.pretrains)
+    read = _closure(("evaluate",), config, set())
+    wanted = config.stages or tuple(stage for stage in STAGES if stage in read)
     this.store.check_writable()
     _check_sharding(this, wanted)
     _check_layer(this, wanted)
@@ -250,7 +261,7 @@ def _run(this: Run) -> None:
     _check_inputs(this, [stage for stage in STAGES if stage in needed], wanted, recorded)
     try:
         if joins_cluster():  # checked before any work
-            this.cluster = connect(config.workers, console, this.store.workspace)
+            this.connect()
         for stage in STAGES:
             if stage in needed:
                 if stage in wanted:
@@ -442,7 +453,7 @@ def _stage(this: Run, stage: str) -> None:
             return
         start = time.monotonic()
         if stage != "prepare" and this.cluster is None:
-            this.cluster = connect(this.config.workers, this.console, this.store.workspace)
+            this.connect()
         found = RUN[stage](this)
         if not is_held():
             raise StageFailed(
@@ -474,7 +485,7 @@ def _is_full_disk(error: BaseException, workspace: Place) -> bool:
 def _prepare(this: Run) -> dict[str, Any]:
     def start_ray() -> None:
         if this.cluster is None:
-            this.cluster = connect(this.config.workers, this.console, this.store.workspace)
+            this.connect()
 
     data = this.config.data
     if data.source == "log":
@@ -589,8 +600,9 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
     placements = place(tables, storage, optimizer, workers, "cuda" if this.gpus() else "cpu")
     if this.cluster.local and not this.gpus():
         # its workers' own memory was seen to be free before Ray was started
-        whose = f"each of {workers} workers on this machine"
-        check_fits(placements, storage, optimizer, workers, room_for_tables(workers), whose)
+        at_once = workers * this.cluster.groups
+        whose = f"each of {at_once} workers on this machine"
+        check_fits(placements, storage, optimizer, workers, room_for_tables(at_once), whose)
 
 
 def _check_model(this: Run, stage: str, source: Any) -> None:
@@ -605,14 +617,17 @@ def _check_model(this: Run, stage: str, source: Any) -> None:
     assert this.cluster is not None
     config = this.config
     shape = shape_of(source, None if stage == "pretrain" or config.adapt.method == "full" else config.adapt)
-    found = phases(shape, use_of(stage, config, context_length(read_config(source.name, source.revision))))
+    use = use_of(stage, config, context_length(read_config(source.name, source.revision)))
+    if this.gpus():  # what is saved is loaded again into the host's memory
+        use = dataclasses.replace(use, compares=False)
+    found = phases(shape, use)
     this.console.line(f"{stage:<9} the language model takes about, of each worker, {summary(found)}")
     advice = advice_of(stage, config)
     if this.gpus():
-        check_model_fits(found, free_gpu_memory(), "its GPU", advice)
+        check_model_fits(found, free_gpu_memory(this.cluster.share), "its share of a GPU", advice)
     elif this.cluster.local:
-        whose = f"each of {config.workers} workers on this machine"
-        check_model_fits(found, room_for_tables(config.workers), whose, advice)
+        at_once = config.workers * this.cluster.groups
+        check_model_fits(found, room_for_tables(at_once), f"each of {at_once} workers on this machine", advice)
 
 
 def _check_sharding(this: Run, wanted: Sequence[str]) -> None:

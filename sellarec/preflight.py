@@ -327,7 +327,7 @@ def _reports(nodes: Sequence[Node], probes: Sequence[Any], workspace: Place) -> 
     for node, probe, answer in zip(nodes, probes, answers, strict=True):
         if answer["sees"] is None and answer["writes"] is None and node.id not in written:
             answer["writes"] = "the driver doesn't see what it wrote"
-        found.append((node, Report(**answer, clock=_clock(probe))))
+        found.append((node, Report(**answer, clock=_clock(node, probe))))
     return found
 
 
@@ -353,12 +353,10 @@ def _gather(nodes: Sequence[Node], references: Sequence[Any], seconds: float) ->
     return answers
 
 
-def _clock(probe: Any) -> float:
+def _clock(node: Node, probe: Any) -> float:
     """Seconds by which a node's clock is ahead: 0 where that is within the time that asking takes."""
-    import ray
-
     asked = time.time()
-    there = ray.get(probe.now.remote())
+    (there,) = _gather([node], [probe.now.remote()], REPORT_SECONDS)
     answered = time.time()
     return there - min(max(there, asked), answered)
 
@@ -453,7 +451,9 @@ def check_resources(
     places, lines, cpu = 0, [], 1.0 if gpus else share
     for node, report in found:
         memory = max(0, report.memory) // shared.count(report.machine)
-        room = min([int(node.cpus / cpu), memory // worker_memory, *([int(node.gpus / share)] if gpus else [])])
+        room = min(
+            [int(node.cpus / cpu), memory // worker_memory, *([int(node.gpus) * int(1 / share)] if gpus else [])]
+        )
         places += room
         has_gpus = f", {node.gpus:g} GPUs" if gpus else ""
         lines.append(f"{node} {room} ({node.cpus:g} CPUs{has_gpus}, {memory / GIB:.1f} GiB of memory free)")
@@ -475,13 +475,11 @@ def _check_network(nodes: Sequence[Node], probes: Sequence[Any], gpus: bool) -> 
     Raises:
         UserError: the nodes that failed.
     """
-    import ray
-
     able = [i for i, node in enumerate(nodes) if node.cpus >= 1 and (node.gpus >= 1 or not gpus)]
     if len(able) < 2:
         return
     backend, first = "nccl" if gpus else "gloo", able[0]
-    port = ray.get(probes[first].free_port.remote())
+    (port,) = _gather([nodes[first]], [probes[first].free_port.remote()], REPORT_SECONDS)
     address = f"{nodes[first].ip}:{port}"
     chosen = [nodes[i] for i in able]
     # torch's own limit ends first, as its message says more than ours

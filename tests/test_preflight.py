@@ -89,7 +89,9 @@ def test_room_is_counted_by_node() -> None:
     preflight.check_resources(nodes, 3, True, GIB)
     with refused("4 workers of 1 CPU, 1 GPU", "head .10.0.0.0. 0 .2 CPUs, 0 GPUs"):
         preflight.check_resources(nodes, 4, True, GIB)
-    preflight.check_resources(nodes, 3, True, GIB, share=0.5, groups=2)
+    preflight.check_resources(nodes, 4, True, GIB, share=0.5)
+    with refused("4 workers of 1 CPU, 0.6 GPU", "room for 3 workers"):  # two of .6 don't lie on one GPU
+        preflight.check_resources(nodes, 4, True, GIB, share=0.6)
     # trials of a sweep: each reads its own data
     preflight.check_resources(cluster(), 2, False, GIB, groups=2)
     preflight.check_resources(cluster(), 4, False, GIB, groups=2, share=0.5)

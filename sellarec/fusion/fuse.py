@@ -134,7 +134,7 @@ class FuseTask(Task):
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         return answer_score(model(batch, vectors), self.prompts)
 
-    def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, int, int]:
+    def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, float, int]:
         told_by: list[str] = []
         if "user_position" in rows.column_names and self.collab.network.is_product:
             told_by = [name for name in ("user", "user_seen", "history") if name in rows.column_names]

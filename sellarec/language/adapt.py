@@ -75,7 +75,7 @@ class TextTask(Task):
         logits = model(batch["tokens"], batch["mask"], {}, {}, prefix=prefixes_of(batch))
         return answer_score(logits, self.prompts)
 
-    def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, int, int]:
+    def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, float, int]:
         return share_prefixes(self.model, rows, size)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:

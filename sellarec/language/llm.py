@@ -245,6 +245,8 @@ def has_full_attention(model: Any) -> bool:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
+    if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo's windows, of which its cache says nothing
+        return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 

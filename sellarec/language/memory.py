@@ -98,7 +98,8 @@ class Use:
         checkpoints: whether layers are computed again in the backward pass.
         logits: of which positions logits are made: the last one (answer), some at a time (tokens), or none.
         before: models of the same shape that are held beside it, sharded.
-        compares: whether the whole model is loaded once more at the end.
+        compares: whether one worker loads the whole model once more at the end.
+        validates: whether prompts are scored between steps.
         sharded: whether FSDP2 holds the weights and gathers them, a single worker's too.
     """
 
@@ -113,6 +114,7 @@ class Use:
     logits: str = "answer"
     before: int = 0
     compares: bool = False
+    validates: bool = False
     sharded: bool = True
 
 
@@ -128,14 +130,16 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
     gathered = (outside + at_once * shape.layer) * computed if use.sharded or stored != computed else 0
     rows = use.micro_batch * use.tokens
     of_layer = int(SAVED_NUMBERS * shape.features)
+    # keys and values, where what prompts begin with is read once
+    scored = shape.features + shape.layers * shape.keys * (use.logits != "none")
     if not use.backward:
-        numbers = shape.features + shape.layers * shape.keys * (
-            use.logits == "answer"
-        )  # keys: where prefixes are shared
+        numbers = scored
     elif use.checkpoints:
         numbers = of_layer + shape.layers * shape.hidden
     else:
         numbers = of_layer * shape.layers
+    if use.validates:
+        numbers = max(numbers, scored)
     logits = {
         "answer": 12 * use.micro_batch * shape.vocabulary,
         "tokens": 4 * min(LOGIT_BYTES, 4 * rows * shape.vocabulary),
@@ -148,7 +152,9 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
         | {"gathered layers": gathered, "activations": rows * numbers * computed, "logits": logits},
     }
     if use.compares:
-        found["at the end, where it is loaded again to be compared"] = held | {"the whole model": whole}
+        # one worker does, on a machine whose room is shared out evenly
+        again = held | {"the whole model": whole // use.workers}
+        found["at the end, where it is loaded again to be compared"] = again
     return found
 
 
@@ -231,7 +237,9 @@ def use_of(stage: str, config: Any, context: int) -> Use:
     if stage == "adapt" and settings.method == "full":
         trains, common["storage"] = "model", "float32"
     logits = "answer" if settings.loss == "answer" else "tokens"
-    return Use(**common, tokens=tokens, trains=trains, backward=True, logits=logits, compares=stage == "adapt")
+    return Use(
+        **common, tokens=tokens, trains=trains, backward=True, logits=logits, compares=stage == "adapt", validates=True
+    )
 
 
 def advice_of(stage: str, config: Any) -> dict[str, str]:

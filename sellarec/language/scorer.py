@@ -6,6 +6,7 @@ its beginning.
 Shapes: b rows, T prompt tokens, H width of the model, V vocabulary, n positions with a target.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -192,7 +193,7 @@ def next_tokens(batch: dict[str, Tensor], answer: Tensor | None) -> Tensor:
 
 def share_prefixes(
     model: PromptScorer, rows: pa.Table, size: int, same: Sequence[str] = ()
-) -> tuple[pa.Table, int, int]:
+) -> tuple[pa.Table, float, int]:
     """Rows to score in an order in which those that begin alike go through the model together, as often as that can be.
 
     A prompt's prefix is what stands before its first part that the candidate fills. Where the model has layers that read only
@@ -205,7 +206,8 @@ def share_prefixes(
 
     Returns:
         The rows with `prefix` (int64, the same number for those with one prefix), micro-batches to be cut of them in their
-        order; how many tokens, padding included, they make the model read, and how many the given rows do without it.
+        order; how many tokens, padding included, they make the model read (infinitely many where they can't share, so that no
+        worker does), and how many the given rows do without it.
     """
     lists = rows["tokens"].combine_chunks()
     offsets, tokens = lists.offsets.to_numpy(), lists.values.to_numpy()
@@ -214,7 +216,7 @@ def share_prefixes(
     # a prompt's last token is read by itself: its logits are asked for
     prefix_tokens = np.minimum(rows["prefix_tokens"].to_numpy(), lengths - 1)
     if prefix_tokens.min(initial=1) < 1 or not model.shares:
-        return rows, alone, alone
+        return rows, math.inf, alone
     ends = zip(offsets[:-1].tolist(), (offsets[:-1] + prefix_tokens).tolist(), strict=True)
     begins = [tokens[start:end].tobytes() for start, end in ends]
     keys = [tuple(tuple(v) if isinstance(v, list) else v for v in rows[name].to_pylist()) for name in same]

@@ -30,6 +30,9 @@ RAY_MEMORY = 2 << 30
 _LOST_PEER = re.compile(r"connection (closed|reset|refused)|gloo/transport|NCCL|broken pipe", re.IGNORECASE)
 """How a worker's failure reads that only follows from another's."""
 
+GPU_SECONDS = 120
+"""How long it may take until a GPU's memory can be asked for."""
+
 RETRIES = 3
 """How often a stage is taken up again after a worker was lost."""
 
@@ -42,11 +45,14 @@ class Cluster:
         local: Ray was started by this process, on this machine.
         gpus: whether workers get a GPU each.
         share: what each worker takes of a CPU, or of a GPU.
+        groups: worker groups that may run at a time.
+        share: what each worker takes of a CPU, or of a GPU.
     """
 
     local: bool
     gpus: bool
     share: float = 1.0
+    groups: int = 1
 
 
 def connect(workers: int, console: Console, workspace: Place, groups: int = 1, share: float = 1.0) -> Cluster:
@@ -76,6 +82,7 @@ def connect(workers: int, console: Console, workspace: Place, groups: int = 1, s
 
     import ray
 
+    handler = signal.getsignal(signal.SIGTERM)
     if local:
         console.line(f"starting Ray on this machine ({cores} cores, {workers} workers)")
         if workers > cores:
@@ -98,8 +105,10 @@ def connect(workers: int, console: Console, workspace: Place, groups: int = 1, s
             raise UserError(
                 f"the cluster at RAY_ADDRESS {address} can't be joined: {' '.join(str(error).split())}"
             ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # ray.init takes its place
     gpus = ray.cluster_resources().get("GPU", 0)
-    has_gpus = gpus >= groups * workers * share
+    has_gpus = int(gpus) * int(1 / share) >= groups * workers  # a share lies on one GPU
     if has_gpus and share < 1 and workers > 1:
         raise UserError(
             f"share is {share:g} and workers {workers}, but NCCL takes no two workers of a group on one GPU: give --workers 1, "
@@ -116,7 +125,7 @@ def connect(workers: int, console: Console, workspace: Place, groups: int = 1, s
             f"note: {groups * workers} workers find {gpus:g} GPUs, so they run on CPUs: "
             f"{'lower --workers or --concurrent' if groups > 1 else f'give --workers {gpus:g}'} to use them"
         )
-    return Cluster(local=local, gpus=has_gpus, share=share)
+    return Cluster(local=local, gpus=has_gpus, share=share, groups=groups)
 
 
 def joins_cluster() -> bool:
@@ -131,16 +140,29 @@ def room_for_tables(workers: int) -> int:
     return max(0, psutil.virtual_memory().available // workers - WORKER_MEMORY)
 
 
-def free_gpu_memory() -> int:
-    """Bytes that are free on a GPU of the cluster, as a worker of its own finds them."""
+def free_gpu_memory(share: float) -> int:
+    """Bytes that a worker with such a share of a GPU finds free: of a GPU that others share too, its part of the whole.
+
+    Raises:
+        UserError: no GPU comes free in GPU_SECONDS.
+    """
     import ray
 
-    def ask() -> int:
+    def ask() -> tuple[int, int]:
         import torch
 
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info()
 
-    return ray.get(ray.remote(num_gpus=1, num_cpus=0)(ask).remote())
+    # outside of the placement group of a trial, which holds no GPU itself
+    asked = ray.remote(num_gpus=share, num_cpus=0, scheduling_strategy="DEFAULT")(ask).remote()
+    try:
+        free, total = ray.get(asked, timeout=GPU_SECONDS)
+    except ray.exceptions.GetTimeoutError as error:
+        ray.cancel(asked)
+        raise UserError(
+            f"no GPU came free in {GPU_SECONDS} s, whose memory was to be asked for: `ray status` tells what holds them"
+        ) from error
+    return min(free, int(total * share))
 
 
 def check_room(workers: int) -> None:
@@ -228,7 +250,7 @@ def run_workers(
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    board = _board()
     config = {name: dataclasses.replace(value, board=board, timeout=timeout) for name, value in config.items()}
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
     storage = str(place.folder) if place.is_local else place.uri
@@ -259,11 +281,11 @@ def run_workers(
     asked = False
     # in a thread of its own, where Ray Train leaves signals alone; it dies with the process where it is not waited for
     training = threading.Thread(target=fit, daemon=True)
-    with _showing(board, console, on_record) as (errors, stopped), _signals() as arrived:
+    with _showing(board, console, on_record) as (errors, starts, stopped), _signals() as arrived:
         training.start()
         while training.is_alive():
-            if len(arrived) > 1 or (arrived and not stops):
-                raise KeyboardInterrupt
+            if len(arrived) > 1 or (arrived and not (stops and starts)):
+                raise KeyboardInterrupt  # at once also where nothing has been trained yet
             if not asked and (arrived or (stop is not None and stop.is_set())):
                 if arrived:
                     console.line(f"{stage:<9} stops after a checkpoint (again: at once)")
@@ -312,7 +334,7 @@ def run_task(function: Callable[..., dict[str, Any]], stage: str, console: Conso
     """
     import ray
 
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    board = _board()
     with _showing(board, console, lambda record: None):
         try:
             return ray.get(ray.remote(num_cpus=0)(function).remote(**arguments, board=board))
@@ -322,20 +344,30 @@ def run_task(function: Callable[..., dict[str, Any]], stage: str, console: Conso
             raise StageFailed(f"stage {stage} failed: {error.cause}") from error
 
 
+def _board() -> Any:
+    """A progress board on the driver's own node: it is lost with the driver alone."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote()
+
+
 @contextlib.contextmanager
-def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) -> Iterator[tuple[list[str], list[int]]]:
-    """Print what arrives on the board while the block runs; gives the list of errors that workers put there, and the step at
-    which they stopped, if they were asked to."""
+def _showing(
+    board: Any, console: Console, on_record: Callable[[dict], None]
+) -> Iterator[tuple[list[str], list[int], list[int]]]:
+    """Print what arrives on the board while the block runs; gives the list of errors that workers put there, the steps at which
+    they started or took up their work, and the one at which they stopped, if they were asked to."""
     import ray
 
     errors: list[str] = []
     stopped: list[int] = []
+    starts: list[int] = []
     failures: list[BaseException] = []
-    starts = 0
     ended = threading.Event()
 
     def show() -> None:
-        nonlocal starts
         while True:
             last = ended.wait(0.5)
             for record in ray.get(board.take.remote()):
@@ -343,13 +375,14 @@ def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) ->
                     errors.append(record["error"])
                 elif "stopped" in record:
                     stopped.append(record["stopped"])
-                elif "started" in record:
+                elif "group" in record:
                     on_record(record)
-                    starts += 1
+                elif "started" in record:
+                    starts.append(record["started"])
                     if record["started"]:
                         what = f"goes on from its checkpoint at step {record['started']}/{record['steps']}"
                         console.line(f"{record['stage']:<9} {what}")
-                    elif starts > 1:
+                    elif len(starts) > 1:
                         console.line(
                             f"{record['stage']:<9} starts again: a worker was lost before the first checkpoint"
                         )
@@ -368,7 +401,7 @@ def _showing(board: Any, console: Console, on_record: Callable[[dict], None]) ->
     thread = threading.Thread(target=show_or_note)
     thread.start()
     try:
-        yield errors, stopped
+        yield errors, starts, stopped
     finally:
         ended.set()
         thread.join()

@@ -126,6 +126,9 @@ def train_worker(config: dict[str, Any]) -> None:
 
 def _train(training: Training) -> None:
     settings = training.settings
+    group = ray.util.get_current_placement_group()
+    if group is not None and ray.train.get_context().get_world_rank() == 0:
+        training.board.put.remote({"group": group.id.hex()})  # first of all: who waits for it may lose this worker
     workers = Workers.join(training.timeout)
     seed_everything(training.seed, training.stage)
     task = together(training.build, workers)
@@ -140,9 +143,7 @@ def _train(training: Training) -> None:
             position = Position(**json.loads((Path(folder) / "position.json").read_text()))
     selection = settings if isinstance(settings, Selection) else None
     if workers.rank == 0:
-        group = ray.util.get_current_placement_group()
-        started = {"stage": training.stage, "started": position.step, "steps": training.steps}
-        training.board.put.remote({**started, "group": group.id.hex() if group is not None else None})
+        training.board.put.remote({"stage": training.stage, "started": position.step, "steps": training.steps})
     valid = _Valid(training, task, workers) if selection else None
     validate_every = max(1, round(selection.validate_every * training.train.steps_per_epoch)) if selection else 0
     steps = training.steps

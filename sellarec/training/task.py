@@ -164,7 +164,7 @@ class RankingTask(Protocol):
 class SharingTask(Protocol):
     """What a task has beside, whose model reads what rows to score have in common at their beginning only once."""
 
-    def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, int, int]:
+    def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, float, int]:
         """Prepared rows, by length -> the same in another order, of which `collate` and `score` share what micro-batches of
         `size` rows have in common; the tokens that the model then reads, and those that it reads of the rows as they were."""
 

@@ -31,6 +31,7 @@ class Progress(tune.Callback):
             self._line(trials, trial, f"evaluation {result[EVALUATION]}: best so far {result[VALUE]:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._free(trial)
         result = trial.last_result
         if "cause" in result:
             self._line(trials, trial, f"failed: {result['cause']}")

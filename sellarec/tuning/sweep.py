@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sellarec.artifacts import Place, lease
-from sellarec.config import STAGES, Config, Sweep, result_settings, to_yaml
+from sellarec.config import EMBEDDED, STAGES, Config, Sweep, result_settings, to_yaml
 from sellarec.errors import StageFailed, UserError
 from sellarec.pipeline import Run, check_labels, check_stage, marks_of, run
-from sellarec.training.launch import check_room, connect, last_line
+from sellarec.training.launch import check_room, connect, joins_cluster, last_line
 from sellarec.training.progress import Console
 from sellarec.tuning.results import Row, format_rows, write_results
 from sellarec.tuning.space import EVALUATION, VALUE, Domain, check_space, read_space, with_settings
@@ -40,7 +40,7 @@ def sweep(settings: Sweep) -> None:
         raise UserError(
             "algorithm is tpe, which is Optuna's, but optuna is not installed: pip install 'sellarec[tune]'"
         )
-    if not os.environ.get("RAY_ADDRESS"):
+    if not joins_cluster():
         check_room(settings.concurrent * (settings.workers + 1))  # a trial has a process of its own beside its workers
     space = read_space(settings.search or stage)
     this = Run.of(config)
@@ -51,7 +51,7 @@ def sweep(settings: Sweep) -> None:
     place = this.store.workspace / "sweeps" / str(config.name)
     identity = _check_name(place, settings, config, space)
     with lease(place, console.line):
-        marks = _run_stages_before(config, stage, reads)
+        marks = _run_stages_before(config, stage, reads, settings)
         place.write_json("sweep.json", identity)
         rows = _finished(place)
         if rows is None:
@@ -83,7 +83,8 @@ def _absolute(config: Config) -> Config:
         "collab.init_users": config.collab.init_users,
         "collab.init_items": config.collab.init_items,
     }
-    found = {name: Path(path).expanduser().absolute() for name, path in paths.items() if path is not None}
+    named = {name: path for name, path in paths.items() if path is not None and (name, path) != ("llm.model", EMBEDDED)}
+    found = {name: Path(path).expanduser().absolute() for name, path in named.items()}
     standing = {name: str(path) for name, path in found.items() if path.exists()}  # others are hub ids and URIs
     return with_settings(config, {"workspace": str(Place.of(config.workspace)), **standing})
 
@@ -113,9 +114,10 @@ def _check_name(place: Place, settings: Sweep, config: Config, space: Sequence[D
     return mine
 
 
-def _run_stages_before(config: Config, stage: str, reads: Sequence[str]) -> dict[str, str]:
-    """Carry out what the trials read; the fingerprints by stage."""
+def _run_stages_before(config: Config, stage: str, reads: Sequence[str], settings: Sweep) -> dict[str, str]:
+    """Carry out what the trials read; the fingerprints by stage. A cluster that is joined is checked for all trials here."""
     this = Run.of(dataclasses.replace(config, stages=tuple(name for name in STAGES if name in reads)))
+    this.groups, this.share = settings.concurrent, settings.share
     run(this)
     check_labels(this, (stage,))
     return dict(this.marks)
@@ -169,8 +171,10 @@ def _run_trials(
         rows = [_row(number, result, base) for number, result in enumerate(results, 1)]
     finally:
         ray.shutdown()
-    if not results.errors:  # else what failed is tried again when the command is given again
-        place.write_json("trials.json", [dataclasses.asdict(row) for row in rows])
+    # what failed is tried again when the command is given again; where nothing was finished, everything is
+    if not results.errors:
+        if any(row.status == "finished" for row in rows):
+            place.write_json("trials.json", [dataclasses.asdict(row) for row in rows])
         place.delete("tune", "trials")
     return rows
 

@@ -1,7 +1,7 @@
 """One trial of a sweep, as Ray Tune runs it: a process that carries out one stage of the pipeline, workers and all.
 
 A trial that Tune stops early isn't killed in the middle: Ray Train's worker group would be left behind with its CPUs. `cleanup`
-asks the training to end, which it does at its next progress record, and waits for it.
+asks the training to end, which it does after its step, and waits for it.
 """
 
 import math
@@ -77,7 +77,7 @@ class Trial(tune.Trainable):
         stage, store = self._base.stage, Store(Place.of(config.workspace))
         try:
             this = Run(
-                config, store, Console(), self._base.cluster, dict(self._base.marks),
+                config, store, Console(), self._base.cluster, marks=dict(self._base.marks),
                 on_record=self._on_record, stop=self._stop,
             )  # fmt: skip
             run_stage(this, stage)

@@ -1,5 +1,6 @@
 """Sweeps as a user runs them: trials that are stopped, lost, or go on after a kill; what is left; the winner as a recipe."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -96,10 +97,12 @@ def test_a_trial_whose_process_is_lost_is_taken_up_again(tmp_path: Path, held: l
         """Kill the first trial's process when its training is under way."""
         while not list((tmp_path / "w").glob("artifacts/collab-*/checkpoints/**/position.json")):
             time.sleep(0.1)
-        for child in psutil.Process().children(recursive=True):
-            if "ray::ResourceTrainable" in " ".join(child.cmdline()):
-                os.kill(child.pid, signal.SIGKILL)
-                killed.set()
+        while not killed.is_set():
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "ray::ResourceTrainable" in " ".join(child.cmdline()) and not killed.is_set():
+                        os.kill(child.pid, signal.SIGKILL)
+                        killed.set()
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
