@@ -553,7 +553,8 @@ expected = task.network.constant + vectors["item"][:, -1] * batch["item_seen"]
 torch.testing.assert_close(score, expected)
 from sellarec.config import Adapt, Align
 from sellarec.alignment.align import build_align
-align = build_align(task, 8, lambda start, stop: torch.ones(stop - start, 8).numpy(), 4, Align(), torch.arange(2).numpy())
+align = build_align(task, 8, lambda start, stop: torch.ones(stop - start, 8).numpy(), 4, Align(), torch.arange(2).numpy(), 1)
+batch = batch_of(align, some_rows())
 assert torch.isfinite(align.loss(align.model, batch, vectors_of(align, batch), Alone()))
 """
 

@@ -277,7 +277,7 @@ def test_candidates_of_a_user_are_scored_alike_though_their_history_is_read_once
     shared, shared_tokens = scores()
     monkeypatch.setattr("sellarec.serving.recommender.WORTH_SHARING", 0.0)
     alone, all_tokens = scores()
-    assert alone.std() > 0.01 and shared_tokens < 0.6 * all_tokens
+    assert alone.std() > 0.01 and shared_tokens < 0.75 * all_tokens
     np.testing.assert_allclose(shared, alone, atol=1e-5)
 
 

@@ -21,7 +21,7 @@ from sellarec.config import Sparse, Steps
 from sellarec.training import stream
 from sellarec.training.launch import connect, train
 from sellarec.training.loop import Training
-from sellarec.training.progress import Console
+from sellarec.training.progress import WORKER_TIMEOUT, Console
 from sellarec.training.stream import Order, row_groups
 from sellarec.training.table import Table
 from sellarec.training.task import Batch, Peers, Task
@@ -92,7 +92,7 @@ def main(folder: Path, workers: int) -> None:
     settings = Recording(batch=BATCH, epochs=EPOCHS, checkpoint_every=0.5, table_learning_rate=0.01)
     output = Place.of(str(folder / "output"))
     training = Training("recording", partial(Recorder, folder), settings, SEED, order_of(folder), None, output)
-    train(training, workers, False, console, lambda record: None)
+    train(training, workers, False, console, lambda record: None, WORKER_TIMEOUT)
 
 
 if __name__ == "__main__":
