@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> None:
     from sellarec.config import Sparse
 
     settings = parse_planning(arguments)
-    from sellarec.training.launch import room_for_tables
+    from sellarec.training.launch import room_of_worker
     from sellarec.training.plan import GIB, check_fits, describe, place, worker_bytes
     from sellarec.training.table import Table
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             "give --memory-per-worker, the GiB that tables may take of each GPU, to check that the plan fits"
         )
-    room = room or room_for_tables(workers) / GIB
+    room = room or room_of_worker(workers) / GIB
     check_fits(placements, storage, optimizer, workers, int(room * GIB), "each worker")
     print(f"fits: each worker has room for {room:.1f} GiB")
 

@@ -19,6 +19,7 @@ from sellarec.errors import UserError
 from sellarec.language.templates import is_file
 
 Settings = TypeVar("Settings", bound=Config)
+Flags = TypeVar("Flags", Evaluation, Planning, Preflight)
 
 
 def recipe_folder() -> Path:
@@ -184,8 +185,7 @@ def parse_evaluation(arguments: Sequence[str]) -> Evaluation:
         UserError: settings that are out of range.
         SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
     """
-    settings = tyro.cli(Evaluation, args=list(arguments), prog="evaluate.py")
-    check_bounds(settings)
+    settings = _parse_flags(Evaluation, arguments, "evaluate.py")
     if not re.fullmatch(r"none|full|candidates:[1-9]\d{0,8}", settings.ranking):
         raise UserError(f"--ranking is '{settings.ranking}', but must be none, full or candidates:N, as candidates:100")
     if not settings.cutoffs or min(settings.cutoffs) < 1 or len(set(settings.cutoffs)) < len(settings.cutoffs):
@@ -200,8 +200,7 @@ def parse_planning(arguments: Sequence[str]) -> Planning:
         UserError: settings that are out of range.
         SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
     """
-    settings = tyro.cli(Planning, args=list(arguments), prog="plan.py")
-    check_bounds(settings)
+    settings = _parse_flags(Planning, arguments, "plan.py")
     check_width("dim", settings.dim)
     return settings
 
@@ -213,7 +212,12 @@ def parse_preflight(arguments: Sequence[str]) -> Preflight:
         UserError: settings that are out of range.
         SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
     """
-    settings = tyro.cli(Preflight, args=list(arguments), prog="preflight.py")
+    return _parse_flags(Preflight, arguments, "preflight.py")
+
+
+def _parse_flags(kind: type[Flags], arguments: Sequence[str], program: str) -> Flags:
+    """The settings of a command line without recipes, within their bounds."""
+    settings = tyro.cli(kind, args=list(arguments), prog=program)
     check_bounds(settings)
     return settings
 

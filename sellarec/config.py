@@ -24,6 +24,9 @@ DECODER_SETTINGS = ("vocabulary", "hidden", "layers", "heads")
 ALL_LINEAR = "all-linear"
 """Of `adapt.targets`: every linear layer but the output layer."""
 
+WORKER_TIMEOUT = 600.0
+"""Seconds without an answer after which a worker counts as lost, unless `worker_timeout` says otherwise."""
+
 SAMPLED = ("bpr", "softmax")
 """Losses of `collab` that rank a target above negatives."""
 
@@ -532,7 +535,7 @@ class Config:
 
     workers: int = runtime(2)
     """Training processes; each holds 1/workers of every table and of the language model."""
-    worker_timeout: float = runtime(600.0)
+    worker_timeout: float = runtime(WORKER_TIMEOUT)
     """Seconds without an answer after which a worker counts as lost, and the stage goes on from its checkpoint. More than loading
     or writing a model takes."""
     seed: int = 1

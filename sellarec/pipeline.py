@@ -35,7 +35,7 @@ from sellarec.training.launch import (
     connect,
     free_gpu_memory,
     joins_cluster,
-    room_for_tables,
+    room_of_worker,
     run_task,
     run_workers,
     train,
@@ -602,7 +602,7 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
         # its workers' own memory was seen to be free before Ray was started
         at_once = workers * this.cluster.groups
         whose = f"each of {at_once} workers on this machine"
-        check_fits(placements, storage, optimizer, workers, room_for_tables(at_once), whose)
+        check_fits(placements, storage, optimizer, workers, room_of_worker(at_once), whose)
 
 
 def _check_model(this: Run, stage: str, source: Any) -> None:
@@ -627,7 +627,7 @@ def _check_model(this: Run, stage: str, source: Any) -> None:
         check_model_fits(found, free_gpu_memory(this.cluster.share), "its share of a GPU", advice)
     elif this.cluster.local:
         at_once = config.workers * this.cluster.groups
-        check_model_fits(found, room_for_tables(at_once), f"each of {at_once} workers on this machine", advice)
+        check_model_fits(found, room_of_worker(at_once), f"each of {at_once} workers on this machine", advice)
 
 
 def _check_sharding(this: Run, wanted: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sellarec.artifacts import Place
-from sellarec.config import Language
+from sellarec.config import WORKER_TIMEOUT, Language
 from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.preflight import check_address, check_workspace, in_words, preflight
-from sellarec.training.progress import WORKER_TIMEOUT, Console, ProgressBoard, duration
+from sellarec.training.progress import Console, ProgressBoard, duration
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Variables by which glibc keeps what a worker frees, instead of handing it back to the system. Large tensors come and go at
@@ -46,7 +46,6 @@ class Cluster:
         gpus: whether workers get a GPU each.
         share: what each worker takes of a CPU, or of a GPU.
         groups: worker groups that may run at a time.
-        share: what each worker takes of a CPU, or of a GPU.
     """
 
     local: bool
@@ -133,7 +132,7 @@ def joins_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
-def room_for_tables(workers: int) -> int:
+def room_of_worker(workers: int) -> int:
     """Bytes that each of so many workers on this machine has for tables or a model, beside what a worker takes itself."""
     import psutil
 
@@ -275,7 +274,7 @@ def run_workers(
     def fit() -> None:
         try:
             trainer.fit()
-        except BaseException as error:
+        except BaseException as error:  # raised below, in the driver's own thread
             failures.append(error)
 
     asked = False
@@ -292,7 +291,8 @@ def run_workers(
                 ray.get(board.stop.remote())
                 asked = True
             training.join(0.2)
-    for error in failures:
+    if failures:
+        (error,) = failures
         if not isinstance(error, TrainingFailedError):
             raise error
         raise StageFailed(

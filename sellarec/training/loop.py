@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 
 from sellarec.artifacts import Place
-from sellarec.config import Dense, Selection, Sparse, Steps, Tables
+from sellarec.config import WORKER_TIMEOUT, Dense, Selection, Sparse, Steps, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training.engine import Engine, Workers, rank_queries, together, warmup_steps
-from sellarec.training.progress import PROGRESS_SECONDS, WORKER_TIMEOUT
+from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.scoring import distinct, report_scored, split_slices
 from sellarec.training.stream import Order, whole_batches
 from sellarec.training.task import CheckedTask, MeasuredTask, Task

@@ -7,10 +7,6 @@ PROGRESS_SECONDS = 5.0
 """Seconds between two progress lines."""
 
 
-WORKER_TIMEOUT = 600.0
-"""Seconds without an answer after which a worker counts as lost."""
-
-
 class ProgressBoard:
     """Records of all workers of one stage, in order of arrival; and whether the driver asks them to stop."""
 

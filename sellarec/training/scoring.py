@@ -12,11 +12,10 @@ import pyarrow.parquet as pq
 import ray.train
 
 from sellarec.artifacts import Place
-from sellarec.config import Tables
+from sellarec.config import WORKER_TIMEOUT, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.ranking import UserMetrics
 from sellarec.training.engine import Engine, Workers, rank_queries, together
-from sellarec.training.progress import WORKER_TIMEOUT
 from sellarec.training.stream import Order, Prepare, stream, whole_batches
 from sellarec.training.task import Task
 

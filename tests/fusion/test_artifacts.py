@@ -177,10 +177,10 @@ def test_tables_without_room_are_refused_before_workers_start(workspace, monkeyp
     run.cluster = Cluster(local=True, gpus=False)
     monkeypatch.setattr(pipeline, "train", start)
     monkeypatch.setattr(pipeline, "_check_model", lambda *_: None)  # of its own, and larger
-    monkeypatch.setattr(pipeline, "room_for_tables", lambda workers: held - 1)
+    monkeypatch.setattr(pipeline, "room_of_worker", lambda workers: held - 1)
     with pytest.raises(UserError, match=r"worker 0 of 2 would hold .* of tables"):
         _fuse(run)
-    monkeypatch.setattr(pipeline, "room_for_tables", lambda workers: held)
+    monkeypatch.setattr(pipeline, "room_of_worker", lambda workers: held)
     with pytest.raises(Started):
         _fuse(run)
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from sellarec.artifacts import Place
-from sellarec.config import Sparse, Steps
+from sellarec.config import WORKER_TIMEOUT, Sparse, Steps
 from sellarec.training import stream
 from sellarec.training.launch import connect, train
 from sellarec.training.loop import Training
-from sellarec.training.progress import WORKER_TIMEOUT, Console
+from sellarec.training.progress import Console
 from sellarec.training.stream import Order, row_groups
 from sellarec.training.table import Table
 from sellarec.training.task import Batch, Peers, Task
