@@ -118,9 +118,8 @@ class Recommender:
             feature: SavedTable(folder / "tables", table.name) for table in task.tables for feature in table.features
         }
         task.model.to(device).eval()
-        for (
-            weight
-        ) in task.model.parameters():  # not buffers, as FSDP2: rounded rotary frequencies would be other positions
+        # not buffers, as FSDP2: rounded rotary frequencies would be other positions
+        for weight in task.model.parameters():
             weight.data = weight.data.to(dtype)
 
     def score(
