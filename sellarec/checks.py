@@ -32,6 +32,7 @@ from sellarec.config import (
 )
 from sellarec.errors import UserError
 from sellarec.language.templates import read_templates
+from sellarec.tracking import check_trackers
 
 MAX_INTEGER = 2**31 - 1
 """No count is above it."""
@@ -72,6 +73,7 @@ def check(config: Config) -> None:
             f"profile.first is {config.profile.first} and profile.steps {config.profile.steps}: the first step that can be "
             "profiled is the second, and one step the least"
         )
+    check_trackers(config.trackers)
     _check_pretrain(config)
     if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):
         raise UserError(

@@ -117,6 +117,11 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
             f"profile.stages is {', '.join(sweep.profile.stages)}, but trials would write over each other's traces: profile a "
             "run of jobs/train.py"
         )
+    if sweep.trackers:
+        raise UserError(
+            f"trackers is {', '.join(sweep.trackers)}, but a sweep leaves its trials' numbers in a folder of its own "
+            "(docs/tuning.md): leave it out, or track the winner, which jobs/train.py runs"
+        )
     if sweep.metric is not None:
         section = dataclasses.replace(getattr(sweep, sweep.stage), select_on=sweep.metric)
         sweep = dataclasses.replace(sweep, **{sweep.stage: section})

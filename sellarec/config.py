@@ -546,6 +546,8 @@ class Config:
     """Folder or URI (s3://, gs://) for artifacts and runs."""
     name: str | None = runtime(None)
     """Name of the run (default: the names of the recipes)."""
+    trackers: tuple[Literal["mlflow", "wandb"], ...] = runtime(())
+    """Where the run's numbers go beside TensorBoard (default: nowhere). Both packages read their own environment variables."""
     data: Data = field(default_factory=Data)
     llm: Llm = field(default_factory=Llm)
     prompt: Prompt = field(default_factory=Prompt)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
 from sellarec.checks import check_layer
-from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, result_settings, to_yaml
+from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, leaves, result_settings, to_yaml
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
@@ -29,6 +29,7 @@ from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.language.templates import AUTO, is_file, read_template, read_templates, template_mark
+from sellarec.tracking import Tracker, open_trackers
 from sellarec.training.launch import (
     Cluster,
     check_room,
@@ -128,9 +129,10 @@ class Run:
     """Fingerprint of each stage, known once its inputs' are."""
     seconds: dict[str, float | None] = field(default_factory=dict)
     """Wall time of each stage that this run carried out; None where the artifact stood already."""
-    writer: Any = None
+    trackers: list[Tracker] = field(default_factory=list)
+    """Where the numbers of trainings go, while the run goes on."""
     on_record: Callable[[dict[str, Any]], None] | None = None
-    """Takes the progress records of trainings; None: they become TensorBoard scalars of the run."""
+    """Takes the progress records of trainings; None: they go to the run's trackers."""
     stop: threading.Event | None = None
     """Once it is set, a training ends with TrainingStopped, and leaves nothing."""
 
@@ -259,6 +261,9 @@ def _run(this: Run) -> None:
     recorded = this.place.read_json("artifacts.json") or {}
     needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
     _check_inputs(this, [stage for stage in STAGES if stage in needed], wanted, recorded)
+    everything = {name: value for name, value, _ in leaves(config)}
+    this.trackers = open_trackers(config.trackers, this.place, str(config.name), everything, console.line)
+    failed = True
     try:
         if joins_cluster():  # checked before any work
             this.connect()
@@ -275,9 +280,12 @@ def _run(this: Run) -> None:
                     # the data are good: from here on the name is taken
                     this.place.write_json("settings.json", settings)
                     this.place.write_text("config.yaml", to_yaml(this.config))
+        if "evaluate" in wanted:
+            _track_results(this)
+        failed = False
     finally:
-        if this.writer is not None:
-            this.writer.close()
+        for tracker in this.trackers:
+            tracker.close(failed)
         if this.cluster is not None:
             import ray
 
@@ -558,7 +566,7 @@ def _train(
         dtype=dtype, storage=this.config.tables,
     )  # fmt: skip
     training = dataclasses.replace(training, profiled=_profiled(this, stage, training.steps))
-    on_record = this.on_record or partial(_to_tensorboard, this)
+    on_record = this.on_record or partial(_track, this)
     assert this.cluster is not None
     try:
         train(
@@ -681,23 +689,28 @@ def _profiled(this: Run, stage: str, steps: int) -> Any:
     return Profiled(asked.first, asked.steps, this.place / "profile")
 
 
-def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
-    """The numbers of progress records as TensorBoard scalars, by stage. None are written on remote workspaces."""
-    if "step" not in record or not this.place.is_local:
+def _track(this: Run, record: dict[str, Any]) -> None:
+    """The numbers of a progress record, to the run's trackers."""
+    if "step" not in record:
         return
-    if this.writer is None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        this.writer = SummaryWriter(str(this.place.folder / "tensorboard"))
     shown = {
         name: value
         for name, value in record.items()
         if isinstance(value, float) and name not in ("step", "steps", "seconds left")
     }
     shown |= {f"valid {name.upper()}": value for name, value in record.get("valid", {}).items() if value is not None}
-    for name, value in shown.items():
-        title = name.replace("/s", " per s").replace(" %", " (%)")
-        this.writer.add_scalar(f"{record['stage']}/{title}", value, record["step"])
+    titles = {name.replace("/s", " per s").replace(" %", " (%)"): value for name, value in shown.items()}
+    for tracker in this.trackers:
+        tracker.scalars(record["stage"], record["step"], titles)
+
+
+def _track_results(this: Run) -> None:
+    """The metrics of the results, to the run's trackers."""
+    records = this.artifact("evaluate").read_json("results.json")
+    assert records is not None
+    values = {f"{r['model']}/{r['rows']} {r['metric']}": r["value"] for r in records if r["value"] is not None}
+    for tracker in this.trackers:
+        tracker.summary(values)
 
 
 def _pretrain(this: Run) -> dict[str, Any]:
@@ -964,7 +977,7 @@ def _evaluate(this: Run) -> dict[str, Any]:
     scoring = Scoring("evaluate", build, config.evaluate, order, output, dtype=config.llm.dtype, storage=config.tables)
     run_workers(
         score_worker, {"scoring": scoring}, "evaluate", output, config.workers, this.gpus(), this.console,
-        partial(_to_tensorboard, this), timeout=this.config.worker_timeout,
+        partial(_track, this), timeout=this.config.worker_timeout,
     )  # fmt: skip
     scored = pq.read_table(this.artifact("evaluate").local() / "scores.parquet")
     test, training = log.split("test"), log.split("train", ["user", "item", "label"])

@@ -1,0 +1,115 @@
+"""Trackers: what MLflow and W&B have of a run, each as the package itself writes it."""
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sellarec.artifacts import Place
+from sellarec.command_line import parse, parse_sweep
+from sellarec.errors import UserError
+from sellarec.tracking import check_trackers, open_trackers
+
+SETTINGS = {f"setting.{number}": number for number in range(130)}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place.of(str(tmp_path / "run"))
+
+
+def test_tensorboard_alone_by_default(place: Place) -> None:
+    (tensorboard,) = open_trackers((), place, "run", {}, print)
+    assert not (place.folder / "tensorboard").exists()  # before there is a number
+    tensorboard.scalars("collab", 3, {"loss": 0.5})
+    tensorboard.close(failed=False)
+    (found,) = EventAccumulator(str(place.folder / "tensorboard")).Reload().Scalars("collab/loss")
+    assert (found.step, found.value) == (3, 0.5)
+
+
+def test_mlflow_has_settings_numbers_and_results_and_goes_on_in_its_run(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    try:
+        for step, failed in ((1, True), (2, False)):
+            tensorboard, tracker = open_trackers(("mlflow",), place, "demo", SETTINGS, print)
+            tracker.scalars("collab", step, {"loss": step / 4, "data wait (%), most": 7.0})
+            tracker.summary({"sella-rec/all auc": 0.75})
+            tracker.close(failed)
+            tensorboard.close(failed)
+            (run,) = mlflow.MlflowClient().search_runs(
+                [mlflow.MlflowClient().get_experiment_by_name("sellarec").experiment_id]
+            )
+            assert run.info.status == ("FAILED" if failed else "FINISHED")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert run.info.run_name == "demo"
+    assert run.data.params == {name: str(value) for name, value in SETTINGS.items()}
+    assert run.data.metrics == {"collab/loss": 0.5, "collab/data wait percent most": 7.0, "sella-rec/all auc": 0.75}
+    losses = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(run.info.run_id, "collab/loss")
+    assert [(metric.step, metric.value) for metric in losses] == [(1, 0.25), (2, 0.5)]
+
+
+def test_mlflow_that_stops_answering_costs_no_run(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    said: list[str] = []
+    try:
+        _, tracker = open_trackers(("mlflow",), place, "demo", {}, said.append)
+        mlflow.MlflowClient().delete_run(tracker.id)  # the server takes no more of it
+        tracker.scalars("collab", 1, {"loss": 1.0})
+        tracker.scalars("collab", 2, {"loss": 1.0})
+        tracker.close(failed=False)
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert len(said) == 3
+    assert "mlflow takes no numbers" in said[0]
+    assert "2 times" in said[1]
+    assert "not told that the run ended" in said[2]
+
+
+def test_wandb_writes_offline_and_goes_on_in_its_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    place.folder.mkdir()
+    for step in (1, 2):
+        tensorboard, tracker = open_trackers(("wandb",), place, "demo", {"collab.dim": 16}, print)
+        tracker.scalars("collab", step, {"loss": 0.53125 * step})
+        tracker.summary({"sella-rec/all auc": 0.71875})
+        tracker.close(failed=False)
+        tensorboard.close(failed=False)
+        ids.append(place.read_json("trackers.json")["wandb"])
+    assert ids[0] == ids[1]
+    files = sorted((place.folder / "wandb").glob(f"offline-run-*-{ids[0]}/run-{ids[0]}.wandb"))
+    found = b"".join(file.read_bytes() for file in files)
+    for words in (b"collab/loss", b"0.53125", b"1.0625", b"sella-rec/all auc", b"0.71875", b"collab.dim"):
+        assert words in found
+
+
+def test_a_tracker_that_cannot_begin_is_a_users_mistake(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.set_tracking_uri("nonsense://nowhere")
+    try:
+        with pytest.raises(UserError, match="trackers has mlflow, which can't begin a run: .*nonsense"):
+            open_trackers(("mlflow",), place, "demo", {}, print)
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def test_a_missing_package_and_a_sweep_are_refused() -> None:
+    with pytest.raises(UserError, match="trackers has no_such_package, which is not installed"):
+        check_trackers(("no_such_package",))
+    pytest.importorskip("mlflow")
+    assert parse(["demo", "--trackers", "mlflow"]).trackers == ("mlflow",)
+    with pytest.raises(UserError, match="trackers is mlflow, but a sweep"):
+        parse_sweep(["demo", "--trackers", "mlflow"])
