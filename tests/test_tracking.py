@@ -100,7 +100,7 @@ def test_a_tracker_that_cannot_begin_is_a_users_mistake(place: Place, monkeypatc
     mlflow = pytest.importorskip("mlflow")
     mlflow.set_tracking_uri("nonsense://nowhere")
     try:
-        with pytest.raises(UserError, match="trackers has mlflow, which can't begin a run: .*nonsense"):
+        with pytest.raises(UserError, match=r"trackers has mlflow, which can't begin a run: .*nonsense"):
             open_trackers(("mlflow",), place, "demo", {}, print)
     finally:
         mlflow.set_tracking_uri(None)
