@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
+from sellarec.artifacts import Place, Store, fingerprint, free_bytes, in_json, lease, persist
 from sellarec.checks import check_layer
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, result_settings, to_yaml
 from sellarec.data.files import file_hash, file_hashes
@@ -31,6 +31,7 @@ from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.language.templates import AUTO, is_file, read_template, read_templates, template_mark
 from sellarec.training.launch import (
     Cluster,
+    Group,
     check_room,
     connect,
     free_gpu_memory,
@@ -217,11 +218,24 @@ class Run:
 
     def connect(self) -> None:
         workspace = self.store.workspace
-        self.cluster = connect(self.config.workers, self.console, workspace, self.groups, self.share)
+        self.cluster = connect(self.config.least_workers, self.console, workspace, self.groups, self.share)
 
     def gpus(self) -> bool:
         assert self.cluster is not None
         return self.cluster.gpus
+
+    def group(self) -> Group:
+        """The workers of a stage."""
+        assert self.cluster is not None
+        config = self.config
+        return Group(
+            config.workers, self.cluster.gpus, config.least_workers, self.cluster.share, config.worker_timeout,
+            config.storage_timeout, config.node_timeout, config.grow_every,
+        )  # fmt: skip
+
+    def persist(self, what: str, act: Callable[[], None]) -> None:
+        """Write something, and again while storage fails."""
+        persist(what, act, self.config.storage_timeout, self.console.line)
 
 
 def run(this: Run) -> None:
@@ -240,8 +254,14 @@ def run(this: Run) -> None:
                 "finished stages are kept"
             ) from error
         if isinstance(error, StageFailed):
-            this.place.write_text("error.log", "".join(traceback.format_exception(error)))
-            raise StageFailed(f"{error}\nThe traceback is in {this.place}/error.log") from error
+            found = "".join(traceback.format_exception(error))
+            try:
+                this.place.write_text("error.log", found)
+            except OSError as unwritten:
+                where = f"The traceback can't be written to {this.place}/error.log ({unwritten}):\n{found}"
+            else:
+                where = f"The traceback is in {this.place}/error.log"
+            raise StageFailed(f"{error}\n{where}") from error
         raise
 
 
@@ -252,8 +272,14 @@ def _run(this: Run) -> None:
     this.store.check_writable()
     _check_sharding(this, wanted)
     _check_layer(this, wanted)
-    if wanted != ("prepare",) and not joins_cluster():
-        check_room(config.workers)
+    if not joins_cluster():
+        if config.least_workers < config.workers:
+            raise UserError(
+                f"min_workers is {config.min_workers} and workers {config.workers}, but RAY_ADDRESS names no cluster, and no "
+                "nodes join or leave this machine: leave min_workers out, or submit the job to a cluster"
+            )
+        if wanted != ("prepare",):
+            check_room(config.workers)
     settings = _check_name(this, _origins(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
     recorded = this.place.read_json("artifacts.json") or {}
@@ -269,7 +295,10 @@ def _run(this: Run) -> None:
                 else:
                     this.seconds[stage] = None
                 recorded[stage] = f"{stage}-{this.marks[stage]}"
-                this.place.write_json("artifacts.json", recorded)
+                this.persist(
+                    f"writing {this.place}/artifacts.json",
+                    partial(this.place.write_json, "artifacts.json", dict(recorded)),
+                )
                 if stage == "prepare":
                     check_labels(this, wanted)
                     # the data are good: from here on the name is taken
@@ -277,7 +306,7 @@ def _run(this: Run) -> None:
                     this.place.write_text("config.yaml", to_yaml(this.config))
     finally:
         if this.writer is not None:
-            this.writer.close()
+            _close_writer(this)
         if this.cluster is not None:
             import ray
 
@@ -460,17 +489,15 @@ def _stage(this: Run, stage: str) -> None:
                 f"stage {stage}: this process stood still for so long that another one took over {place}; run it again"
             )
         this.seconds[stage] = time.monotonic() - start
-        place.write_text("config.yaml", to_yaml(this.config))
-        place.write_json(
-            "manifest.json",
-            {
-                **facts,
-                "fingerprint": this.marks[stage],
-                "seconds": round(time.monotonic() - start, 1),
-                "versions": {name: metadata.version(name) for name in ("sellarec", *PACKAGES)},
-                "facts": found,
-            },
-        )
+        manifest = {
+            **facts,
+            "fingerprint": this.marks[stage],
+            "seconds": round(time.monotonic() - start, 1),
+            "versions": {name: metadata.version(name) for name in ("sellarec", *PACKAGES)},
+            "facts": found,
+        }
+        for name, text in (("config.yaml", to_yaml(this.config)), ("manifest.json", in_json(manifest))):
+            this.persist(f"writing {place}/{name}", partial(place.write_text, name, text))
     this.console.line(f"{stage:<9} done in {duration(this.seconds[stage] or 0)}: {place}")
 
 
@@ -561,10 +588,7 @@ def _train(
     on_record = this.on_record or partial(_to_tensorboard, this)
     assert this.cluster is not None
     try:
-        train(
-            training, this.config.workers, this.gpus(), this.console, on_record, this.config.worker_timeout, this.stop,
-            this.cluster.share,
-        )  # fmt: skip
+        train(training, this.group(), this.console, on_record, this.stop)
     except TrainingStopped:
         this.artifact(stage).delete(*(name for name in this.artifact(stage).names() if name != "lease.json"))
         raise
@@ -595,7 +619,7 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
     from sellarec.training.plan import check_fits, place
 
     assert this.cluster is not None
-    workers, storage = this.config.workers, this.config.tables
+    workers, storage = this.config.least_workers, this.config.tables
     optimizer = None if all(table.frozen for table in tables) else settings
     placements = place(tables, storage, optimizer, workers, "cuda" if this.gpus() else "cpu")
     if this.cluster.local and not this.gpus():
@@ -682,9 +706,22 @@ def _profiled(this: Run, stage: str, steps: int) -> Any:
 
 
 def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
-    """The numbers of progress records as TensorBoard scalars, by stage. None are written on remote workspaces."""
+    """The numbers of progress records as TensorBoard scalars, by stage. None are written on remote workspaces.
+
+    Where storage fails, what was not written yet is lost, which is told, and what comes later goes into a new file: no training
+    is broken off for its curves.
+    """
     if "step" not in record or not this.place.is_local:
         return
+    try:
+        _write_scalars(this, record)
+    except OSError as error:
+        if this.writer is not None:
+            this.console.line(f"TensorBoard's file can't be written, some points of its curves are lost: {error}")
+        this.writer = None
+
+
+def _write_scalars(this: Run, record: dict[str, Any]) -> None:
     if this.writer is None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -698,6 +735,13 @@ def _to_tensorboard(this: Run, record: dict[str, Any]) -> None:
     for name, value in shown.items():
         title = name.replace("/s", " per s").replace(" %", " (%)")
         this.writer.add_scalar(f"{record['stage']}/{title}", value, record["step"])
+
+
+def _close_writer(this: Run) -> None:
+    try:
+        this.writer.close()
+    except OSError as error:
+        this.console.line(f"TensorBoard's file can't be written, some points of its curves are lost: {error}")
 
 
 def _pretrain(this: Run) -> dict[str, Any]:
@@ -963,9 +1007,8 @@ def _evaluate(this: Run) -> dict[str, Any]:
     output = this.artifact("evaluate")
     scoring = Scoring("evaluate", build, config.evaluate, order, output, dtype=config.llm.dtype, storage=config.tables)
     run_workers(
-        score_worker, {"scoring": scoring}, "evaluate", output, config.workers, this.gpus(), this.console,
-        partial(_to_tensorboard, this), timeout=this.config.worker_timeout,
-    )  # fmt: skip
+        score_worker, {"scoring": scoring}, "evaluate", this.group(), this.console, partial(_to_tensorboard, this)
+    )
     scored = pq.read_table(this.artifact("evaluate").local() / "scores.parquet")
     test, training = log.split("test"), log.split("train", ["user", "item", "label"])
     if not np.array_equal(scored["row"].to_numpy(), test["row"].to_numpy()):
