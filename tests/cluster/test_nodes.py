@@ -1,0 +1,196 @@
+"""Nodes that are lost, and that join: real raylets on this machine, killed and added while a stage trains."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import main_job
+import numpy as np
+import pytest
+from cluster_jobs import CLEAN, ROOT, exported, local
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+LONGER = {
+    "collab": ["--collab.epochs", "800", "--collab.validate-every", "80", "--collab.patience", "99"],
+    "adapt": [
+        "--adapt.epochs",
+        "99",
+        "--adapt.max-steps",
+        "300",
+        "--adapt.batch",
+        "33",
+        "--adapt.validate-every",
+        "0.5",
+    ],
+    "fuse": ["--fuse.epochs", "99", "--fuse.max-steps", "300", "--fuse.batch", "33", "--fuse.validate-every", "0.5"],
+}
+"""Some 40 s of steps on a quiet machine, without dropout: long enough for nodes to come and go."""
+
+
+class Nodes:
+    """A cluster of nodes with one CPU each, one of which is the head, and jobs submitted to it."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.variables: dict[str, str] = {}
+
+    def up(self, nodes: int) -> None:
+        self.variables = exported(local("up", self.state, "--nodes", str(nodes), "--cpus", "1"))
+
+    def down(self) -> None:
+        if (self.state / "cluster.json").exists():
+            local("down", self.state)
+
+    def add(self) -> None:
+        local("add", self.state)
+
+    def raylets(self) -> dict[str, int]:
+        """Process ids of living nodes, by name."""
+        lines = [line.split() for line in local("status", self.state).splitlines()]
+        return {words[0]: int(words[-1]) for words in lines if len(words) > 2 and words[-2] == "raylet"}
+
+    def kill(self, *names: str) -> None:
+        pids = self.raylets()
+        for name in names:
+            os.kill(pids[name], signal.SIGKILL)
+
+    def submit(self, *arguments: str | Path, log: Path) -> subprocess.Popen:
+        command = [Path(sys.executable).parent / "ray", "job", "submit", "--working-dir", ".", "--runtime-env"]
+        command += ["cluster/runtime_env.yaml", "--", "python", "jobs/train.py", *arguments]
+        with open(log, "w") as file:
+            return subprocess.Popen(
+                [str(word) for word in command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                env={**CLEAN, **self.variables},
+            )  # fmt: skip
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    found = Nodes(Path(f"/tmp/sellarec-n{os.getpid()}"))
+    try:
+        yield found
+    finally:
+        found.down()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("nodes")
+
+
+def prepared(stage: str, folder: Path, tmp_path: Path) -> tuple[Path, Path, list[str | Path]]:
+    """A workspace in which a stage was trained undisturbed, on this machine alone; one in which it is to be; its flags."""
+    expected, inputs = folder / stage, main_job.inputs_of(stage, folder)
+    common = ["demo", main_job.write_recipe(folder), "--name", "run", "--stages", stage, *LONGER[stage]]
+    if not expected.exists():
+        shutil.copytree(inputs, expected)
+        main_job.train(*common, "--workspace", expected, log=folder / f"{stage}.log")
+    shutil.copytree(inputs, tmp_path / "w")
+    return expected, tmp_path / "w", [*common, f"--{stage}.checkpoint-every", "1", "--workspace", tmp_path / "w"]
+
+
+def assert_alike(stage: str, undisturbed: Path, disturbed: Path) -> None:
+    """The same curve to its end, and the same state kept, up to the order in which numbers are added up."""
+    expected, found = (
+        main_job.read_json(main_job.artifact(workspace, "run", stage) / "training.json")
+        for workspace in (undisturbed, disturbed)
+    )
+    assert found["steps"] == expected["steps"]
+    np.testing.assert_allclose(found["first_losses"], expected["first_losses"], rtol=1e-5)
+    curves = [[(step, m["auc"], m["uauc"]) for step, m in facts["evaluations"]] for facts in (expected, found)]
+    assert len(curves[0]) > 5
+    np.testing.assert_allclose(curves[1], curves[0], atol=1e-3)
+
+
+def wait_for_count(log: Path, text: str, count: int, job: subprocess.Popen, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while log.read_text().count(text) < count:
+        assert job.poll() is None and time.monotonic() < deadline, f"{text!r}:\n{log.read_text()}"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("stage", ["collab", "adapt", "fuse"])
+def test_workers_become_more_and_fewer_with_the_nodes(stage: str, nodes: Nodes, folder: Path, tmp_path: Path) -> None:
+    """1 -> 2 -> 3 -> 1: two nodes join one by one, and then both are lost at once. One CPU of the cluster is for reading."""
+    expected, workspace, flags = prepared(stage, folder, tmp_path)
+    log = tmp_path / "log"
+    nodes.up(2)
+    job = nodes.submit(*flags, "--workers", "3", "--min-workers", "1", "--grow-every", "1", log=log)
+    try:
+        for workers in (1, 2):
+            main_job.wait_for(log, f"{stage:<9} starting {workers} workers", job)
+            nodes.add()
+            main_job.wait_for(log, f"goes on with {workers + 1} workers after a checkpoint", job)
+        wait_for_count(log, f"{stage:<9} goes on from its checkpoint at step", 2, job)
+        nodes.kill("worker-2", "worker-3")
+        wait_for_count(log, f"{stage:<9} starting 1 workers", 2, job)
+        assert job.wait(600) == 0, log.read_text()
+    finally:
+        main_job.end(job)
+    assert log.read_text().count(f"{stage:<9} goes on from its checkpoint at step") == 3
+    assert_alike(stage, expected, workspace)
+
+
+@pytest.mark.parametrize("stage", ["collab", "adapt"])
+def test_a_node_that_is_lost_is_waited_for(stage: str, nodes: Nodes, folder: Path, tmp_path: Path) -> None:
+    """The number of workers is given: with too little room the stage waits, and goes on when a node joins."""
+    expected, workspace, flags = prepared(stage, folder, tmp_path)
+    log = tmp_path / "log"
+    nodes.up(3)
+    job = nodes.submit(*flags, "--workers", "2", log=log)
+    try:
+        main_job.wait_for(log, "valid AUC", job)
+        nodes.kill("worker-1", "worker-2")
+        main_job.wait_for(log, "waits 600 s at most for room for 2 workers", job)
+        nodes.add()
+        nodes.add()
+        main_job.wait_for(log, f"{stage:<9} goes on from its checkpoint at step", job)
+        assert job.wait(600) == 0, log.read_text()
+    finally:
+        main_job.end(job)
+    assert_alike(stage, expected, workspace)
+
+
+def test_a_node_that_does_not_come_back_ends_the_stage_and_a_new_cluster_goes_on(
+    nodes: Nodes, folder: Path, tmp_path: Path
+) -> None:
+    """A clear message in the stated time; then the head is lost too, and the job goes to a cluster in its place."""
+    expected, workspace, flags = prepared("collab", folder, tmp_path)
+    log = tmp_path / "log"
+    nodes.up(3)
+    job = nodes.submit(*flags, "--workers", "2", "--node-timeout", "5", log=log)
+    try:
+        main_job.wait_for(log, "valid AUC", job)
+        nodes.kill("worker-1", "worker-2")
+        assert job.wait(120) == 1, log.read_text()
+    finally:
+        main_job.end(job)
+    assert (
+        "for 5 s (node_timeout) there was no room for 2 workers of 1 CPU each and 1 CPU to read data" in log.read_text()
+    )
+    nodes.down()
+    nodes.up(3)
+    job = nodes.submit(*flags, "--workers", "2", log=log)
+    try:
+        main_job.wait_for(log, "collab    goes on from its checkpoint at step", job)
+        nodes.kill("head")
+        with_head = time.monotonic()
+        assert job.wait(180) != 0, log.read_text()
+        assert time.monotonic() - with_head < 180
+    finally:
+        main_job.end(job)
+    nodes.down()
+    nodes.up(3)
+    job = nodes.submit(*flags, "--workers", "2", log=log)
+    try:
+        assert job.wait(600) == 0, log.read_text()
+    finally:
+        main_job.end(job)
+    assert "collab    goes on from its checkpoint at step" in log.read_text()
+    assert_alike("collab", expected, workspace)
