@@ -37,7 +37,7 @@ GPU_SECONDS = 120
 RETRIES = 3
 """How often in a row a stage is taken up again after workers were lost, where it left no new checkpoint in between."""
 
-ROOM_SECONDS = 2.0
+ROOM_SECONDS = 3.0
 """How long it may take until the cluster has set room aside that is there."""
 
 MANY = 1 << 20
@@ -278,9 +278,7 @@ def run_workers(
     }
     variables = KEEP_FREED_MEMORY if keep_freed_memory and not group.gpus else {}
     launch = _Launch(function, config, stage, variables, stops, group, console, on_record, stop)
-    workers = group.most
-    if group.least < group.most:
-        workers = _wait_for_room(stage, group, console, stop)
+    workers = first_workers(stage, group, console, stop)
     lost, reached = 0, -1
     while True:
         console.line(f"{stage:<9} starting {workers} workers")
@@ -302,11 +300,11 @@ def run_workers(
                     f"stage {stage} failed, also when it was taken up again ({RETRIES} times without a new checkpoint): {cause}"
                 ) from ended.failure
             console.line(f"{stage:<9} was cut off ({cause}): is taken up again")
-            workers = _wait_for_room(stage, group, console, stop)
+            workers = find_room(stage, group, console, stop)
         elif stop is not None and stop.is_set() and ended.stopped:
             raise TrainingStopped(f"stage {stage} was stopped at step {ended.stopped[0]}")
         elif ended.stopped:
-            workers = _wait_for_room(stage, group, console, stop)
+            workers = find_room(stage, group, console, stop)
         else:
             return
 
@@ -403,7 +401,7 @@ class _Launch:
                 if len(arrived) > 1 or (arrived and not (self.stops and starts)):
                     raise KeyboardInterrupt  # at once also where nothing has been trained yet
                 if self.stops and starts and workers < group.most and time.monotonic() - looked > group.grow_every:
-                    more, looked = _room_beside(group, workers), time.monotonic()
+                    more, looked = _room(group, 1, group.most - workers, workers), time.monotonic()
                     if more and not asked:
                         self.console.line(
                             f"{self.stage:<9} goes on with {workers + more} workers after a checkpoint: there is room for them"
@@ -421,38 +419,52 @@ class _Launch:
 
 
 def _room(group: Group, least: int, most: int, beside: int = 0) -> int:
-    """How many workers find room now, of `most` down to `least`; 0 where not even these do. What other jobs hold is no room, nor
+    """How many workers find room now, from `least` to `most`; 0 where not even the least do. What other jobs hold is no room, nor
     is a node that has died without the cluster having noticed.
 
     Args:
         beside: workers that run already.
     """
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    nodes, taken = living_nodes(), group.taken
+    nodes, taken, found = living_nodes(), group.taken, 0
     places = sum(
         min(int(node.cpus / taken["CPU"]), int(node.gpus) * int(1 / taken["GPU"]) if group.gpus else MANY)
         for node in nodes
     )
+    # one CPU is left to read data
     places = min(places, int((sum(node.cpus for node in nodes) - 1) / taken["CPU"])) - beside
-    for workers in range(min(most, places), least - 1, -1):
-        bundles = [taken] * workers + [{"CPU": 1}] * (not beside)  # one CPU to read data
-        held = placement_group(bundles)
-        try:
-            if held.wait(ROOM_SECONDS):
-                return workers
-        finally:
-            remove_placement_group(held)
-    return 0
+    low, high = least, min(most, places)
+    workers = high
+    while low <= high:
+        if _fit([taken] * workers + [{"CPU": 1.0}] * (not beside)):
+            found, low = workers, workers + 1
+        else:
+            high = workers - 1
+        workers = (low + high + 1) // 2
+    return found
 
 
-def _room_beside(group: Group, workers: int) -> int:
-    """How many more find room beside workers that run."""
-    return _room(group, 1, group.most - workers, beside=workers)
+def _fit(bundles: list[dict[str, float]]) -> bool:
+    """Whether the cluster can set these resources aside now."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    held = placement_group(bundles)
+    try:
+        return held.wait(ROOM_SECONDS)
+    finally:
+        remove_placement_group(held)
 
 
-def _wait_for_room(stage: str, group: Group, console: Console, stop: threading.Event | None) -> int:
-    """Wait for room for the group's workers: how many.
+def first_workers(stage: str, group: Group, console: Console, stop: threading.Event | None = None) -> int:
+    """How many workers a stage starts with: where their number is given, these, and Ray waits for their CPUs.
+
+    Raises:
+        StageFailed, TrainingStopped: as `find_room`.
+    """
+    return group.most if group.least == group.most else find_room(stage, group, console, stop)
+
+
+def find_room(stage: str, group: Group, console: Console, stop: threading.Event | None) -> int:
+    """Wait for room for the group's workers: how many find some.
 
     Raises:
         StageFailed: there was none for `node_timeout` seconds.

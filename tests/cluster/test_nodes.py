@@ -108,7 +108,7 @@ def assert_alike(stage: str, undisturbed: Path, disturbed: Path) -> None:
     np.testing.assert_allclose(curves[1], curves[0], atol=1e-3)
 
 
-def wait_for_count(log: Path, text: str, count: int, job: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for_count(log: Path, text: str, count: int, job: subprocess.Popen, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while log.read_text().count(text) < count:
         assert job.poll() is None and time.monotonic() < deadline, f"{text!r}:\n{log.read_text()}"
@@ -168,7 +168,7 @@ def test_a_node_that_does_not_come_back_ends_the_stage_and_a_new_cluster_goes_on
     try:
         main_job.wait_for(log, "valid AUC", job)
         nodes.kill("worker-1", "worker-2")
-        assert job.wait(120) == 1, log.read_text()
+        assert job.wait(300) == 1, log.read_text()
     finally:
         main_job.end(job)
     assert (
@@ -181,8 +181,8 @@ def test_a_node_that_does_not_come_back_ends_the_stage_and_a_new_cluster_goes_on
         main_job.wait_for(log, "collab    goes on from its checkpoint at step", job)
         nodes.kill("head")
         with_head = time.monotonic()
-        assert job.wait(180) != 0, log.read_text()
-        assert time.monotonic() - with_head < 180
+        assert job.wait(300) != 0, log.read_text()
+        assert time.monotonic() - with_head < 300
     finally:
         main_job.end(job)
     nodes.down()

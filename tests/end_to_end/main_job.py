@@ -86,7 +86,7 @@ def end(process: subprocess.Popen) -> None:
             child.kill()
 
 
-def wait_for(log: Path, text: str, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(log: Path, text: str, process: subprocess.Popen, seconds: float = 600) -> None:
     """Wait until a job has printed `text`."""
     deadline = time.monotonic() + seconds
     while text not in log.read_text():

@@ -50,7 +50,7 @@ def whole(workspace: Path, stage: str) -> list[Path]:
 
 
 def wait_for_checkpoints(number: int, workspace: Path, stage: str, job: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while len(whole(workspace, stage)) < number:
         assert job.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
@@ -93,7 +93,7 @@ def checkpoint_cut_off(stage: str, workspace: Path, log: Path) -> None:
     try:
         wait_for_checkpoints(1, workspace, stage, job, log)
         workers = main_job.training_workers(job)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             assert job.poll() is None and time.monotonic() < deadline, log.read_text()
             standing = checkpoints_of(workspace, stage)
@@ -101,7 +101,7 @@ def checkpoint_cut_off(stage: str, workspace: Path, log: Path) -> None:
                 for worker in workers:
                     os.kill(worker.pid, signal.SIGKILL)
                 break
-        assert job.wait(300) == 0, log.read_text()
+        assert job.wait(600) == 0, log.read_text()
     finally:
         main_job.end(job)
     printed = log.read_text()
@@ -132,7 +132,7 @@ def storage_away(stage: str, workspace: Path, log: Path) -> None:
         away = swap(folder)
         main_job.wait_for(log, "tries again in 2 s", job)
         bring_back(folder, away)
-        assert job.wait(300) == 0, log.read_text()
+        assert job.wait(600) == 0, log.read_text()
     finally:
         main_job.end(job)
     printed = log.read_text()
@@ -147,7 +147,7 @@ def storage_away_for_too_long(stage: str, workspace: Path, log: Path) -> None:
         wait_for_checkpoints(1, workspace, stage, job, log)
         folder = whole(workspace, stage)[0].parent
         away = swap(folder)
-        assert job.wait(120) == 1, log.read_text()
+        assert job.wait(300) == 1, log.read_text()
     finally:
         main_job.end(job)
     lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
