@@ -65,7 +65,11 @@ def start(*arguments: str | Path, log: Path) -> subprocess.Popen:
 
 def train(*arguments: str | Path, log: Path, status: int = 0, seconds: float = 600) -> str:
     """Run jobs/train.py to its end, check its exit status, give back what it printed."""
-    process = start(*arguments, log=log)
+    return to_end(start(*arguments, log=log), log, status, seconds)
+
+
+def to_end(process: subprocess.Popen, log: Path, status: int = 0, seconds: float = 600) -> str:
+    """Wait for a job, check its exit status, give back what it printed."""
     try:
         found = process.wait(seconds)
     finally:
