@@ -9,9 +9,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from sellarec.artifacts import Place
+from sellarec.artifacts import Place, persist
 from sellarec.config import GROW_EVERY, NODE_TIMEOUT, STORAGE_TIMEOUT, WORKER_TIMEOUT, Language
 from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.preflight import check_address, check_workspace, in_words, living_nodes, preflight
@@ -236,13 +237,14 @@ def train(
         TrainingStopped: `stop` was set before its end.
         StageFailed: it failed for another reason, and again after RETRIES restarts.
     """
-    from sellarec.training.loop import train_worker
+    from sellarec.training.loop import CHECKPOINTS, train_worker
 
     run_workers(
         train_worker, {"training": training}, training.stage, group, console, on_record,
         keep_freed_memory=not isinstance(training.settings, Language), stops=True, stop=stop,
     )  # fmt: skip
-    training.output.delete("checkpoints")
+    done = partial(training.output.delete, CHECKPOINTS)
+    persist(f"deleting {training.output / CHECKPOINTS}", done, group.storage_timeout, console.line)
 
 
 def run_workers(
@@ -279,10 +281,11 @@ def run_workers(
     variables = KEEP_FREED_MEMORY if keep_freed_memory and not group.gpus else {}
     launch = _Launch(function, config, stage, variables, stops, group, console, on_record, stop)
     workers = first_workers(stage, group, console, stop)
-    lost, reached = 0, -1
+    lost, reached, first = 0, -1, True
     while True:
         console.line(f"{stage:<9} starting {workers} workers")
-        ended = launch.run(workers, first=reached == -1 and lost == 0)
+        ended = launch.run(workers, first)
+        first = False
         if ended.errors:
             raise UserError(ended.errors[0])
         if ended.failed:
@@ -348,7 +351,7 @@ class _Launch:
         """Run the function on a group of so many workers.
 
         Args:
-            first: none was lost before. Only such a group waits without limit for its CPUs.
+            first: there was none before. Only such a group waits without limit for its CPUs, where their number is given.
 
         Raises:
             KeyboardInterrupt: a second SIGINT or SIGTERM, or one where there is nothing to leave a checkpoint of.
@@ -380,7 +383,9 @@ class _Launch:
                         worker_runtime_env={"env_vars": self.variables} if self.variables else {},
                         # groups that fail are started again here, on as many workers as then find room
                         failure_config=FailureConfig(
-                            max_failures=0, max_preemption_failures=0, controller_failure_limit=-1 if first else 0
+                            max_failures=0,
+                            max_preemption_failures=0,
+                            controller_failure_limit=-1 if first and group.least == group.most else 0,
                         ),
                     ),
                 ).fit()
@@ -545,7 +550,7 @@ def _showing(
     put there, the step at which they started or took up their work, and the one at which they stopped, if they were asked to.
 
     Args:
-        first: no workers were lost before.
+        first: there was no group of workers before.
     """
     import ray
 
