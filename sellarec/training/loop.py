@@ -4,7 +4,7 @@ The global batch is fixed and workers slice it, so any number of workers takes t
 """
 
 import contextlib
-import json
+import dataclasses
 import math
 import random
 import resource
@@ -106,7 +106,7 @@ class Position:
 
     step: int = 0
     best_step: int = 0
-    best: float = -math.inf
+    best: float | None = None
     improvements: int = 0
     evaluations_without: int = 0
     first_losses: list[float] = field(default_factory=list)
@@ -189,7 +189,7 @@ def _train(training: Training) -> None:
             stopped = position.evaluations_without >= selection.patience
         if improved or due or leave:
             reporter.flush(position)
-            checkpoints.save(engine, json.loads(json.dumps(vars(position))))
+            checkpoints.save(engine, dataclasses.asdict(position))
             saved = time.monotonic()
         if leave:
             break
@@ -303,7 +303,7 @@ class _Valid:
         position.evaluations.append(
             (position.step, {metric: None if math.isnan(value) else value for metric, value in found.items()})
         )
-        if value > position.best:
+        if position.best is None or value > position.best:
             position.best, position.best_step = value, position.step
             position.improvements += 1
             position.evaluations_without = 0
