@@ -1,6 +1,7 @@
 """Several real Ray nodes on this machine: a head and workers, each a raylet of its own.
 
 python cluster/local.py up --nodes 3     starts them (the head is one of the nodes) and prints what clients have to export
+python cluster/local.py add              one node more, while jobs run
 python cluster/local.py status           the nodes, and whether they are alive
 python cluster/local.py down             ends what `up` started, and nothing else
 
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> None:
     parsers = {}
     for name, aliases, text in (
         ("up", ["start"], "start the nodes"),
+        ("add", [], "start one node more"),
         ("status", [], "show the nodes"),
         ("down", ["stop"], "end the nodes"),
     ):
@@ -74,6 +76,8 @@ def main(arguments: list[str]) -> None:
     if given.command in ("up", "start"):
         check_environment()
         up(state, given.nodes, given.cpus, given.port, given.dashboard_port, given.network)
+    elif given.command == "add":
+        add(state)
     elif given.command == "status":
         status(state)
     else:
@@ -134,8 +138,7 @@ def up(
         "dashboard_port": dashboard_port or _free_port(),
     }
     for i, node in enumerate(facts["nodes"]):
-        node["ip"] = "127.0.0.1" if subnet is None else str(subnet[i + 2])
-        node["namespace"] = None if subnet is None else f"{_link(subnet)}-{i}"
+        node |= _address(subnet, i)
     address = f"http://{facts['nodes'][0]['ip']}:{facts['dashboard_port']}"
     variables = {"RAY_API_SERVER_ADDRESS": address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     if network == "loopback":
@@ -192,7 +195,8 @@ def keep(state: Path) -> None:
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(shutdown_at_exit=True)
-    for i, node in enumerate(facts["nodes"]):
+
+    def start(i: int, node: dict[str, Any]) -> None:
         if node["namespace"] is not None:
             _enter(node["namespace"])  # this thread, and so what it starts
         ports = {"gcs_server_port": facts["port"], "dashboard_port": facts["dashboard_port"]} if i == 0 else {}
@@ -208,11 +212,18 @@ def keep(state: Path) -> None:
             temp_dir=None if i == 0 else str(state / "ray" / str(i)),
             **ports,
         )
+
+    for i, node in enumerate(facts["nodes"]):
+        start(i, node)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))  # Ray's exit hooks end the nodes
     _wait_for_jobs_api(facts["address"])
     (state / "up").touch()
+    started = len(facts["nodes"])
     while True:
-        signal.pause()
+        time.sleep(0.2)
+        for i, node in enumerate(_read(state)["nodes"][started:], started):
+            start(i, node)
+            started += 1
 
 
 def _wait_for_jobs_api(address: str) -> None:
@@ -228,6 +239,30 @@ def _wait_for_jobs_api(address: str) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.5)
+
+
+def add(state: Path) -> None:
+    """Start one node more, like the last one, and print its name.
+
+    Raises:
+        UserError: no cluster is up, or the node didn't start.
+    """
+    facts = _running(state)
+    number = len(facts["nodes"])
+    subnet = None if facts["subnet"] is None else ipaddress.IPv4Network(facts["subnet"])
+    node = {"name": f"worker-{number}", "cpus": facts["nodes"][-1]["cpus"], **_address(subnet, number)}
+    if subnet is not None:
+        _make_namespace(node, subnet)
+    facts["nodes"].append(node)
+    _write(state, facts)  # the keeper starts what it finds there
+    deadline = time.monotonic() + START_SECONDS
+    while node["name"] not in _raylets(facts):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{node['name']} was not up after {START_SECONDS} s: what its keeper says is in {state}/keeper.log"
+            )
+        time.sleep(0.2)
+    print(node["name"])
 
 
 def status(state: Path) -> None:
@@ -378,6 +413,13 @@ def _free_subnet() -> ipaddress.IPv4Network:
     raise UserError("10.213.0.0/16 is in use on this machine: take --network loopback")
 
 
+def _address(subnet: ipaddress.IPv4Network | None, number: int) -> dict[str, Any]:
+    """IP address and network namespace of a node, by its number."""
+    if subnet is None:
+        return {"ip": "127.0.0.1", "namespace": None}
+    return {"ip": str(subnet[number + 2]), "namespace": f"{_link(subnet)}-{number}"}
+
+
 def _link(subnet: ipaddress.IPv4Network) -> str:
     return f"sella{subnet.network_address.packed[2]}"
 
@@ -390,13 +432,17 @@ def _make_namespaces(facts: dict[str, Any]) -> None:
     _ip("address", "add", f"{subnet[1]}/24", "dev", bridge)
     _ip("link", "set", bridge, "up")
     for node in facts["nodes"]:
-        namespace = node["namespace"]
-        _ip("netns", "add", namespace)
-        _ip("link", "add", namespace, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-        _ip("link", "set", namespace, "master", bridge, "up")
-        _ip("-netns", namespace, "address", "add", f"{node['ip']}/24", "dev", "eth0")
-        for link in ("lo", "eth0"):
-            _ip("-netns", namespace, "link", "set", link, "up")
+        _make_namespace(node, subnet)
+
+
+def _make_namespace(node: dict[str, Any], subnet: ipaddress.IPv4Network) -> None:
+    namespace = node["namespace"]
+    _ip("netns", "add", namespace)
+    _ip("link", "add", namespace, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+    _ip("link", "set", namespace, "master", _link(subnet), "up")
+    _ip("-netns", namespace, "address", "add", f"{node['ip']}/24", "dev", "eth0")
+    for link in ("lo", "eth0"):
+        _ip("-netns", namespace, "link", "set", link, "up")
 
 
 def _remove_namespaces(facts: dict[str, Any]) -> None:

@@ -17,15 +17,25 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow
 import pyarrow.fs
 
-from sellarec.errors import UserError
+from sellarec.errors import StageFailed, UserError
 
 LEASE_SECONDS = 60
 """A lease that its owner hasn't renewed for so long is up for taking."""
+
+LONGEST_PAUSE = 30.0
+"""Seconds between two attempts on storage that fails, at most."""
+
+Done = TypeVar("Done")
+
+
+def in_json(content: Any) -> str:
+    """A JSON file's text."""
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def fingerprint(facts: dict[str, Any]) -> str:
@@ -82,15 +92,20 @@ class Place:
         filesystem.create_dir(path, recursive=True)
         if self.is_local:
             unfinished = f"{path}/.{name}.{uuid.uuid4().hex}"
-            with open(unfinished, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(unfinished, f"{path}/{name}")
+            try:
+                with open(unfinished, "w", encoding="utf-8") as file:
+                    file.write(text)
+                os.replace(unfinished, f"{path}/{name}")
+            except OSError:  # a full disk, say: leave nothing behind
+                with contextlib.suppress(OSError):
+                    os.unlink(unfinished)
+                raise
         else:
             with filesystem.open_output_stream(f"{path}/{name}") as stream:
                 stream.write(text.encode())
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        self.write_text(name, in_json(content))
 
     def delete(self, *names: str) -> None:
         """Delete files or directories in here; what isn't there is passed over."""
@@ -119,6 +134,17 @@ class Place:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
             pyarrow.fs.copy_files(folder, path, destination_filesystem=filesystem)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Path]:
+        """A local folder with this place's files: itself, or a copy for as long as the block runs."""
+        if self.is_local:
+            yield self.folder
+            return
+        filesystem, path = self._resolved
+        with tempfile.TemporaryDirectory() as folder:
+            pyarrow.fs.copy_files(path, folder, source_filesystem=filesystem)
+            yield Path(folder)
 
     def local(self) -> Path:
         """A local folder with this place's files: itself, or a copy that is downloaded once a process."""
@@ -191,8 +217,10 @@ def lease(place: Place, waiting: Callable[[str], None]) -> Iterator[Callable[[],
     def renew() -> None:
         while not ended.wait(LEASE_SECONDS / 4):
             with contextlib.suppress(OSError):  # a full disk, say: the next renewal is soon enough
-                if not is_held():
+                now = place.read_json("lease.json")
+                if now is not None and now["token"] != owner["token"]:
                     return
+                # where storage is away for a while there is none, and after that one that has grown old
                 place.write_json("lease.json", {**owner, "renewed": time.time()})
 
     thread = threading.Thread(target=renew, daemon=True)
@@ -220,6 +248,40 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def pauses(seconds: float) -> Iterator[float]:
+    """Seconds to wait between attempts on storage that fails: 1, 2, 4, ..., at most LONGEST_PAUSE, and `seconds` in all."""
+    pause, left = 1.0, seconds
+    while left > 0:
+        yield min(pause, left)
+        left -= pause
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def persist(what: str, act: Callable[[], Done], seconds: float, tell: Callable[[str], None]) -> Done:
+    """What `act` gives, which is tried again while storage fails.
+
+    Args:
+        what: for messages: what it does, and where.
+        seconds: how long it is tried again, all pauses together.
+
+    Raises:
+        StageFailed: storage failed for longer.
+    """
+    for pause in pauses(seconds):
+        try:
+            return act()
+        except OSError as error:
+            tell(f"{what} failed ({type(error).__name__}: {error}): tries again in {pause:g} s")
+            time.sleep(pause)
+    try:
+        return act()
+    except OSError as error:
+        raise StageFailed(
+            f"{what} failed, and again for {seconds:g} s (storage_timeout): {type(error).__name__}: {error}; once storage is "
+            "back, the same command goes on"
+        ) from error
 
 
 def free_bytes(place: Place) -> int | None:

@@ -68,6 +68,11 @@ def check(config: Config) -> None:
             f"prompt.history is {config.prompt.history}, but data.history_cap keeps only {data.history_cap} items a row: "
             "raise data.history_cap or lower prompt.history"
         )
+    if config.min_workers is not None and config.min_workers > config.workers:
+        raise UserError(
+            f"min_workers is {config.min_workers} and workers {config.workers}: the fewest can't be more than all; lower one or "
+            "raise the other"
+        )
     if config.profile.first < 2 or config.profile.steps < 1:
         raise UserError(
             f"profile.first is {config.profile.first} and profile.steps {config.profile.steps}: the first step that can be "
@@ -533,4 +538,5 @@ _LOWEST: dict[str, float] = {
     **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker"), 1e-6),
     "seed": 0,
     "worker_timeout": 5,
+    "grow_every": 1,
 }

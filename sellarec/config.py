@@ -27,6 +27,15 @@ ALL_LINEAR = "all-linear"
 WORKER_TIMEOUT = 600.0
 """Seconds without an answer after which a worker counts as lost, unless `worker_timeout` says otherwise."""
 
+STORAGE_TIMEOUT = 300.0
+"""Seconds for which storage that fails is tried again, unless `storage_timeout` says otherwise."""
+
+NODE_TIMEOUT = 600.0
+"""Seconds for which room for workers is waited for, unless `node_timeout` says otherwise."""
+
+GROW_EVERY = 60.0
+"""Seconds after which workers make place for more, unless `grow_every` says otherwise."""
+
 SAMPLED = ("bpr", "softmax")
 """Losses of `collab` that rank a target above negatives."""
 
@@ -538,6 +547,17 @@ class Config:
     worker_timeout: float = runtime(WORKER_TIMEOUT)
     """Seconds without an answer after which a worker counts as lost, and the stage goes on from its checkpoint. More than loading
     or writing a model takes."""
+    min_workers: int | None = runtime(None)
+    """On a cluster, with how many training processes a stage starts, or goes on, where no more than these find room; as nodes
+    join, they become more after a checkpoint, up to `workers` (default: as many as `workers`)."""
+    grow_every: float = runtime(GROW_EVERY)
+    """With `min_workers`: seconds after which workers that are fewer than `workers` become more, where there is room."""
+    node_timeout: float = runtime(NODE_TIMEOUT)
+    """Seconds for which a stage that has lost workers waits for room for them, as on a node that takes the place of another; then
+    it fails, and the same command goes on from its newest checkpoint."""
+    storage_timeout: float = runtime(STORAGE_TIMEOUT)
+    """Seconds for which writing a checkpoint or an artifact is tried again while storage fails; then the stage fails, and the
+    same command goes on from its newest checkpoint."""
     seed: int = 1
     """Seed of initial weights, order of rows and dropout. Never changes the prepared data."""
     stages: tuple[str, ...] = runtime(())
@@ -560,6 +580,11 @@ class Config:
     fuse: Fuse = field(default_factory=Fuse)
     evaluate: Evaluate = field(default_factory=Evaluate)
     profile: Profile = field(default_factory=Profile)
+
+    @property
+    def least_workers(self) -> int:
+        """Training processes that a stage needs at least."""
+        return self.workers if self.min_workers is None else self.min_workers
 
     @property
     def pretrains(self) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
+from sellarec.artifacts import Place, Store, fingerprint, free_bytes, in_json, lease, persist
 from sellarec.checks import check_layer
 from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, leaves, result_settings, to_yaml
 from sellarec.data.files import file_hash, file_hashes
@@ -32,8 +32,10 @@ from sellarec.language.templates import AUTO, is_file, read_template, read_templ
 from sellarec.tracking import Tracker, open_trackers
 from sellarec.training.launch import (
     Cluster,
+    Group,
     check_room,
     connect,
+    first_workers,
     free_gpu_memory,
     joins_cluster,
     room_of_worker,
@@ -219,11 +221,24 @@ class Run:
 
     def connect(self) -> None:
         workspace = self.store.workspace
-        self.cluster = connect(self.config.workers, self.console, workspace, self.groups, self.share)
+        self.cluster = connect(self.config.least_workers, self.console, workspace, self.groups, self.share)
 
     def gpus(self) -> bool:
         assert self.cluster is not None
         return self.cluster.gpus
+
+    def group(self) -> Group:
+        """The workers of a stage."""
+        assert self.cluster is not None
+        config = self.config
+        return Group(
+            config.workers, self.cluster.gpus, config.least_workers, self.cluster.share, config.worker_timeout,
+            config.storage_timeout, config.node_timeout, config.grow_every,
+        )  # fmt: skip
+
+    def persist(self, what: str, act: Callable[[], None]) -> None:
+        """Write something, and again while storage fails."""
+        persist(what, act, self.config.storage_timeout, self.console.line)
 
 
 def run(this: Run) -> None:
@@ -242,8 +257,14 @@ def run(this: Run) -> None:
                 "finished stages are kept"
             ) from error
         if isinstance(error, StageFailed):
-            this.place.write_text("error.log", "".join(traceback.format_exception(error)))
-            raise StageFailed(f"{error}\nThe traceback is in {this.place}/error.log") from error
+            found = "".join(traceback.format_exception(error))
+            try:
+                this.place.write_text("error.log", found)
+            except OSError as unwritten:
+                where = f"The traceback can't be written to {this.place}/error.log ({unwritten}):\n{found}"
+            else:
+                where = f"The traceback is in {this.place}/error.log"
+            raise StageFailed(f"{error}\n{where}") from error
         raise
 
 
@@ -254,8 +275,14 @@ def _run(this: Run) -> None:
     this.store.check_writable()
     _check_sharding(this, wanted)
     _check_layer(this, wanted)
-    if wanted != ("prepare",) and not joins_cluster():
-        check_room(config.workers)
+    if not joins_cluster():
+        if config.least_workers < config.workers:
+            raise UserError(
+                f"min_workers is {config.min_workers} and workers {config.workers}, but RAY_ADDRESS names no cluster, and no "
+                "nodes join or leave this machine: leave min_workers out, or submit the job to a cluster"
+            )
+        if wanted != ("prepare",):
+            check_room(config.workers)
     settings = _check_name(this, _origins(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
     recorded = this.place.read_json("artifacts.json") or {}
@@ -274,7 +301,10 @@ def _run(this: Run) -> None:
                 else:
                     this.seconds[stage] = None
                 recorded[stage] = f"{stage}-{this.marks[stage]}"
-                this.place.write_json("artifacts.json", recorded)
+                this.persist(
+                    f"writing {this.place}/artifacts.json",
+                    partial(this.place.write_json, "artifacts.json", dict(recorded)),
+                )
                 if stage == "prepare":
                     check_labels(this, wanted)
                     # the data are good: from here on the name is taken
@@ -468,17 +498,15 @@ def _stage(this: Run, stage: str) -> None:
                 f"stage {stage}: this process stood still for so long that another one took over {place}; run it again"
             )
         this.seconds[stage] = time.monotonic() - start
-        place.write_text("config.yaml", to_yaml(this.config))
-        place.write_json(
-            "manifest.json",
-            {
-                **facts,
-                "fingerprint": this.marks[stage],
-                "seconds": round(time.monotonic() - start, 1),
-                "versions": {name: metadata.version(name) for name in ("sellarec", *PACKAGES)},
-                "facts": found,
-            },
-        )
+        manifest = {
+            **facts,
+            "fingerprint": this.marks[stage],
+            "seconds": round(time.monotonic() - start, 1),
+            "versions": {name: metadata.version(name) for name in ("sellarec", *PACKAGES)},
+            "facts": found,
+        }
+        for name, text in (("config.yaml", to_yaml(this.config)), ("manifest.json", in_json(manifest))):
+            this.persist(f"writing {place}/{name}", partial(place.write_text, name, text))
     this.console.line(f"{stage:<9} done in {duration(this.seconds[stage] or 0)}: {place}")
 
 
@@ -569,10 +597,7 @@ def _train(
     on_record = this.on_record or partial(_track, this)
     assert this.cluster is not None
     try:
-        train(
-            training, this.config.workers, this.gpus(), this.console, on_record, this.config.worker_timeout, this.stop,
-            this.cluster.share,
-        )  # fmt: skip
+        train(training, this.group(), this.console, on_record, this.stop)
     except TrainingStopped:
         this.artifact(stage).delete(*(name for name in this.artifact(stage).names() if name != "lease.json"))
         raise
@@ -603,7 +628,7 @@ def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
     from sellarec.training.plan import check_fits, place
 
     assert this.cluster is not None
-    workers, storage = this.config.workers, this.config.tables
+    workers, storage = this.config.least_workers, this.config.tables
     optimizer = None if all(table.frozen for table in tables) else settings
     placements = place(tables, storage, optimizer, workers, "cuda" if this.gpus() else "cpu")
     if this.cluster.local and not this.gpus():
@@ -850,7 +875,7 @@ def _distil(this: Run) -> dict[str, Any]:
         settings=config.distil,
         **this.adapted(),
         noun=log.facts["noun"],
-        workers=config.workers,
+        workers=first_workers("distil", this.group(), this.console),
         gpus=this.gpus(),
         output=this.artifact("distil"),
         mark=this.marks["distil"],
@@ -975,10 +1000,7 @@ def _evaluate(this: Run) -> dict[str, Any]:
     order = _order(this, "test", config.evaluate.batch, None)
     output = this.artifact("evaluate")
     scoring = Scoring("evaluate", build, config.evaluate, order, output, dtype=config.llm.dtype, storage=config.tables)
-    run_workers(
-        score_worker, {"scoring": scoring}, "evaluate", output, config.workers, this.gpus(), this.console,
-        partial(_track, this), timeout=this.config.worker_timeout,
-    )  # fmt: skip
+    run_workers(score_worker, {"scoring": scoring}, "evaluate", this.group(), this.console, partial(_track, this))
     scored = pq.read_table(this.artifact("evaluate").local() / "scores.parquet")
     test, training = log.split("test"), log.split("train", ["user", "item", "label"])
     if not np.array_equal(scored["row"].to_numpy(), test["row"].to_numpy()):

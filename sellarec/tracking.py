@@ -60,7 +60,7 @@ def open_trackers(
         UserError: a tracker can't begin a run, or go on in it.
     """
     ids = place.read_json(IDS) or {}
-    trackers: list[Tracker] = [TensorBoard(place)] if place.is_local else []
+    trackers: list[Tracker] = [TensorBoard(place, say)] if place.is_local else []
     for name in names:
         try:
             if name == "mlflow":
@@ -80,26 +80,38 @@ def open_trackers(
 
 
 class TensorBoard:
-    """Event files in `tensorboard/` of the run's folder."""
+    """Event files in `tensorboard/` of the run's folder. Where storage fails, what was not written yet is lost, which is told,
+    and what comes later goes into a new file: no training is broken off for its curves."""
 
-    def __init__(self, place: Place) -> None:
-        self._folder = place.folder / "tensorboard"
+    def __init__(self, place: Place, say: Callable[[str], None]) -> None:
+        self._folder, self._say = place.folder / "tensorboard", say
         self._writer: Any = None
 
     def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder))
-        for name, value in values.items():
-            self._writer.add_scalar(f"{stage}/{name}", value, step)
+                self._writer = SummaryWriter(str(self._folder))
+            for name, value in values.items():
+                self._writer.add_scalar(f"{stage}/{name}", value, step)
+        except OSError as error:
+            self._lose(error)
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Nothing: the results are in files beside its own."""
 
     def close(self, failed: bool) -> None:
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
         if self._writer is not None:
-            self._writer.close()
+            self._say(f"TensorBoard's file can't be written, some points of its curves are lost: {error}")
+        self._writer = None
 
 
 class MLflow:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sellarec import artifacts
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes
-from sellarec.errors import UserError
+from sellarec.errors import StageFailed, UserError
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -211,6 +211,55 @@ def test_a_held_lease_is_renewed(tmp_path, monkeypatch):
         time.sleep(1)
         assert place.read_json("lease.json")["renewed"] > first
     assert place.names() == []
+
+
+def swapped(folder: Path) -> Path:
+    """Storage that fails: a file stands in the place of a folder."""
+    away = folder.with_name("away")
+    folder.rename(away)
+    folder.touch()
+    return away
+
+
+def test_a_lease_is_held_on_when_storage_was_away_for_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "LEASE_SECONDS", 0.4)
+    place = Place.of(str(tmp_path / "x"))
+    with artifacts.lease(place, print) as is_held:
+        away = swapped(tmp_path / "x")
+        time.sleep(0.5)
+        (tmp_path / "x").unlink()
+        away.rename(tmp_path / "x")
+        old = place.read_json("lease.json")["renewed"]
+        time.sleep(0.5)
+        assert is_held() and place.read_json("lease.json")["renewed"] > old
+
+
+def test_writing_is_tried_again_until_storage_is_back(tmp_path):
+    folder, said = tmp_path / "x", []
+    folder.mkdir()
+    away = swapped(folder)
+
+    def bring_back() -> None:
+        folder.unlink()
+        away.rename(folder)
+
+    timer = threading.Timer(0.3, bring_back)
+    timer.start()
+    artifacts.persist("writing a.json", lambda: Place.of(str(folder)).write_text("a.json", "1"), 5, said.append)
+    timer.join()
+    assert (folder / "a.json").read_text() == "1"
+    assert len(said) == 1 and said[0].startswith("writing a.json failed (") and said[0].endswith("tries again in 1 s")
+
+
+def test_storage_that_stays_away_is_a_failure_with_its_cause(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(StageFailed, match=r"and again for 0.5 s \(storage_timeout\): .*x"):
+        artifacts.persist("writing", lambda: Place.of(str(tmp_path / "x")).write_text("a", ""), 0.5, lambda line: None)
+
+
+def test_pauses_double_and_add_up_to_what_was_given():
+    assert list(artifacts.pauses(100)) == [1, 2, 4, 8, 16, 30, 30, 9]
+    assert list(artifacts.pauses(0)) == []
 
 
 def test_a_lease_that_another_took_over_is_neither_renewed_nor_deleted(tmp_path, monkeypatch):

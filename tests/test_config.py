@@ -142,6 +142,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             "--pretrain.continued True --llm x/y --pretrain.layers 2",
             ["pretrain.layers is 2", "pretrain.continued", "x/y"],
         ),
+        ("--min-workers 3 --workers 2", ["min_workers is 3", "workers 2"]),
         ("--pretrain.hidden 60 --pretrain.heads 4", ["pretrain.hidden", "60", "pretrain.heads", "4"]),
         ("--prompt.history 60", ["prompt.history", "60", "data.history_cap", "50"]),
         ("--data.split 0.5 0.2 0.2", ["data.split", "0.5", "0.2"]),

@@ -27,7 +27,7 @@ from sellarec.evaluation.queries import PROTOCOL, write_candidates, write_querie
 from sellarec.evaluation.ranking import UserMetrics, ranking_records, user_metrics
 from sellarec.evaluation.results import evaluate_scores
 from sellarec.serving.recommender import EXPORT, UNKNOWN, Recommender, read_export
-from sellarec.training.launch import check_room, connect, joins_cluster, run_workers
+from sellarec.training.launch import Group, check_room, connect, joins_cluster, run_workers
 from sellarec.training.progress import PROGRESS_SECONDS, Console
 from sellarec.training.scoring import Scoring, score_worker
 from sellarec.training.stream import Order, row_groups
@@ -112,9 +112,7 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
                     score_worker,
                     {"scoring": scoring},
                     "evaluate",
-                    where,
-                    settings.workers,
-                    cluster.gpus,
+                    Group(settings.workers, cluster.gpus, settings.workers),
                     console,
                     _ignore,
                     keep_freed_memory=True,

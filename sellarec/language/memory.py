@@ -215,7 +215,7 @@ def use_of(stage: str, config: Any, context: int) -> Use:
     settings, llm = getattr(config, stage), config.llm
     tokens = min(config.prompt.max_tokens, context)
     common = {
-        "workers": config.workers,
+        "workers": config.least_workers,
         "micro_batch": settings.micro_batch,
         "storage": llm.storage,
         "dtype": llm.dtype,

@@ -32,6 +32,7 @@ from sellarec.training import dense
 from sellarec.training.graph import Kind, ShardedGraph
 from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
+from sellarec.training.storage import Storage
 from sellarec.training.table import Jagged, index
 from sellarec.training.tables import ShardedTables, made
 from sellarec.training.task import (
@@ -528,27 +529,34 @@ class Engine:
                 options=StateDictOptions(ignore_frozen_params=True, strict=False),
             )
 
-    def export(self, output: Place) -> None:
-        """Write the trained state in open formats: sharded safetensors for tables, what the task says for the rest."""
+    def export(self, output: Place, storage: Storage) -> None:
+        """Write the trained state in open formats: sharded safetensors for tables, what the task says for the rest.
+
+        Raises:
+            StageFailed: on all workers: `storage` failed for too long.
+        """
         weights = dense.trained_weights(self.task.model) if self.optimizer is not None else {}
-        control, rank = self.workers.control, self.workers.rank
-        if rank == 0:
-            output.delete("tables")
-        dist.barrier(group=control)
-        written: list[dict[str, Any]] = []
-        for tables in (self.tables, self.frozen_tables) if self.trains_tables else ():
-            if tables is not None:
-                with (output / "tables").writing() as folder:
-                    written += tables.save(folder)
-        if rank == 0 and self.optimizer is not None:
-            with output.writing() as folder:
-                self.task.save(folder, weights)
-        gathered: list[Any] = [None] * self.workers.world_size
-        dist.all_gather_object(gathered, written, group=control)
-        if rank == 0:
+        what = f"writing the artifact {output}"
+
+        def write() -> list[dict[str, Any]]:
+            written: list[dict[str, Any]] = []
+            for tables in (self.tables, self.frozen_tables) if self.trains_tables else ():
+                if tables is not None:
+                    with (output / "tables").writing() as folder:
+                        written += tables.save(folder)
+            if self.workers.rank == 0 and self.optimizer is not None:
+                with output.writing() as folder:
+                    self.task.save(folder, weights)
+            return written
+
+        storage.first(what, partial(output.delete, "tables"))
+        parts = [part for of_worker in storage.attempt(what, write) for part in of_worker]
+
+        def write_index() -> None:
             for table in self.task.tables if self.trains_tables else ():
-                parts = [part for of_worker in gathered for part in of_worker]
                 (output / "tables").write_json(f"{table.name}.json", index(table, parts))
+
+        storage.first(what, write_index)
 
     @torch.no_grad()
     def check_export(self, rows: pa.Table, output: Place) -> None:

@@ -5,15 +5,17 @@ import dataclasses
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from sellarec.artifacts import Place
-from sellarec.config import WORKER_TIMEOUT, Language
+from sellarec.artifacts import Place, persist
+from sellarec.config import GROW_EVERY, NODE_TIMEOUT, STORAGE_TIMEOUT, WORKER_TIMEOUT, Language
 from sellarec.errors import StageFailed, TrainingStopped, UserError
-from sellarec.preflight import check_address, check_workspace, in_words, preflight
+from sellarec.preflight import check_address, check_workspace, in_words, living_nodes, preflight
 from sellarec.training.progress import Console, ProgressBoard, duration
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
@@ -34,7 +36,13 @@ GPU_SECONDS = 120
 """How long it may take until a GPU's memory can be asked for."""
 
 RETRIES = 3
-"""How often a stage is taken up again after a worker was lost."""
+"""How often in a row a stage is taken up again after workers were lost, where it left no new checkpoint in between."""
+
+ROOM_SECONDS = 3.0
+"""How long it may take until the cluster has set room aside that is there."""
+
+MANY = 1 << 20
+"""More workers than there ever are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,36 @@ class Cluster:
     gpus: bool
     share: float = 1.0
     groups: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The workers of a stage, and how long it waits for what fails.
+
+    Attributes:
+        most: workers.
+        gpus: whether each takes one, or a share of one.
+        least: with how many the stage goes on where no more find room.
+        share: what each takes of a CPU, or of a GPU.
+        worker_timeout: seconds after which a worker that doesn't answer counts as lost.
+        storage_timeout: seconds for which storage that fails is tried again.
+        node_timeout: seconds for which room for `least` workers is waited for, where some were lost.
+        grow_every: seconds after which workers that are fewer than `most` make place for more, where there is room.
+    """
+
+    most: int
+    gpus: bool
+    least: int
+    share: float = 1.0
+    worker_timeout: float = WORKER_TIMEOUT
+    storage_timeout: float = STORAGE_TIMEOUT
+    node_timeout: float = NODE_TIMEOUT
+    grow_every: float = GROW_EVERY
+
+    @property
+    def taken(self) -> dict[str, float]:
+        """What a worker takes of Ray's resources."""
+        return {"CPU": 1, "GPU": self.share} if self.gpus else {"CPU": self.share}
 
 
 def connect(workers: int, console: Console, workspace: Place, groups: int = 1, share: float = 1.0) -> Cluster:
@@ -182,129 +220,280 @@ def check_room(workers: int) -> None:
 
 def train(
     training: Any,
-    workers: int,
-    gpus: bool,
+    group: Group,
     console: Console,
     on_record: Callable[[dict], None],
-    timeout: float,
     stop: threading.Event | None = None,
-    share: float = 1.0,
 ) -> None:
     """Run one stage's training to its end, surviving lost workers.
 
     Args:
         training: a `loop.Training` without its board.
         on_record: takes each progress record of rank 0, for TensorBoard.
-        timeout: seconds after which a worker that doesn't answer counts as lost.
         stop: once it is set, the training ends after its step.
-        share: what each worker takes of a CPU, or of a GPU.
 
     Raises:
         UserError: a mistake that a worker found.
         TrainingStopped: `stop` was set before its end.
         StageFailed: it failed for another reason, and again after RETRIES restarts.
     """
-    from sellarec.training.loop import train_worker
+    from sellarec.training.loop import CHECKPOINTS, train_worker
 
     run_workers(
-        train_worker, {"training": training}, training.stage, training.output, workers, gpus, console, on_record,
-        keep_freed_memory=not isinstance(training.settings, Language), stops=True, timeout=timeout, stop=stop, share=share,
+        train_worker, {"training": training}, training.stage, group, console, on_record,
+        keep_freed_memory=not isinstance(training.settings, Language), stops=True, stop=stop,
     )  # fmt: skip
+    done = partial(training.output.delete, CHECKPOINTS)
+    persist(f"deleting {training.output / CHECKPOINTS}", done, group.storage_timeout, console.line)
 
 
 def run_workers(
     function: Callable[[dict], None],
     config: dict[str, Any],
     stage: str,
-    place: Place,
-    workers: int,
-    gpus: bool,
+    group: Group,
     console: Console,
     on_record: Callable[[dict], None],
     keep_freed_memory: bool = False,
     stops: bool = False,
-    timeout: float = WORKER_TIMEOUT,
     stop: threading.Event | None = None,
-    share: float = 1.0,
 ) -> None:
     """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board.
+
+    Where workers are lost, the function is run again, on as many as then find room.
 
     Args:
         keep_freed_memory: see KEEP_FREED_MEMORY; without effect on GPUs.
         stops: whether the workers leave a checkpoint and end when the board asks for it, as it does after the first SIGINT
-            or SIGTERM, or once `stop` is set. Others are broken off.
-        timeout: seconds after which a worker that doesn't answer counts as lost.
+            or SIGTERM, once `stop` is set, or to go on with more workers. Others are broken off.
         stop: see `train`.
-        share: see `train`.
 
     Raises:
         UserError: a mistake that a worker found.
-        StageFailed: it failed for another reason, and again after RETRIES restarts.
+        StageFailed: it failed for another reason, and again after RETRIES restarts, or found no room for its workers.
         TrainingStopped: `stop` was set.
         KeyboardInterrupt: after SIGINT or SIGTERM.
     """
-    import ray
-    import ray.train
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
+    config = {
+        name: dataclasses.replace(value, timeout=group.worker_timeout, storage_timeout=group.storage_timeout)
+        for name, value in config.items()
+    }
+    variables = KEEP_FREED_MEMORY if keep_freed_memory and not group.gpus else {}
+    launch = _Launch(function, config, stage, variables, stops, group, console, on_record, stop)
+    workers = first_workers(stage, group, console, stop)
+    lost, reached, first = 0, -1, True
+    while True:
+        console.line(f"{stage:<9} starting {workers} workers")
+        ended = launch.run(workers, first)
+        first = False
+        if ended.errors:
+            raise UserError(ended.errors[0])
+        if ended.failed:
+            raise StageFailed(ended.failed[0])
+        if ended.interrupted:
+            raise KeyboardInterrupt
+        if ended.failure is not None:
+            # what fails after each new checkpoint gets on; what fails again and again without one doesn't
+            started = ended.starts[-1] if ended.starts else reached
+            lost = 1 if started > reached else lost + 1
+            reached = max(reached, started)
+            cause = cause_of(ended.failure)
+            if lost > RETRIES:
+                raise StageFailed(
+                    f"stage {stage} failed, also when it was taken up again ({RETRIES} times without a new checkpoint): {cause}"
+                ) from ended.failure
+            console.line(f"{stage:<9} was cut off ({cause}): is taken up again")
+            workers = find_room(stage, group, console, stop)
+        elif stop is not None and stop.is_set() and ended.stopped:
+            raise TrainingStopped(f"stage {stage} was stopped at step {ended.stopped[0]}")
+        elif ended.stopped:
+            workers = find_room(stage, group, console, stop)
+        else:
+            return
 
-    board = _board()
-    config = {name: dataclasses.replace(value, board=board, timeout=timeout) for name, value in config.items()}
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
-    storage = str(place.folder) if place.is_local else place.uri
-    taken = {"CPU": 1, "GPU": share} if gpus else {"CPU": share}
-    trainer = TorchTrainer(
-        function,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus, resources_per_worker=taken),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=round(timeout)),
-        run_config=RunConfig(
-            name="checkpoints",
-            storage_path=storage,
-            failure_config=FailureConfig(max_failures=RETRIES),
-            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY} if keep_freed_memory and not gpus else {},
-            # the best by the number of improvements, and always the newest, to resume from
-            checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_score_attribute="rank_of_best"),
-        ),
+
+@dataclasses.dataclass
+class _Ended:
+    """How a group of workers has ended.
+
+    Attributes:
+        failure: what Ray Train raised.
+        errors: users' mistakes that workers found.
+        failed: other reasons of theirs for which the stage has failed.
+        starts: the steps at which they started or took up their work.
+        stopped: the step at which they stopped, if they were asked to.
+        interrupted: SIGINT or SIGTERM arrived.
+    """
+
+    failure: BaseException | None
+    errors: list[str]
+    failed: list[str]
+    starts: list[int]
+    stopped: list[int]
+    interrupted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """What is the same for all groups of workers that run a stage one after the other; see `run_workers`."""
+
+    function: Callable[[dict], None]
+    config: dict[str, Any]
+    stage: str
+    variables: dict[str, str]
+    stops: bool
+    group: Group
+    console: Console
+    on_record: Callable[[dict], None]
+    stop: threading.Event | None
+
+    def run(self, workers: int, first: bool) -> _Ended:
+        """Run the function on a group of so many workers.
+
+        Args:
+            first: there was none before. Only such a group waits without limit for its CPUs, where their number is given.
+
+        Raises:
+            KeyboardInterrupt: a second SIGINT or SIGTERM, or one where there is nothing to leave a checkpoint of.
+        """
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        group, board = self.group, _board()
+        timeout = group.worker_timeout
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
+        failures: list[BaseException] = []
+
+        def fit(folder: str) -> None:
+            try:
+                TorchTrainer(
+                    self.function,
+                    train_loop_config={
+                        name: dataclasses.replace(value, board=board) for name, value in self.config.items()
+                    },
+                    scaling_config=ScalingConfig(
+                        num_workers=workers, use_gpu=group.gpus, resources_per_worker=group.taken
+                    ),
+                    torch_config=TorchConfig(backend="nccl" if group.gpus else "gloo", timeout_s=round(timeout)),
+                    run_config=RunConfig(
+                        name=self.stage,
+                        storage_path=folder,  # nothing lies there: checkpoints are the loop's own
+                        worker_runtime_env={"env_vars": self.variables} if self.variables else {},
+                        # groups that fail are started again here, on as many workers as then find room
+                        failure_config=FailureConfig(
+                            max_failures=0,
+                            max_preemption_failures=0,
+                            controller_failure_limit=-1 if first and group.least == group.most else 0,
+                        ),
+                    ),
+                ).fit()
+            except BaseException as error:  # raised below, in the driver's own thread
+                failures.append(error)
+
+        growing = False
+        with (
+            tempfile.TemporaryDirectory(prefix="sellarec-") as folder,
+            _showing(board, self.console, self.on_record, first) as (errors, failed, starts, stopped),
+            _signals() as arrived,
+        ):
+            # in a thread of its own, where Ray Train leaves signals alone; it dies with the process where it is not waited for
+            training = threading.Thread(target=fit, args=(folder,), daemon=True)
+            training.start()
+            asked, looked = False, time.monotonic()
+            while training.is_alive():
+                if len(arrived) > 1 or (arrived and not (self.stops and starts)):
+                    raise KeyboardInterrupt  # at once also where nothing has been trained yet
+                if self.stops and starts and workers < group.most and time.monotonic() - looked > group.grow_every:
+                    more, looked = _room(group, 1, group.most - workers, workers), time.monotonic()
+                    if more and not asked:
+                        self.console.line(
+                            f"{self.stage:<9} goes on with {workers + more} workers after a checkpoint: there is room for them"
+                        )
+                        growing = True
+                if not asked and (growing or arrived or (self.stop is not None and self.stop.is_set())):
+                    if arrived:
+                        self.console.line(f"{self.stage:<9} stops after a checkpoint (again: at once)")
+                    ray.get(board.stop.remote())
+                    asked = True
+                training.join(0.2)
+        if failures and not isinstance(failures[0], TrainingFailedError):
+            raise failures[0]
+        return _Ended(failures[0] if failures else None, errors, failed, starts, stopped, bool(arrived))
+
+
+def _room(group: Group, least: int, most: int, beside: int = 0) -> int:
+    """How many workers find room now, from `least` to `most`; 0 where not even the least do. What other jobs hold is no room, nor
+    is a node that has died without the cluster having noticed.
+
+    Args:
+        beside: workers that run already.
+    """
+    nodes, taken, found = living_nodes(), group.taken, 0
+    places = sum(
+        min(int(node.cpus / taken["CPU"]), int(node.gpus) * int(1 / taken["GPU"]) if group.gpus else MANY)
+        for node in nodes
     )
-    console.line(f"{stage:<9} starting {workers} workers")
-    failures: list[BaseException] = []
+    # one CPU is left to read data
+    places = min(places, int((sum(node.cpus for node in nodes) - 1) / taken["CPU"])) - beside
+    low, high = least, min(most, places)
+    workers = high
+    while low <= high:
+        if _fit([taken] * workers + [{"CPU": 1.0}] * (not beside)):
+            found, low = workers, workers + 1
+        else:
+            high = workers - 1
+        workers = (low + high + 1) // 2
+    return found
 
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # raised below, in the driver's own thread
-            failures.append(error)
 
-    asked = False
-    # in a thread of its own, where Ray Train leaves signals alone; it dies with the process where it is not waited for
-    training = threading.Thread(target=fit, daemon=True)
-    with _showing(board, console, on_record) as (errors, starts, stopped), _signals() as arrived:
-        training.start()
-        while training.is_alive():
-            if len(arrived) > 1 or (arrived and not (stops and starts)):
-                raise KeyboardInterrupt  # at once also where nothing has been trained yet
-            if not asked and (arrived or (stop is not None and stop.is_set())):
-                if arrived:
-                    console.line(f"{stage:<9} stops after a checkpoint (again: at once)")
-                ray.get(board.stop.remote())
-                asked = True
-            training.join(0.2)
-    if failures:
-        (error,) = failures
-        if not isinstance(error, TrainingFailedError):
-            raise error
-        raise StageFailed(
-            f"stage {stage} failed, also when it was taken up again ({RETRIES} times at most): {cause_of(error)}"
-        ) from error
-    if errors:
-        raise UserError(errors[0])
-    if arrived:
-        raise KeyboardInterrupt
-    if stopped:
-        raise TrainingStopped(f"stage {stage} was stopped at step {stopped[0]}")
-    place.delete("checkpoints")
+def _fit(bundles: list[dict[str, float]]) -> bool:
+    """Whether the cluster can set these resources aside now."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    held = placement_group(bundles)
+    try:
+        return held.wait(ROOM_SECONDS)
+    finally:
+        remove_placement_group(held)
+
+
+def first_workers(stage: str, group: Group, console: Console, stop: threading.Event | None = None) -> int:
+    """How many workers a stage starts with: where their number is given, these, and Ray waits for their CPUs.
+
+    Raises:
+        StageFailed, TrainingStopped: as `find_room`.
+    """
+    return group.most if group.least == group.most else find_room(stage, group, console, stop)
+
+
+def find_room(stage: str, group: Group, console: Console, stop: threading.Event | None) -> int:
+    """Wait for room for the group's workers: how many find some.
+
+    Raises:
+        StageFailed: there was none for `node_timeout` seconds.
+        TrainingStopped: `stop` was set meanwhile.
+    """
+    start, told = time.monotonic(), False
+    while not (workers := _room(group, group.least, group.most)):
+        nodes = ", ".join(f"{node} {node.cpus:g}" for node in living_nodes())
+        gpu = f" and {group.taken['GPU']:g} GPU" if group.gpus else ""
+        needed = (
+            f"{group.least} workers of {group.taken['CPU']:g} CPU{gpu} each and 1 CPU to read data; CPUs are: {nodes}"
+        )
+        if time.monotonic() - start > group.node_timeout:
+            raise StageFailed(
+                f"stage {stage}: for {group.node_timeout:g} s (node_timeout) there was no room for {needed}. Checkpoints are "
+                "kept: the same command goes on from the newest, also with fewer --workers"
+            )
+        if stop is not None and stop.is_set():
+            raise TrainingStopped(f"stage {stage} was stopped while it waited for room")
+        if not told:
+            console.line(f"{stage:<9} waits {group.node_timeout:g} s at most for room for {needed}")
+            told = True
+        time.sleep(1)
+    return workers
 
 
 @contextlib.contextmanager
@@ -355,13 +544,18 @@ def _board() -> Any:
 
 @contextlib.contextmanager
 def _showing(
-    board: Any, console: Console, on_record: Callable[[dict], None]
-) -> Iterator[tuple[list[str], list[int], list[int]]]:
-    """Print what arrives on the board while the block runs; gives the list of errors that workers put there, the steps at which
-    they started or took up their work, and the one at which they stopped, if they were asked to."""
+    board: Any, console: Console, on_record: Callable[[dict], None], first: bool = True
+) -> Iterator[tuple[list[str], list[str], list[int], list[int]]]:
+    """Print what arrives on the board while the block runs; gives the errors of users and the other reasons to fail that workers
+    put there, the step at which they started or took up their work, and the one at which they stopped, if they were asked to.
+
+    Args:
+        first: there was no group of workers before.
+    """
     import ray
 
     errors: list[str] = []
+    failed: list[str] = []
     stopped: list[int] = []
     starts: list[int] = []
     failures: list[BaseException] = []
@@ -373,6 +567,10 @@ def _showing(
             for record in ray.get(board.take.remote()):
                 if "error" in record:
                     errors.append(record["error"])
+                elif "failed" in record:
+                    failed.append(record["failed"])
+                elif "note" in record:
+                    console.line(record["note"])
                 elif "stopped" in record:
                     stopped.append(record["stopped"])
                 elif "group" in record:
@@ -382,7 +580,7 @@ def _showing(
                     if record["started"]:
                         what = f"goes on from its checkpoint at step {record['started']}/{record['steps']}"
                         console.line(f"{record['stage']:<9} {what}")
-                    elif len(starts) > 1:
+                    elif not first:
                         console.line(
                             f"{record['stage']:<9} starts again: a worker was lost before the first checkpoint"
                         )
@@ -401,7 +599,7 @@ def _showing(
     thread = threading.Thread(target=show_or_note)
     thread.start()
     try:
-        yield errors, starts, stopped
+        yield errors, failed, starts, stopped
     finally:
         ended.set()
         thread.join()

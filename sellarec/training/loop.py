@@ -4,17 +4,15 @@ The global batch is fixed and workers slice it, so any number of workers takes t
 """
 
 import contextlib
-import json
+import dataclasses
 import math
 import random
 import resource
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,16 +25,21 @@ import torch
 import torch.distributed as dist
 
 from sellarec.artifacts import Place
-from sellarec.config import WORKER_TIMEOUT, Dense, Selection, Sparse, Steps, Tables
-from sellarec.errors import UserError
+from sellarec.config import STORAGE_TIMEOUT, WORKER_TIMEOUT, Dense, Selection, Sparse, Steps, Tables
+from sellarec.errors import StageFailed, UserError
 from sellarec.evaluation.metrics import auc, uauc
+from sellarec.training.checkpoints import Checkpoints
 from sellarec.training.engine import Engine, Workers, rank_queries, together, warmup_steps
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.scoring import distinct, report_scored, split_slices
+from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, whole_batches
 from sellarec.training.task import CheckedTask, MeasuredTask, Task
 
 FIRST_LOSSES = 20
+
+CHECKPOINTS = "checkpoints"
+"""Folder in an unfinished artifact."""
 
 CHECKED_ROWS = 4
 """Rows of the valid split by which a saved model is compared with the trained one, of each worker."""
@@ -72,6 +75,7 @@ class Training:
         profiled: the steps of which traces are written; None for none.
         board: actor that takes progress records.
         timeout: seconds after which a worker that doesn't answer counts as lost.
+        storage_timeout: seconds for which storage that fails is tried again.
         dtype: compute type of the dense part.
         storage: how embedding tables are stored and sharded.
     """
@@ -85,6 +89,7 @@ class Training:
     output: Place
     board: Any = None
     timeout: float = WORKER_TIMEOUT
+    storage_timeout: float = STORAGE_TIMEOUT
     dtype: str = "float32"
     storage: Tables = field(default_factory=Tables)
     profiled: "Profiled | None" = None
@@ -101,7 +106,7 @@ class Position:
 
     step: int = 0
     best_step: int = 0
-    best: float = -math.inf
+    best: float | None = None
     improvements: int = 0
     evaluations_without: int = 0
     first_losses: list[float] = field(default_factory=list)
@@ -115,13 +120,16 @@ class Position:
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker. A mistake of the user's is told to the driver, not retried."""
+    """What Ray Train runs on each worker. A mistake of the user's is told to the driver, not retried, nor is storage that failed
+    for so long."""
     training: Training = config["training"]
     try:
         _train(training)
     except (UserError, FloatingPointError) as error:
         # All workers end here together, and it would be the same again: report it and end, instead of retrying.
         ray.get(training.board.put.remote({"error": str(error)}))
+    except StageFailed as error:
+        ray.get(training.board.put.remote({"failed": str(error)}))
 
 
 def _train(training: Training) -> None:
@@ -136,11 +144,13 @@ def _train(training: Training) -> None:
         partial(Engine, task, workers, training.seed, settings, training.storage, training.dtype), workers
     )
     position = Position()
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            engine.load_checkpoint(folder)
-            position = Position(**json.loads((Path(folder) / "position.json").read_text()))
+    tell = partial(_tell, training)
+    storage = Storage(workers, training.stage, training.storage_timeout, tell)
+    checkpoints = Checkpoints(training.output / CHECKPOINTS, storage)
+    found = checkpoints.newest()
+    if found is not None:
+        checkpoints.load(engine, found["step"])
+        position = Position(**found)
     selection = settings if isinstance(settings, Selection) else None
     if workers.rank == 0:
         training.board.put.remote({"stage": training.stage, "started": position.step, "steps": training.steps})
@@ -179,7 +189,7 @@ def _train(training: Training) -> None:
             stopped = position.evaluations_without >= selection.patience
         if improved or due or leave:
             reporter.flush(position)
-            _report_checkpoint(engine, position, improved)
+            checkpoints.save(engine, dataclasses.asdict(position))
             saved = time.monotonic()
         if leave:
             break
@@ -191,34 +201,21 @@ def _train(training: Training) -> None:
         return
     reporter.flush(position)
     if valid and position.best_step != position.step:
-        best = next(
-            kept.checkpoint
-            for kept in ray.train.get_all_reported_checkpoints()
-            if kept.metrics["step"] == position.best_step
-        )
-        with best.as_directory() as folder:
-            engine.load_checkpoint(folder)
-    engine.export(training.output)
+        checkpoints.load(engine, position.best_step)
+    engine.export(training.output, storage)
     measured = {}
     if isinstance(task, MeasuredTask):
         measured = {"measured": {"before": position.measured, "after": engine.measure()}}
     if isinstance(task, CheckedTask) and valid:
         engine.check_export(valid.some(), training.output)
-    if workers.rank == 0:
-        training.output.write_json("training.json", _facts(training, engine, position) | measured)
+    facts = _facts(training, engine, position) | measured
+    storage.first(
+        f"writing {training.output}/training.json", partial(training.output.write_json, "training.json", facts)
+    )
 
 
-def _report_checkpoint(engine: Engine, position: Position, improved: bool) -> None:
-    """Save a checkpoint from all workers. `rank_of_best` makes Ray Train keep the best one beside the newest."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder)
-        if engine.workers.rank == 0:
-            (Path(folder) / "position.json").write_text(json.dumps(vars(position)))
-        ray.train.report(
-            {"step": position.step, "rank_of_best": position.improvements if improved else -1},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"step-{position.step:09d}",
-        )
+def _tell(training: Training, line: str) -> None:
+    training.board.put.remote({"note": f"{training.stage:<9} {line}"})
 
 
 def _facts(training: Training, engine: Engine, position: Position) -> dict[str, Any]:
@@ -306,7 +303,7 @@ class _Valid:
         position.evaluations.append(
             (position.step, {metric: None if math.isnan(value) else value for metric, value in found.items()})
         )
-        if value > position.best:
+        if position.best is None or value > position.best:
             position.best, position.best_step = value, position.step
             position.improvements += 1
             position.evaluations_without = 0

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import ray.train
 
 from sellarec.artifacts import Place
-from sellarec.config import WORKER_TIMEOUT, Tables
-from sellarec.errors import UserError
+from sellarec.config import STORAGE_TIMEOUT, WORKER_TIMEOUT, Tables
+from sellarec.errors import StageFailed, UserError
 from sellarec.evaluation.ranking import UserMetrics
 from sellarec.training.engine import Engine, Workers, rank_queries, together
+from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, Prepare, stream, whole_batches
 from sellarec.training.task import Task
 
@@ -26,6 +27,7 @@ class Scoring:
 
     Attributes:
         timeout: seconds after which a worker that doesn't answer counts as lost.
+        storage_timeout: seconds for which storage that fails is tried again.
         build: by model name, what makes the task with its trained weights; called on each worker.
         order: order of the rows.
         output: the place that `scores.parquet` is written to: column `row`, and one float32 column a model.
@@ -40,6 +42,7 @@ class Scoring:
     output: Place
     board: Any = None
     timeout: float = WORKER_TIMEOUT
+    storage_timeout: float = STORAGE_TIMEOUT
     dtype: str = "float32"
     storage: Tables = field(default_factory=Tables)
     queries: Order | None = None
@@ -53,6 +56,8 @@ def score_worker(config: dict[str, Any]) -> None:
         _score(scoring)
     except UserError as error:
         ray.get(scoring.board.put.remote({"error": str(error)}))
+    except StageFailed as error:
+        ray.get(scoring.board.put.remote({"failed": str(error)}))
 
 
 def _score(scoring: Scoring) -> None:
@@ -78,9 +83,17 @@ def _score(scoring: Scoring) -> None:
             if ranked is not None:
                 with scoring.output.writing() as folder:
                     pq.write_table(pa.table({"user": ranked.users, **ranked.values}), folder / f"{name}.parquet")
-    if workers.rank == 0:
+
+    def write() -> None:
         with scoring.output.writing() as folder:
             pq.write_table(pa.table(columns), folder / "scores.parquet")
+
+    storage = Storage(workers, scoring.stage, scoring.storage_timeout, partial(_tell, scoring))
+    storage.first(f"writing {scoring.output}/scores.parquet", write)
+
+
+def _tell(scoring: Scoring, line: str) -> None:
+    scoring.board.put.remote({"note": f"{scoring.stage:<9} {line}"})
 
 
 def _rank(scoring: Scoring, queries: Order, name: str, engine: Engine) -> UserMetrics | None:

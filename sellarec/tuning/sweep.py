@@ -36,6 +36,11 @@ def sweep(settings: Sweep) -> None:
         StageFailed: a stage before the trials failed, or all trials did.
     """
     config, stage, console = _absolute(settings.base()), settings.stage, Console()
+    if settings.min_workers is not None:
+        raise UserError(
+            f"min_workers is {settings.min_workers}, but a sweep's trials have {settings.workers} workers each (workers): leave "
+            "it out"
+        )
     if settings.algorithm == "tpe" and importlib.util.find_spec("optuna") is None:
         raise UserError(
             "algorithm is tpe, which is Optuna's, but optuna is not installed: pip install 'sellarec[tune]'"

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import yaml
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +27,26 @@ TINY: dict[str, Any] = {
     "evaluate": {"replicates": 50},
 }
 """A small world and few steps. The batch of 66 is no multiple of 4, so slices of some workers are padded."""
+
+
+LONGER = {
+    "pretrain": ["--pretrain.max-steps", "400", "--pretrain.epochs", "400"],
+    # with dropout: a restart draws the same masks
+    "adapt": [
+        "--adapt.dropout",
+        "0.2",
+        "--adapt.max-steps",
+        "90",
+        "--adapt.batch",
+        "33",
+        "--adapt.validate-every",
+        "0.15",
+    ],
+    "align": ["--align.epochs", "60", "--align.validate-every", "6", "--align.patience", "99"],
+    "collab": ["--collab.epochs", "80", "--collab.validate-every", "8", "--collab.patience", "99"],
+    "fuse": ["--fuse.max-steps", "90", "--fuse.batch", "33", "--fuse.validate-every", "0.15"],
+}
+"""Long enough for a kill in the middle, with several evaluations, so that a best state is kept across it."""
 
 
 def write_recipe(folder: Path, settings: dict[str, Any] = TINY) -> Path:
@@ -42,7 +65,11 @@ def start(*arguments: str | Path, log: Path) -> subprocess.Popen:
 
 def train(*arguments: str | Path, log: Path, status: int = 0, seconds: float = 600) -> str:
     """Run jobs/train.py to its end, check its exit status, give back what it printed."""
-    process = start(*arguments, log=log)
+    return to_end(start(*arguments, log=log), log, status, seconds)
+
+
+def to_end(process: subprocess.Popen, log: Path, status: int = 0, seconds: float = 600) -> str:
+    """Wait for a job, check its exit status, give back what it printed."""
     try:
         found = process.wait(seconds)
     finally:
@@ -63,7 +90,7 @@ def end(process: subprocess.Popen) -> None:
             child.kill()
 
 
-def wait_for(log: Path, text: str, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(log: Path, text: str, process: subprocess.Popen, seconds: float = 600) -> None:
     """Wait until a job has printed `text`."""
     deadline = time.monotonic() + seconds
     while text not in log.read_text():
@@ -88,3 +115,39 @@ def artifact(workspace: Path, name: str, stage: str) -> Path:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def assert_same(stage: str, undisturbed: Path, disturbed: Path) -> None:
+    """What a stage of the run left in two workspaces, bit for bit."""
+    first, second = (artifact(w, "run", stage) for w in (undisturbed, disturbed))
+    facts = [read_json(folder / "training.json") for folder in (first, second)]
+    assert facts[0]["evaluations"] == facts[1]["evaluations"]
+    assert facts[0]["kept_step"] == facts[1]["kept_step"]
+    assert facts[0]["first_losses"] == facts[1]["first_losses"]
+    assert facts[0].get("measured") == facts[1].get("measured")
+    files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(second) for path in second.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        expected, found = load_file(first / file), load_file(second / file)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value, err_msg=f"{file}: {name}")
+
+
+BEFORE = {
+    "pretrain": "prepare",
+    "adapt": "prepare,pretrain",
+    "collab": "prepare",
+    "align": "prepare,pretrain,adapt,collab,distil",
+    "fuse": "prepare,pretrain,adapt,collab,distil,align",
+}
+"""Stages that a stage reads, directly or through others."""
+
+
+def inputs_of(stage: str, folder: Path) -> Path:
+    """A workspace in which what a stage reads stands, made in `folder` where it isn't there yet."""
+    workspace = folder / "inputs"
+    train("demo", write_recipe(folder), "--workspace", workspace, "--stages", BEFORE[stage], log=folder / "inputs.log")
+    shutil.rmtree(workspace / "runs")
+    return workspace

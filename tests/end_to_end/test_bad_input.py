@@ -184,6 +184,7 @@ def test_disk_that_gets_full_in_a_stage_with_workers(small_disk: Path, tmp_path:
     recipe = main_job.write_recipe(tmp_path)
     workspace = small_disk / "w"
     arguments = ["demo", recipe, "--workspace", workspace, "--stages", "prepare,collab", "--collab.dim", "1024"]
+    arguments += ["--storage-timeout", "3"]
     printed = main_job.train(*arguments, log=tmp_path / "log", status=2)
     assert printed.splitlines()[-1].startswith(f"error: the disk behind {workspace} is full")
     assert [path.parent.name.split("-")[0] for path in workspace.rglob("manifest.json")] == ["prepare"]

@@ -11,33 +11,13 @@ import main_job
 import numpy as np
 import psutil
 import pytest
-from safetensors.numpy import load_file
 
 from sellarec.training.launch import KEEP_FREED_MEMORY
 from sellarec.training.table import SavedTable
 
 pytestmark = pytest.mark.ray
 
-LONGER = {
-    "pretrain": ["--pretrain.max-steps", "400", "--pretrain.epochs", "400"],
-    # with dropout: a restart draws the same masks
-    "adapt": [
-        "--adapt.dropout",
-        "0.2",
-        "--adapt.max-steps",
-        "90",
-        "--adapt.batch",
-        "33",
-        "--adapt.validate-every",
-        "0.15",
-    ],
-    "align": ["--align.epochs", "60", "--align.validate-every", "6", "--align.patience", "99"],
-    "collab": ["--collab.epochs", "80", "--collab.validate-every", "8", "--collab.patience", "99"],
-    "fuse": ["--fuse.max-steps", "90", "--fuse.batch", "33", "--fuse.validate-every", "0.15"],
-}
-"""Long enough for a kill in the middle, with several evaluations, so that a best state is kept across it."""
-
-COLLAB = ["--name", "run", "--stages", "prepare,collab", *LONGER["collab"]]
+COLLAB = ["--name", "run", "--stages", "prepare,collab", *main_job.LONGER["collab"]]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +70,7 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
         common = ["demo", main_job.write_recipe(tmp_path), *COLLAB]
     else:
         undisturbed = tmp_path / "undisturbed"
-        common = ["demo", main_job.write_recipe(tmp_path), "--name", "run", *LONGER[stage], "--stages", stage]
+        common = ["demo", main_job.write_recipe(tmp_path), "--name", "run", *main_job.LONGER[stage], "--stages", stage]
         for workspace in ("undisturbed", "killed"):
             shutil.copytree(request.getfixturevalue("inputs") / "w", tmp_path / workspace)
         main_job.train(*common, "--workspace", undisturbed, log=tmp_path / "log")
@@ -110,25 +90,7 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
         main_job.end(job)
 
     assert f"{stage:<9} goes on from its checkpoint at step" in log.read_text()
-    assert_same(stage, undisturbed, tmp_path / "killed")
-
-
-def assert_same(stage: str, undisturbed: Path, disturbed: Path) -> None:
-    """What a stage of the run left in two workspaces, bit for bit."""
-    first, second = (main_job.artifact(w, "run", stage) for w in (undisturbed, disturbed))
-    facts = [main_job.read_json(folder / "training.json") for folder in (first, second)]
-    assert facts[0]["evaluations"] == facts[1]["evaluations"]
-    assert facts[0]["kept_step"] == facts[1]["kept_step"]
-    assert facts[0]["first_losses"] == facts[1]["first_losses"]
-    assert facts[0].get("measured") == facts[1].get("measured")
-    files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
-    assert files == sorted(path.relative_to(second) for path in second.rglob("*.safetensors"))
-    assert files
-    for file in files:
-        expected, found = load_file(first / file), load_file(second / file)
-        assert expected.keys() == found.keys()
-        for name, value in expected.items():
-            np.testing.assert_array_equal(found[name], value, err_msg=f"{file}: {name}")
+    main_job.assert_same(stage, undisturbed, tmp_path / "killed")
 
 
 @pytest.mark.slow
@@ -141,7 +103,15 @@ def test_a_worker_that_hangs_is_lost_in_the_stated_time(
     undisturbed = request.getfixturevalue("undisturbed")
     if stage == "fuse":
         undisturbed = tmp_path / "undisturbed"
-        common = ["demo", main_job.write_recipe(tmp_path), "--name", "run", *LONGER["fuse"], "--stages", "fuse"]
+        common = [
+            "demo",
+            main_job.write_recipe(tmp_path),
+            "--name",
+            "run",
+            *main_job.LONGER["fuse"],
+            "--stages",
+            "fuse",
+        ]
         for workspace in (undisturbed, tmp_path / "w"):
             shutil.copytree(request.getfixturevalue("inputs") / "w", workspace)
         main_job.train(*common, "--workspace", undisturbed, log=tmp_path / "log")
@@ -159,7 +129,7 @@ def test_a_worker_that_hangs_is_lost_in_the_stated_time(
         assert job.wait(300) == 0, log.read_text()
     finally:
         main_job.end(job)
-    assert_same(stage, undisturbed, tmp_path / "w")
+    main_job.assert_same(stage, undisturbed, tmp_path / "w")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -180,7 +150,7 @@ def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(number: int, undisturb
     main_job.train(*common, log=tmp_path / "last.log")
     (resumed,) = re.findall(r"goes on from its checkpoint at step (\d+)", (tmp_path / "last.log").read_text())
     assert resumed == re.findall(r"step (\d+)/", log.read_text())[-1], "the stop left it, not an earlier improvement"
-    assert_same("collab", undisturbed, tmp_path / "w")
+    main_job.assert_same("collab", undisturbed, tmp_path / "w")
 
 
 def test_killed_job_goes_on_with_more_workers(undisturbed: Path, tmp_path: Path) -> None:

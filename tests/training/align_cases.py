@@ -79,7 +79,7 @@ def train(run: Run) -> dict[str, Any]:
             engine.save_checkpoint(str(run.checkpoint))
         losses.append(engine.step(part, step, engine_cases.rate_at(step)))
     if run.output is not None:
-        engine.export(Place.of(str(run.output)))
+        engine.export(Place.of(str(run.output)), engine_cases.storage_of(workers))
     return {
         "losses": losses,
         "plan": engine.plan(),

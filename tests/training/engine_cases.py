@@ -17,6 +17,7 @@ from sellarec.data.log import read_log
 from sellarec.errors import UserError
 from sellarec.training import table as table_module
 from sellarec.training.engine import Engine, Workers, together
+from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, Prepare, prepared, row_groups, slices
 
 SEED = 5
@@ -109,6 +110,10 @@ def workers_of() -> Workers:
     )
 
 
+def storage_of(workers: Workers) -> Storage:
+    return Storage(workers, "test", 0, print)
+
+
 def engine_of(run: Run, task: CollabTask, workers: Workers) -> Engine:
     return Engine(task, workers, SEED, run.settings, run.storage, "float32")
 
@@ -136,7 +141,7 @@ def train(run: Run) -> dict[str, Any]:
     blocks = rows_of(valid, task, task.prepare_to_score, 0, valid.steps_per_epoch)
     scored = engine.score(slices(blocks, valid, rank, workers.world_size, 0, valid.steps_per_epoch), lambda _: None)
     if run.output is not None:
-        engine.export(Place.of(str(run.output)))
+        engine.export(Place.of(str(run.output)), storage_of(workers))
     return {"losses": losses, "dense": dense, "scores": scored}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_cases import SEED, rate_at, workers_of
+from engine_cases import SEED, rate_at, storage_of, workers_of
 
 from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
@@ -94,7 +94,7 @@ def train(case: Case) -> dict[str, Any]:
             engine = make(task, settings=case.settings)
             engine.load_checkpoint(str(case.output / "checkpoint"))
         losses.append(engine.step(part, step, rate_at(step)))
-    engine.export(Place.of(str(case.output)))
+    engine.export(Place.of(str(case.output)), storage_of(workers))
     dist.barrier(group=workers.control)
     found = {"losses": losses, "facts": task.facts(), "scores": scores_of(case, task, engine)}
     again = task_of(case, trained=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from engine_cases import SEED, workers_of
+from engine_cases import SEED, storage_of, workers_of
 from small import save_table, small_log
 
 from sellarec.artifacts import Place
@@ -147,7 +147,7 @@ def pretrain(case: Lines) -> dict[str, Any]:
         for step in range(STEPS)
     ]
     weights = {name: weight.numpy() for name, weight in dense.trained_weights(task.model).items()}
-    engine.export(Place.of(str(case.folder)))
+    engine.export(Place.of(str(case.folder)), storage_of(workers))
     return {"losses": losses, "weights": weights}
 
 
@@ -189,7 +189,7 @@ def train(case: Case, log: Log | None = None) -> dict[str, Any]:
     }
     if case.folder is not None:
         output = Place.of(str(case.folder))
-        engine.export(output)
+        engine.export(output, storage_of(workers))
         found["checked"] = check(engine, task, output)
         if workers.rank == 0:
             _spoil(next(file for file in case.folder.rglob("*.safetensors")))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sellarec.artifacts import Place
-from sellarec.config import WORKER_TIMEOUT, Sparse, Steps
+from sellarec.config import Sparse, Steps
 from sellarec.training import stream
-from sellarec.training.launch import connect, train
+from sellarec.training.launch import Group, connect, train
 from sellarec.training.loop import Training
 from sellarec.training.progress import Console
 from sellarec.training.stream import Order, row_groups
@@ -92,7 +92,7 @@ def main(folder: Path, workers: int) -> None:
     settings = Recording(batch=BATCH, epochs=EPOCHS, checkpoint_every=0.5, table_learning_rate=0.01)
     output = Place.of(str(folder / "output"))
     training = Training("recording", partial(Recorder, folder), settings, SEED, order_of(folder), None, output)
-    train(training, workers, False, console, lambda record: None, WORKER_TIMEOUT)
+    train(training, Group(workers, False, workers), console, lambda record: None)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""What workers do on storage, together, and again while it fails."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+from sellarec.artifacts import pauses
+from sellarec.errors import StageFailed
+
+if TYPE_CHECKING:
+    from sellarec.training.engine import Workers
+
+Done = TypeVar("Done")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What workers do on storage, together, and again while it fails.
+
+    Attributes:
+        stage: named in messages.
+        seconds: how long it is tried again, all pauses together.
+        tell: takes a line about it, on worker 0.
+    """
+
+    workers: "Workers"
+    stage: str
+    seconds: float
+    tell: Callable[[str], None]
+
+    def attempt(self, what: str, act: Callable[[], Done]) -> list[Done]:
+        """What `act` gives on each worker, by rank. All workers call it; `act` may call collectives where it fails on all alike.
+
+        Raises:
+            StageFailed: on all workers: storage failed for longer than `seconds`.
+        """
+        waited = 0.0
+        for pause in (*pauses(self.seconds), None):
+            done, failure = None, None
+            try:
+                done = act()
+            except (OSError, SafetensorError, CheckpointException) as error:
+                failure = _cause(error)
+            everyone: list[Any] = [None] * self.workers.world_size
+            dist.all_gather_object(everyone, (done, failure), group=self.workers.control)
+            failures = {told: rank for rank, (_, told) in reversed(list(enumerate(everyone))) if told is not None}
+            if not failures:
+                if waited:
+                    self.tell_once(f"{what} succeeded, {waited:.0f} s after it had failed")
+                return [done for done, _ in everyone]
+            causes = "; ".join(f"worker {rank}: {told}" for told, rank in failures.items())
+            if pause is None:
+                raise StageFailed(
+                    f"stage {self.stage}: {what} failed, and again for {waited:.0f} s (storage_timeout): {causes}. Checkpoints "
+                    "that are whole are kept: once storage is back, the same command goes on from the newest"
+                )
+            self.tell_once(f"{what} failed ({causes}): tries again in {pause:g} s")
+            time.sleep(pause)
+            waited += pause
+        raise AssertionError("the last attempt returns or raises")
+
+    def first(self, what: str, act: Callable[[], Done]) -> Done:
+        """What `act` gives on worker 0, which alone carries it out."""
+        return self.attempt(what, lambda: act() if self.workers.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def tell_once(self, line: str) -> None:
+        """Have worker 0 tell a line that all workers know."""
+        if self.workers.rank == 0:
+            self.tell(line)
+
+
+def _cause(error: BaseException) -> str:
+    """One line; of a checkpoint that could not be written, what Torch Distributed Checkpoint met."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
