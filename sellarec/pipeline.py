@@ -571,7 +571,15 @@ def _train(
     this.artifact(stage).delete(WORK)
     found = this.artifact(stage).read_json("training.json")
     assert found is not None
+    _tell_shortened(this, stage, found.get("histories", {}))
     return found
+
+
+def _tell_shortened(this: Run, stage: str, histories: dict[str, dict[str, int]]) -> None:
+    from sellarec.training.stream import counts_in_words
+
+    if histories:
+        this.console.line(f"{stage:<9} histories cut to fit: {counts_in_words(histories)}")
 
 
 def _valid_order(this: Run, stage: str, settings: Selection) -> Any:
@@ -985,7 +993,10 @@ def _evaluate(this: Run) -> dict[str, Any]:
         protocol="pointwise", replicates=config.evaluate.replicates,
     )  # fmt: skip
     this.artifact("evaluate").write_json("results.json", records)
-    return {"rows": len(test)}
+    found = this.artifact("evaluate").read_json("scoring.json")
+    assert found is not None
+    _tell_shortened(this, "evaluate", found["histories"])
+    return {"rows": len(test), **found}
 
 
 RUN: dict[str, Callable[[Run], dict[str, Any]]] = {

@@ -10,7 +10,7 @@ references on; each worker cuts its own slices out of the blocks.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,9 @@ AHEAD_BYTES = 1 << 30
 
 PIECES_AT_ONCE = 512
 """Pieces of one Ray Data pipeline; the next pipeline begins when its last rows are taken."""
+
+LEFT_OUT = "titles_left_out"
+"""Column of prepared rows that are prompts: how many titles of the row's history were left out so that its prompt fits."""
 
 Prepare = Callable[[pa.Table, int, np.ndarray], pa.Table]
 """(rows, epoch, step of each row int64 [n]) -> the same rows with columns added or left out. Runs in the reading tasks, so it
@@ -181,6 +184,28 @@ def slices(
             rows = pa.concat_tables([rows, waiting.take(np.zeros(share - len(rows), np.int64))])
         yield rows.append_column("weight", pa.array(weight))
         waiting = waiting.slice(size)
+
+
+def shortened(rows: pa.Table) -> tuple[int, int, int]:
+    """Of prepared rows of weight 1: prompts, those whose history was cut to fit, titles left out of it. Zeros of rows that are
+    no prompts."""
+    if LEFT_OUT not in rows.column_names:
+        return 0, 0, 0
+    left_out = rows[LEFT_OUT].to_numpy()[rows["weight"].to_numpy() > 0]
+    return len(left_out), int((left_out > 0).sum()), int(left_out.sum())
+
+
+def named_counts(counts: Sequence[float]) -> dict[str, int]:
+    """What `shortened` counts, added up, as manifests have it."""
+    return dict(zip(("prompts", "shortened", "titles left out"), map(int, counts), strict=True))
+
+
+def counts_in_words(histories: Mapping[str, Mapping[str, int]]) -> str:
+    """One line of `named_counts` by what was read."""
+    return "; ".join(
+        f"{what}: {found['shortened']:,} of {found['prompts']:,} prompts, {found['titles left out']:,} titles left out"
+        for what, found in histories.items()
+    )
 
 
 def stream(
