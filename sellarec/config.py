@@ -18,6 +18,9 @@ from sellarec.data.sources.tables import Columns
 STAGES = ("prepare", "pretrain", "adapt", "collab", "distil", "align", "fuse", "evaluate")
 EMBEDDED = "embedded"
 
+FLASH_ATTENTION = "flash_attention_2"
+"""Of `llm.attention`: the one that takes GPUs and a package of its own."""
+
 DECODER_SETTINGS = ("vocabulary", "hidden", "layers", "heads")
 """Settings of `pretrain` that say what the embedded decoder is."""
 
@@ -152,6 +155,10 @@ class Llm:
     """Type that the frozen weights are held in: bfloat16 halves their memory and rounds them once, when they are loaded. What is
     trained stays float32, and all is computed in `dtype`. Stage pretrain trains all of its weights, as does adapt with method
     full, so they hold float32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = runtime("auto")
+    """How attention is computed, by Transformers' names: sdpa by torch's fused kernels; eager step by step; flash_attention_2 by
+    the package flash-attn, on GPUs with dtype bfloat16. auto: sdpa where the model has it, else eager. Stage distil, which
+    computes short texts in float32, always takes auto."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +276,9 @@ class Backpropagation(Language):
     checkpoint_activations: bool = runtime(False)
     """Whether only the inputs of the decoder layers are kept for the backward pass, and a layer's activations are computed again
     there: much less memory, for about a third more computing."""
+    compile: bool = runtime(False)
+    """Whether torch.compile makes kernels of the decoder layers for the steps of training, which takes a C++ compiler, and some
+    seconds to minutes at the first steps."""
 
 
 @dataclass(frozen=True, kw_only=True)

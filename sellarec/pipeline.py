@@ -21,7 +21,18 @@ import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, lease
 from sellarec.checks import check_layer
-from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, result_settings, to_yaml
+from sellarec.config import (
+    EMBEDDED,
+    FLASH_ATTENTION,
+    STAGES,
+    Backpropagation,
+    Config,
+    Language,
+    Selection,
+    Sparse,
+    result_settings,
+    to_yaml,
+)
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
@@ -179,8 +190,12 @@ class Run:
         if self.config.pretrains:
             mark = self.marks["pretrain"]
             folder = str(self.artifact("pretrain").local() / "model")
-            return LlmSource(folder, None, f"pretrain-{mark}", self.config.llm.storage)
-        return dataclasses.replace(self.given_llm, storage=self.config.llm.storage)
+            return self._as_set(LlmSource(folder, None, f"pretrain-{mark}"))
+        return self._as_set(self.given_llm)
+
+    def _as_set(self, source: Any) -> Any:
+        """A language model's source, to be loaded as the settings say."""
+        return dataclasses.replace(source, storage=self.config.llm.storage, attention=self.config.llm.attention)
 
     def adapted(self, stage: str = "adapt") -> dict[str, Any]:
         """The language model that stage adapt leaves: its source, and the adapter on it, from the artifact of a stage; None where
@@ -190,7 +205,7 @@ class Run:
         if self.config.adapt.method == "lora":
             return {"source": self.llm(), "adapter": self.artifact(stage).local() / "adapter"}
         folder, mark = str(self.artifact("adapt").local() / "model"), self.marks["adapt"]
-        return {"source": LlmSource(folder, None, f"adapt-{mark}", self.config.llm.storage), "adapter": None}
+        return {"source": self._as_set(LlmSource(folder, None, f"adapt-{mark}")), "adapter": None}
 
     @cached_property
     def given_llm(self) -> Any:
@@ -262,6 +277,7 @@ def _run(this: Run) -> None:
     try:
         if joins_cluster():  # checked before any work
             this.connect()
+        _check_computing(this, wanted)
         for stage in STAGES:
             if stage in needed:
                 if stage in wanted:
@@ -359,6 +375,7 @@ def check_stage(this: Run, stage: str) -> None:
     """Raises UserError where a stage can't be carried out as asked for, whatever the data."""
     _check_sharding(this, (stage,))
     _check_layer(this, (stage,))
+    _check_computing(this, (stage,))
 
 
 def _closure(wanted: tuple[str, ...], config: Config, standing: set[str]) -> set[str]:
@@ -661,6 +678,32 @@ def _check_layer(this: Run, wanted: Sequence[str]) -> None:
         check_layer(layer, decoder_depth(this.given_llm), this.config.llm.model)
 
 
+def _check_computing(this: Run, wanted: Sequence[str]) -> None:
+    """Raises UserError where attention can't be computed, or layers compiled, as asked for. On a cluster that isn't joined yet,
+    and of its compilers, nothing is known: there the workers say so."""
+    import torch
+
+    from sellarec.language.llm import check_attention
+    from sellarec.training.dense import check_compiler
+
+    config, attention = this.config, this.config.llm.attention
+    sections = [getattr(config, stage, None) for stage in wanted]
+    if any(isinstance(section, Backpropagation) and section.compile for section in sections) and not joins_cluster():
+        check_compiler()
+    if attention == "auto" or not any(isinstance(section, Language) for section in sections):
+        return
+    has_gpus = torch.cuda.device_count() >= config.workers
+    if this.cluster is not None or joins_cluster():
+        has_gpus = this.cluster is None or this.gpus()
+    if attention == FLASH_ATTENTION and not has_gpus:
+        raise UserError(
+            f"llm.attention is {attention}, which runs on GPUs alone, but {config.workers} workers find no GPU each: take "
+            "llm.attention sdpa, or fewer --workers than GPUs"
+        )
+    if config.llm.model != EMBEDDED:
+        check_attention(this.given_llm.name, this.given_llm.revision, attention)
+
+
 def check_labels(this: Run, stages: Sequence[str]) -> None:
     """Raises UserError where a stage can't be trained, or selected, for want of rows of one label."""
     facts = this.log().facts
@@ -727,7 +770,8 @@ def _pretrain(this: Run) -> dict[str, Any]:
     _check_prompts(this, start())
     order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
     source = LlmSource(str(start()), None, "initial")
-    return _train(this, "pretrain", partial(_build_pretrain, start, settings), order, source=source)
+    build = partial(_build_pretrain, start, settings, this.config.llm.attention)
+    return _train(this, "pretrain", build, order, source=source)
 
 
 def _check_prompts(this: Run, folder: Path) -> None:
@@ -741,10 +785,10 @@ def _check_prompts(this: Run, folder: Path) -> None:
     Prompts(tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers)
 
 
-def _build_pretrain(start: Callable[[], Path], settings: Any) -> Any:
+def _build_pretrain(start: Callable[[], Path], settings: Any, attention: str) -> Any:
     from sellarec.language.pretrain import build_pretrain
 
-    return build_pretrain(start(), settings)
+    return build_pretrain(start(), settings, attention)
 
 
 def _adapt(this: Run) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def _finish_curves(axes: Axes, kept: int | None) -> None:
 
 
 def _histories(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many prompts' histories were cut to fit, a line a stage and what it read: a split, or (evaluate) the model that read."""
+    """How many prompts' histories were cut to fit, a line a stage and what it read: a split, or the model that read test."""
     return [
         {"stage": stage["stage"], "read": read, **counts}
         for stage in stages

@@ -151,7 +151,8 @@ def _train(training: Training) -> None:
     steps = training.steps
     reporter = _Reporter(training, engine, steps, position.step)
     profiler = _Profiler(training, workers, position.step)
-    batches = split_slices(training.train, task, task.prepare, workers, position.step, steps)
+    first, size = position.step, engine.micro_batch
+    batches = split_slices(training.train, task, task.prepare, workers, first, steps, micro_batch=size)
     if isinstance(task, MeasuredTask) and position.step == 0:
         position.measured = engine.measure()
     saved, asked = time.monotonic(), _Asked(training.board)

@@ -107,10 +107,20 @@ def _rank(scoring: Scoring, queries: Order, name: str, engine: Engine) -> UserMe
 
 
 def split_slices(
-    order: Order, task: Task, how: Prepare | None, workers: Workers, first: int, last: int, more: Sequence[str] = ()
+    order: Order,
+    task: Task,
+    how: Prepare | None,
+    workers: Workers,
+    first: int,
+    last: int,
+    more: Sequence[str] = (),
+    micro_batch: int | None = None,
 ) -> Generator[pa.Table]:
-    """This worker's slices of steps [first, last), prepared `how`, with the columns that a task reads and `more`."""
-    return stream(order, distinct([*task.columns, *more]), how, workers.rank, workers.world_size, first, last)
+    """This worker's slices of steps [first, last), prepared `how`, with the columns that a task reads and `more`. With a
+    `micro_batch`, prompts are dealt out so that little of each is padding; prompts to score are not, as those that begin alike
+    lie side by side."""
+    columns = distinct([*task.columns, *more])
+    return stream(order, columns, how, workers.rank, workers.world_size, first, last, micro_batch)
 
 
 def distinct(names: Sequence[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """The order of training rows: a pure function of (seed, epoch, step), streamed through Ray Data.
 
 Row groups are shuffled, then rows within windows of row groups; the global batch of a step is the next `batch` rows of that
-order, and worker r of W takes the r-th of W equal slices. So any number of workers sees the same global batches, and a
-position is (epoch, step) alone. The last batch of an epoch is short; short slices are padded with rows of weight 0.
+order, and worker r of W takes the r-th of W equal slices; of prompts that are trained on, those that `dealt` gives it. So any
+number of workers sees the same global batches, and a position is (epoch, step) alone. The last batch of an epoch is short; short
+slices are padded with rows of weight 0.
 
 One Ray Data pipeline reads for all workers: its tasks read each window once, prepare its rows (draw negatives, make
 tokens) and put them into the object store as blocks of the global order. Worker 0 drives it and hands the blocks'
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 WINDOW_ROWS = 1 << 18
@@ -159,13 +161,38 @@ def slice_rows(batch: int, world_size: int) -> int:
     return -(-batch // world_size)
 
 
+def dealt(lengths: np.ndarray, share: int, world_size: int, micro_batch: int) -> np.ndarray:
+    """Which rows of a global batch of prompts each worker takes, so that little of its micro-batches is padding, and all workers
+    have alike much to do at a time: in the order of their lengths, `micro_batch` to each worker in its turn.
+
+    Args:
+        lengths: int64 [b], tokens of each row.
+        share: rows that each worker takes, at least b / world_size.
+
+    Returns:
+        int64 [world_size, share], places in the batch; -1 for padding, which comes before the shortest.
+    """
+    places = np.full(world_size * share, -1)
+    places[len(places) - len(lengths) :] = np.argsort(lengths, kind="stable")
+    turn = world_size * micro_batch
+    turns = [places[start : start + turn].reshape(world_size, -1) for start in range(0, len(places), turn)]
+    return np.concatenate(turns, axis=1)
+
+
 def slices(
-    blocks: Iterator[pa.Table], order: Order, rank: int, world_size: int, first: int, last: int
+    blocks: Iterator[pa.Table],
+    order: Order,
+    rank: int,
+    world_size: int,
+    first: int,
+    last: int,
+    micro_batch: int | None = None,
 ) -> Iterator[pa.Table]:
     """One worker's slices of steps [first, last), cut out of the rows of these steps.
 
     Args:
         blocks: the rows of steps from `first` on, in order, in tables of any size.
+        micro_batch: prompts (rows with `tokens`) are dealt out in so many at a time; None cuts equal slices.
 
     Yields:
         For each step `slice_rows(batch, world_size)` rows: the columns, and `weight` (float32: 1, or 0 for padding).
@@ -179,7 +206,11 @@ def slices(
         start = rank * share
         rows = waiting.slice(start, max(0, min(share, size - start)))
         weight = (np.arange(share) < len(rows)).astype(np.float32)
-        if len(rows) < share:
+        if micro_batch is not None and "tokens" in waiting.column_names:
+            lengths = pc.list_value_length(waiting["tokens"].slice(0, size)).to_numpy()
+            places = dealt(lengths, share, world_size, micro_batch)[rank]
+            rows, weight = waiting.take(np.maximum(places, 0)), (places >= 0).astype(np.float32)
+        elif len(rows) < share:
             # what stands in padding has no meaning: a row of the batch
             rows = pa.concat_tables([rows, waiting.take(np.zeros(share - len(rows), np.int64))])
         yield rows.append_column("weight", pa.array(weight))
@@ -209,15 +240,26 @@ def counts_in_words(histories: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def stream(
-    order: Order, columns: Sequence[str], prepare: Prepare | None, rank: int, world_size: int, first: int, last: int
+    order: Order,
+    columns: Sequence[str],
+    prepare: Prepare | None,
+    rank: int,
+    world_size: int,
+    first: int,
+    last: int,
+    micro_batch: int | None = None,
 ) -> Generator[pa.Table]:
     """This worker's slices of steps [first, last), counted over all epochs. All workers of a group call it alike.
+
+    Args:
+        micro_batch: as of `slices`.
 
     Yields:
         As `slices`.
     """
     if first < last:
-        yield from slices(_blocks(order, columns, prepare, rank, first, last), order, rank, world_size, first, last)
+        blocks = _blocks(order, columns, prepare, rank, first, last)
+        yield from slices(blocks, order, rank, world_size, first, last, micro_batch)
 
 
 def whole_batches(

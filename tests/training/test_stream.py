@@ -218,3 +218,37 @@ def test_prompts_whose_history_was_cut_are_counted_once_whatever_the_workers(lef
 
 def test_rows_that_are_no_prompts_count_for_nothing():
     assert shortened(pa.table({"row": [1, 2], "weight": pa.array([1.0, 0.0], pa.float32())})) == (0, 0, 0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), BATCH, st.integers(1, 4), st.integers(1, 9))
+def test_prompts_are_dealt_out_by_length_each_once(lengths, batch, workers, size):
+    """Of each global batch; micro-batches of all workers that go through the model at a time are neighbours in length, so no more
+    is padded than in slices of rows as they come, sorted by length."""
+    rows = pa.table({"row": np.arange(len(lengths)), "tokens": [[0] * length for length in lengths]})
+    order = Order((RowGroup("", 0, len(rows)),), batch, None)
+    steps = order.steps_per_epoch
+    own, cut = (
+        [list(slices(iter([rows]), order, rank, workers, 0, steps, *how)) for rank in range(workers)]
+        for how in ((size,), ())
+    )
+    for step in range(steps):
+        expected = list(range(step * batch, min((step + 1) * batch, len(lengths))))
+        real = [part[step].filter(pc.equal(part[step]["weight"], 1)) for part in own]
+        assert sorted(row for part in real for row in part["row"].to_pylist()) == expected
+        read = {}
+        for name, parts in (("dealt", own), ("cut", cut)):
+            found = [np.sort(pc.list_value_length(part[step]["tokens"]).to_numpy()) for part in parts]
+            assert {len(part) for part in found} == {slice_rows(batch, workers)}
+            turns = [[part[at : at + size] for part in found] for at in range(0, len(found[0]), size)]
+            read[name] = sum(len(part) * part.max() for turn in turns for part in turn)
+        if len(expected) == workers * slice_rows(batch, workers):  # else rows of padding are of any length
+            assert read["dealt"] <= read["cut"]
+            ends = [length for turn in _turns(own, step, size) for part in turn for length in (part.min(), part.max())]
+            assert ends == sorted(ends)
+
+
+def _turns(parts: list[list[pa.Table]], step: int, size: int) -> list[list[np.ndarray]]:
+    """Lengths of the micro-batches of a step, in their order: by turn and worker."""
+    found = [pc.list_value_length(part[step]["tokens"]).to_numpy() for part in parts]
+    return [[part[at : at + size] for part in found] for at in range(0, len(found[0]), size)]
