@@ -542,10 +542,10 @@ _LOWEST: dict[str, float] = {
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
     **dict.fromkeys(("negatives_per_row", "block", "experts"), 1),
-    **dict.fromkeys(("trials", "concurrent"), 1),
+    **dict.fromkeys(("trials", "concurrent", "rows"), 1),
     "layer": -MAX_INTEGER,
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
-    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker"), 1e-6),
+    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker", "mfu"), 1e-6),
     "seed": 0,
     "worker_timeout": 5,
 }

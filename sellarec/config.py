@@ -27,6 +27,9 @@ DECODER_SETTINGS = ("vocabulary", "hidden", "layers", "heads")
 ALL_LINEAR = "all-linear"
 """Of `adapt.targets`: every linear layer but the output layer."""
 
+MFU = 0.3
+"""Share of a GPU's peak that is assumed to be reached (model FLOPs utilisation), where no other is given."""
+
 WORKER_TIMEOUT = 600.0
 """Seconds without an answer after which a worker counts as lost, unless `worker_timeout` says otherwise."""
 
@@ -702,3 +705,15 @@ class Planning:
     tables: Tables = field(default_factory=Tables)
     table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam", "adamw"] = "rowwise-adagrad"
     """Optimizer of the tables: its state lies beside the rows."""
+    llm: str | None = None
+    """Folder or hub id of a language model, or the path of its config.json: what the stages that run it take is planned too.
+    Nothing but its config is read."""
+    recipe: tuple[str, ...] = ()
+    """Recipes, laid over each other from left to right, whose settings those stages have."""
+    rows: int | None = None
+    """Rows of the train split, where the recipe's dataset is none whose counts are known. Valid and test are taken to be as large
+    beside it as `data.split` says."""
+    gpu: Literal["L4", "L40S", "A100-40GB", "A100-80GB", "H100", "H200"] | None = None
+    """GPU that each worker has, of which memory and hours are told; None: each of them."""
+    mfu: float = MFU
+    """Share of a GPU's peak that is assumed to be reached (model FLOPs utilisation)."""

@@ -274,6 +274,7 @@ def _run(this: Run) -> None:
     recorded = this.place.read_json("artifacts.json") or {}
     needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
     _check_inputs(this, [stage for stage in STAGES if stage in needed], wanted, recorded)
+    is_told = _tell_cost(this, wanted)
     try:
         if joins_cluster():  # checked before any work
             this.connect()
@@ -288,6 +289,8 @@ def _run(this: Run) -> None:
                 this.place.write_json("artifacts.json", recorded)
                 if stage == "prepare":
                     check_labels(this, wanted)
+                    if not is_told:
+                        _tell_cost(this, wanted)
                     # the data are good: from here on the name is taken
                     this.place.write_json("settings.json", settings)
                     this.place.write_text("config.yaml", to_yaml(this.config))
@@ -300,6 +303,28 @@ def _run(this: Run) -> None:
             ray.shutdown()
     if "evaluate" in wanted:
         _finish(this)
+
+
+def _tell_cost(this: Run, wanted: Sequence[str]) -> bool:
+    """Tell what the stages that run a given language model will compute; False where the number of rows isn't known yet."""
+    from sellarec.language import cost
+    from sellarec.language.llm import context_length, read_config
+    from sellarec.language.memory import shape_of
+
+    config = this.config
+    if config.llm.model == EMBEDDED or not set(cost.STAGES) & set(wanted):
+        return True
+    stands = _stands(this, "prepare", f"prepare-{this.marks['prepare']}") if "prepare" in this.marks else False
+    rows = cost.known_rows(config, this.log().facts if stands else None)
+    if rows is None:
+        return False
+    source = this.given_llm
+    shape = shape_of(source, None if config.adapt.method == "full" else config.adapt)
+    found = cost.costs(config, shape, context_length(read_config(source.name, source.revision)), rows, wanted)
+    hours = cost.hours_in_words(found, ("A100-80GB", "H100"), config.workers)
+    for line in (*cost.in_words(found), *hours, *cost.assumptions()):
+        this.console.line(f"cost      {line}")
+    return True
 
 
 def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:

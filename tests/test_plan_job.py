@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from transformers import Qwen2Config
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -65,3 +68,31 @@ def test_mistakes_are_refused_before_any_plan():
     ):
         printed, error = plan("--workers", "2", "--users", "10", "--items", "10", *flags, status=2)
         assert not printed and said in error
+
+
+@pytest.fixture
+def config_of_a_model(tmp_path) -> Path:
+    """A config.json alone: Qwen2-7B's shape."""
+    config = Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, tie_word_embeddings=False, max_position_embeddings=32768, architectures=["Qwen2ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    return tmp_path / "config.json"
+
+
+def test_a_language_model_is_planned_by_its_config_alone(config_of_a_model):
+    flags = ["--workers", "4", "--users", "839", "--items", "3256", "--llm", str(config_of_a_model), "--rows", "33891"]
+    flags += ["--recipe", "collm-ml-1m", "sella-official", "--mfu", "0.4", "--gpu", "H100"]
+    printed, _ = plan(*flags)
+    assert "7,615,616,512 weights, 28 layers of width 3,584; 161,480,704 weights of the adapter" in printed
+    for stage in ("adapt", "distil", "fuse", "evaluate"):
+        assert f"{stage:<9} takes of each of 4 workers " in printed
+    assert "adapt     254 steps, 32,512 prompts trained on" in printed and "of at most 768 tokens" in printed
+    assert "\nH100 (79 GiB): " in printed and "A100" not in printed and "assumed: 40% of the peak" in printed
+
+
+def test_what_is_planned_of_a_language_model_needs_one_and_rows(config_of_a_model):
+    table = ["--workers", "2", "--users", "10", "--items", "10"]
+    assert "rows is given, but llm is not" in plan(*table, "--rows", "5", status=2)[1]
+    assert "give --rows" in plan(*table, "--llm", str(config_of_a_model), status=2)[1]

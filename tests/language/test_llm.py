@@ -284,7 +284,7 @@ def test_attention_that_cannot_be_had_is_refused(models, tmp_path):
     with pytest.raises(UserError, match=r"llm.attention is sdpa, which can't be had here of .*take llm.attention auto"):
         llms.check_attention(tmp_path, None, "sdpa")
     assert importlib.util.find_spec("flash_attn") is None, "this environment has none"
-    with pytest.raises(UserError, match=r"llm.attention is flash_attention_2, .*flash"):
+    with pytest.raises(UserError, match=r"llm.attention is flash_attention_2, .*installed"):
         llms.check_attention(models["llama"], None, "flash_attention_2")
 
 
