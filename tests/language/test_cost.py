@@ -40,16 +40,18 @@ def counted(model: torch.nn.Module, rows: int, tokens: int, train: bool) -> int:
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_operations_are_those_that_torch_counts(models, name):
-    """With and without gradients. Biases, norms and causal masks are what they may differ by."""
+    """With and without gradients, which go through the first layer too. Biases, norms and causal masks are what they may differ
+    by."""
     targets = ["c_attn"] if name == "gpt2" else ["q_proj", "down_proj"]
     settings = Adapt(rank=3, targets=tuple(targets))
     shape = shape_of(llms.find_llm(str(models[name]), None), settings)
     lora = LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2")
     model = get_peft_model(llms.load_model(models[name], attention="eager"), lora)
+    model.enable_input_require_grads()
     for tokens in (4, 12):
         attention = 2.0 * shape.layers * shape.hidden * tokens * tokens * 2
         read = cost.operations(shape, 2, tokens, 1) + attention
-        assert counted(model, 2, tokens, train=False) == pytest.approx(read, rel=0.05)
+        assert counted(model, 2, tokens, train=False) == pytest.approx(read, rel=0.08)
         trained = cost.training_operations(shape, 2, tokens, 1, "adapter", False) + 3 * attention
         assert counted(model, 2, tokens, train=True) == pytest.approx(trained, rel=0.08)
 
