@@ -704,29 +704,34 @@ def _check_layer(this: Run, wanted: Sequence[str]) -> None:
 
 
 def _check_computing(this: Run, wanted: Sequence[str]) -> None:
-    """Raises UserError where attention can't be computed, or layers compiled, as asked for. On a cluster that isn't joined yet,
-    and of its compilers, nothing is known: there the workers say so."""
-    import torch
-
-    from sellarec.language.llm import check_attention
-    from sellarec.training.dense import check_compiler
-
+    """Raises UserError where attention can't be computed, or layers compiled, as asked for. Of a cluster's compilers, and of its
+    GPUs before it is joined, nothing is known here: its workers say so."""
     config, attention = this.config, this.config.llm.attention
     sections = [getattr(config, stage, None) for stage in wanted]
     if any(isinstance(section, Backpropagation) and section.compile for section in sections) and not joins_cluster():
+        from sellarec.training.dense import check_compiler
+
         check_compiler()
     if attention == "auto" or not any(isinstance(section, Language) for section in sections):
         return
-    has_gpus = torch.cuda.device_count() >= config.workers
-    if this.cluster is not None or joins_cluster():
-        has_gpus = this.cluster is None or this.gpus()
-    if attention == FLASH_ATTENTION and not has_gpus:
+    if attention == FLASH_ATTENTION and not _has_gpus(this):
         raise UserError(
             f"llm.attention is {attention}, which runs on GPUs alone, but {config.workers} workers find no GPU each: take "
             "llm.attention sdpa, or fewer --workers than GPUs"
         )
     if config.llm.model != EMBEDDED:
+        from sellarec.language.llm import check_attention
+
         check_attention(this.given_llm.name, this.given_llm.revision, attention)
+
+
+def _has_gpus(this: Run) -> bool:
+    """Whether workers get a GPU each; taken to be so of a cluster that isn't joined yet."""
+    import torch
+
+    if this.cluster is not None:
+        return this.gpus()
+    return joins_cluster() or torch.cuda.device_count() >= this.config.workers
 
 
 def check_labels(this: Run, stages: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch._inductor import config as inductor
 from transformers import (
     BertConfig,
     BertModel,
@@ -28,6 +29,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from sellarec import pipeline
+from sellarec.command_line import parse
 from sellarec.config import Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
@@ -286,6 +289,20 @@ def test_attention_that_cannot_be_had_is_refused(models, tmp_path):
     assert importlib.util.find_spec("flash_attn") is None, "this environment has none"
     with pytest.raises(UserError, match=r"llm.attention is flash_attention_2, .*installed"):
         llms.check_attention(models["llama"], None, "flash_attention_2")
+
+
+def test_attention_and_compiling_are_refused_before_any_stage(models, tmp_path):
+    """Where there is no GPU, and no compiler."""
+    flags = ["--llm", str(models["llama"]), "--workspace", str(tmp_path)]
+    flash = ["--llm.attention", "flash_attention_2", "--llm.dtype", "bfloat16"]
+    with pytest.raises(UserError, match="runs on GPUs alone, but 2 workers find no GPU each"):
+        pipeline.check_stage(pipeline.Run.of(parse([*flags, *flash])), "fuse")
+    pipeline.check_stage(pipeline.Run.of(parse([*flags, *flash])), "collab")
+    this = pipeline.Run.of(parse([*flags, "--fuse.compile", "True"]))
+    without = inductor.patch("cpp.cxx", (str(tmp_path / "no-compiler"),))
+    with without, pytest.raises(UserError, match=r"there is no C\+\+ compiler"):
+        pipeline.check_stage(this, "fuse")
+    pipeline.check_stage(this, "fuse")
 
 
 @pytest.fixture(scope="module", params=["embedded", "lm-stories260k", "lm-babyllama"])

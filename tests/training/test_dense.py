@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from language_cases import BATCH, STEPS, Case
+from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -246,7 +247,7 @@ def test_fuse_takes_the_same_steps_with_compiled_layers(gloo, models, titles, ad
 
 def test_without_a_compiler_compiling_is_refused(models, tmp_path):
     layers = llms.decoder_layers(llms.load_model(models["llama"]))
-    without = torch._inductor.config.patch("cpp.cxx", (str(tmp_path / "no-compiler"),))
+    without = inductor.patch("cpp.cxx", (str(tmp_path / "no-compiler"),))
     with without, pytest.raises(UserError, match=r"compile is True, but there is no C\+\+ compiler"):
         dense.compile_blocks(layers)
 
