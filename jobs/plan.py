@@ -1,9 +1,14 @@
-"""Plan the embedding tables of a cluster without one: which worker holds what, and the bytes that takes. `--help` lists all."""
+"""Plan a cluster without one: which worker holds which rows of the embedding tables, what a language model takes of memory and of
+hours, and the GPUs that this needs. `--help` lists all."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from sellarec.environment import check_environment
 from sellarec.errors import UserError, exit_status
+
+if TYPE_CHECKING:
+    from sellarec.config import Planning
 
 
 def main(arguments: list[str]) -> None:
@@ -37,6 +42,10 @@ def main(arguments: list[str]) -> None:
     how = f"{settings.device}, {storage.placement}, {settings.table_optimizer}"
     print(f"{workers} workers ({how}): {sum(held) / GIB:.3f} GiB in all")
     print(f"worker {fullest} holds most: {held[fullest] / GIB:.3f} GiB ({held[fullest]:,} bytes)")
+    if settings.llm is not None:
+        plan_language_model(settings, sum(held))
+        if settings.memory_per_worker is None:
+            return
     room = settings.memory_per_worker
     if room is None and settings.device == "cuda":
         raise UserError(
@@ -45,6 +54,55 @@ def main(arguments: list[str]) -> None:
     room = room or room_of_worker(workers) / GIB
     check_fits(placements, storage, optimizer, workers, int(room * GIB), "each worker")
     print(f"fits: each worker has room for {room:.1f} GiB")
+
+
+def plan_language_model(settings: "Planning", tables: int) -> None:
+    """Print what a language model takes of each worker, what it computes, and which GPUs that needs.
+
+    Args:
+        tables: bytes of all embedding tables.
+    """
+    from sellarec.command_line import parse
+    from sellarec.language import cost
+    from sellarec.language.llm import LlmSource, context_length, read_config
+    from sellarec.language.memory import phases, shape_of, summary, use_of
+
+    name = str(settings.llm)
+    config = parse([*settings.recipe, "--llm", name, "--workers", str(settings.workers)])
+    shape = shape_of(LlmSource(name, None, ""), None if config.adapt.method == "full" else config.adapt)
+    context = context_length(read_config(name))
+    rows = cost.known_rows(config, None)
+    if settings.rows is not None:
+        train, valid, test = (round(settings.rows * part / config.data.split[0]) for part in config.data.split)
+        rows = {"train": train, "valid": valid, "test": test, "items": settings.items}
+    if rows is None:
+        raise UserError("give --rows, the rows of the train split: the recipes name no dataset whose counts are known")
+    stages = [stage for stage in cost.STAGES if stage != "pretrain" or config.pretrains]
+    found = cost.costs(config, shape, context, rows, stages)
+    print(
+        f"\n{name}: {shape.weights:,} weights, {shape.layers} layers of width {shape.hidden:,}; {shape.adapter:,} weights of the "
+        "adapter"
+    )
+    for stage in stages:
+        print(
+            f"{stage:<9} takes of each of {settings.workers} workers {summary(phases(shape, use_of(stage, config, context)))}"
+        )
+    for line in cost.in_words(found):
+        print(line)
+    for gpu in [settings.gpu] if settings.gpu else cost.GPUS:
+        workers = cost.fewest_workers(config, shape, context, stages, tables, cost.GPUS[gpu])
+        if workers is None:
+            print(
+                f"{gpu} ({cost.GPUS[gpu].memory} GiB): fits on no number of them: lower micro_batch or prompt.max_tokens, or set "
+                "checkpoint_activations and llm.storage bfloat16"
+            )
+            continue
+        print(
+            f"{gpu} ({cost.GPUS[gpu].memory} GiB): fits from {workers} on; "
+            + cost.hours_in_words(found, [gpu], max(workers, settings.workers), settings.mfu)[0]
+        )
+    for line in cost.assumptions(settings.mfu):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from sellarec.config import (
     DENSE_SETTINGS,
     DENSE_TABLE_OPTIMIZERS,
     EMBEDDED,
+    FLASH_ATTENTION,
     LORA_SETTINGS,
     MODEL_SETTINGS,
     SAMPLED,
@@ -80,6 +81,7 @@ def check(config: Config) -> None:
         )
     check_trackers(config.trackers)
     _check_pretrain(config)
+    _check_attention(config)
     if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):
         raise UserError(
             f"llm.revision is {config.llm.revision}, but llm.model is {config.llm.model}: only a hub id has revisions"
@@ -121,6 +123,15 @@ def _check_pretrain(config: Config) -> None:
                 f"pretrain.{name} is {getattr(settings, name)}, but pretrain.continued is True, and the model that llm.model "
                 f"{model} names has its own: leave out one of the two"
             )
+
+
+def _check_attention(config: Config) -> None:
+    llm = config.llm
+    if llm.attention == FLASH_ATTENTION and llm.dtype == "float32":
+        raise UserError(
+            f"llm.attention is {llm.attention}, but llm.dtype is {llm.dtype}, for which its kernels are not made: take llm.dtype "
+            "bfloat16, or llm.attention sdpa"
+        )
 
 
 def _check_align(config: Config) -> None:
@@ -209,6 +220,12 @@ def _check_adapt(config: Config) -> None:
             f"fuse.train is {' '.join(config.fuse.train)}, but adapt.method is full, which leaves a whole model and no adapter: "
             "leave out adapter, or take adapt.method lora"
         )
+    for stage in ("adapt", "fuse"):
+        if adapt.dora and getattr(config, stage).compile:
+            raise UserError(
+                f"{stage}.compile is True, but adapt.dora is True, which PEFT computes in a way that torch.compile can't: leave "
+                "out one of the two"
+            )
     if not targets:
         raise UserError("adapt.targets is empty: give names of linear layers, or all-linear")
     if ALL_LINEAR in targets and len(targets) > 1:
@@ -532,10 +549,10 @@ _LOWEST: dict[str, float] = {
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
     **dict.fromkeys(("negatives_per_row", "block", "experts"), 1),
-    **dict.fromkeys(("trials", "concurrent"), 1),
+    **dict.fromkeys(("trials", "concurrent", "rows"), 1),
     "layer": -MAX_INTEGER,
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
-    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker"), 1e-6),
+    **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker", "mfu"), 1e-6),
     "seed": 0,
     "worker_timeout": 5,
     "grow_every": 1,

@@ -207,6 +207,12 @@ def parse_planning(arguments: Sequence[str]) -> Planning:
     """
     settings = _parse_flags(Planning, arguments, "plan.py")
     check_width("dim", settings.dim)
+    if settings.mfu > 1:
+        raise UserError(f"mfu is {settings.mfu}: a share above 0, at most 1, is needed")
+    defaults = Planning(workers=1, users=1, items=1)
+    for name in ("recipe", "rows", "gpu", "mfu"):
+        if settings.llm is None and getattr(settings, name) != getattr(defaults, name):
+            raise UserError(f"{name} is given, but llm is not, of which it says something: give --llm, or leave it out")
     return settings
 
 

@@ -18,11 +18,17 @@ from sellarec.data.sources.tables import Columns
 STAGES = ("prepare", "pretrain", "adapt", "collab", "distil", "align", "fuse", "evaluate")
 EMBEDDED = "embedded"
 
+FLASH_ATTENTION = "flash_attention_2"
+"""Of `llm.attention`: the one that takes GPUs and a package of its own."""
+
 DECODER_SETTINGS = ("vocabulary", "hidden", "layers", "heads")
 """Settings of `pretrain` that say what the embedded decoder is."""
 
 ALL_LINEAR = "all-linear"
 """Of `adapt.targets`: every linear layer but the output layer."""
+
+MFU = 0.3
+"""Share of a GPU's peak that is assumed to be reached (model FLOPs utilisation), where no other is given."""
 
 WORKER_TIMEOUT = 600.0
 """Seconds without an answer after which a worker counts as lost, unless `worker_timeout` says otherwise."""
@@ -161,6 +167,10 @@ class Llm:
     """Type that the frozen weights are held in: bfloat16 halves their memory and rounds them once, when they are loaded. What is
     trained stays float32, and all is computed in `dtype`. Stage pretrain trains all of its weights, as does adapt with method
     full, so they hold float32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = runtime("auto")
+    """How attention is computed, by Transformers' names: sdpa by torch's fused kernels; eager step by step; flash_attention_2 by
+    the package flash-attn, on GPUs with dtype bfloat16. auto: sdpa where the model has it, else eager. Stage distil, which
+    computes short texts in float32, always takes auto."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +288,9 @@ class Backpropagation(Language):
     checkpoint_activations: bool = runtime(False)
     """Whether only the inputs of the decoder layers are kept for the backward pass, and a layer's activations are computed again
     there: much less memory, for about a third more computing."""
+    compile: bool = runtime(False)
+    """Whether torch.compile makes kernels of the decoder layers for the steps of training, which takes a C++ compiler, and some
+    seconds to minutes at the first steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -719,3 +732,15 @@ class Planning:
     tables: Tables = field(default_factory=Tables)
     table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam", "adamw"] = "rowwise-adagrad"
     """Optimizer of the tables: its state lies beside the rows."""
+    llm: str | None = None
+    """Folder or hub id of a language model, or the path of its config.json: what the stages that run it take is planned too.
+    Nothing but its config is read."""
+    recipe: tuple[str, ...] = ()
+    """Recipes, laid over each other from left to right, whose settings those stages have."""
+    rows: int | None = None
+    """Rows of the train split, where the recipe's dataset is none whose counts are known. Valid and test are taken to be as large
+    beside it as `data.split` says."""
+    gpu: Literal["L4", "L40S", "A100-40GB", "A100-80GB", "H100", "H200"] | None = None
+    """GPU that each worker has, of which memory and hours are told; None: each of them."""
+    mfu: float = MFU
+    """Share of a GPU's peak that is assumed to be reached (model FLOPs utilisation)."""

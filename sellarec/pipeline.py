@@ -21,7 +21,19 @@ import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place, Store, fingerprint, free_bytes, in_json, lease, persist
 from sellarec.checks import check_layer
-from sellarec.config import EMBEDDED, STAGES, Config, Language, Selection, Sparse, leaves, result_settings, to_yaml
+from sellarec.config import (
+    EMBEDDED,
+    FLASH_ATTENTION,
+    STAGES,
+    Backpropagation,
+    Config,
+    Language,
+    Selection,
+    Sparse,
+    leaves,
+    result_settings,
+    to_yaml,
+)
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, copy_log, read_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
@@ -183,8 +195,12 @@ class Run:
         if self.config.pretrains:
             mark = self.marks["pretrain"]
             folder = str(self.artifact("pretrain").local() / "model")
-            return LlmSource(folder, None, f"pretrain-{mark}", self.config.llm.storage)
-        return dataclasses.replace(self.given_llm, storage=self.config.llm.storage)
+            return self._as_set(LlmSource(folder, None, f"pretrain-{mark}"))
+        return self._as_set(self.given_llm)
+
+    def _as_set(self, source: Any) -> Any:
+        """A language model's source, to be loaded as the settings say."""
+        return dataclasses.replace(source, storage=self.config.llm.storage, attention=self.config.llm.attention)
 
     def adapted(self, stage: str = "adapt") -> dict[str, Any]:
         """The language model that stage adapt leaves: its source, and the adapter on it, from the artifact of a stage; None where
@@ -194,7 +210,7 @@ class Run:
         if self.config.adapt.method == "lora":
             return {"source": self.llm(), "adapter": self.artifact(stage).local() / "adapter"}
         folder, mark = str(self.artifact("adapt").local() / "model"), self.marks["adapt"]
-        return {"source": LlmSource(folder, None, f"adapt-{mark}", self.config.llm.storage), "adapter": None}
+        return {"source": self._as_set(LlmSource(folder, None, f"adapt-{mark}")), "adapter": None}
 
     @cached_property
     def given_llm(self) -> Any:
@@ -288,12 +304,14 @@ def _run(this: Run) -> None:
     recorded = this.place.read_json("artifacts.json") or {}
     needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
     _check_inputs(this, [stage for stage in STAGES if stage in needed], wanted, recorded)
+    is_told = _tell_cost(this, wanted)
     everything = {name: value for name, value, _ in leaves(config)}
     this.trackers = open_trackers(config.trackers, this.place, str(config.name), everything, console.line)
     failed = True
     try:
         if joins_cluster():  # checked before any work
             this.connect()
+        _check_computing(this, wanted)
         for stage in STAGES:
             if stage in needed:
                 if stage in wanted:
@@ -307,6 +325,8 @@ def _run(this: Run) -> None:
                 )
                 if stage == "prepare":
                     check_labels(this, wanted)
+                    if not is_told:
+                        _tell_cost(this, wanted)
                     # the data are good: from here on the name is taken
                     this.place.write_json("settings.json", settings)
                     this.place.write_text("config.yaml", to_yaml(this.config))
@@ -322,6 +342,28 @@ def _run(this: Run) -> None:
             ray.shutdown()
     if "evaluate" in wanted:
         _finish(this)
+
+
+def _tell_cost(this: Run, wanted: Sequence[str]) -> bool:
+    """Tell what the stages that run a given language model will compute; False where the number of rows isn't known yet."""
+    from sellarec.language import cost
+    from sellarec.language.llm import context_length, read_config
+    from sellarec.language.memory import shape_of
+
+    config = this.config
+    if config.llm.model == EMBEDDED or not set(cost.STAGES) & set(wanted):
+        return True
+    stands = _stands(this, "prepare", f"prepare-{this.marks['prepare']}") if "prepare" in this.marks else False
+    rows = cost.known_rows(config, this.log().facts if stands else None)
+    if rows is None:
+        return False
+    source = this.given_llm
+    shape = shape_of(source, None if config.adapt.method == "full" else config.adapt)
+    found = cost.costs(config, shape, context_length(read_config(source.name, source.revision)), rows, wanted)
+    hours = cost.hours_in_words(found, ("A100-80GB", "H100"), config.workers)
+    for line in (*cost.in_words(found), *hours, *cost.assumptions()):
+        this.console.line(f"cost      {line}")
+    return True
 
 
 def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
@@ -397,6 +439,7 @@ def check_stage(this: Run, stage: str) -> None:
     """Raises UserError where a stage can't be carried out as asked for, whatever the data."""
     _check_sharding(this, (stage,))
     _check_layer(this, (stage,))
+    _check_computing(this, (stage,))
 
 
 def _closure(wanted: tuple[str, ...], config: Config, standing: set[str]) -> set[str]:
@@ -604,7 +647,15 @@ def _train(
     this.artifact(stage).delete(WORK)
     found = this.artifact(stage).read_json("training.json")
     assert found is not None
+    _tell_shortened(this, stage, found.get("histories", {}))
     return found
+
+
+def _tell_shortened(this: Run, stage: str, histories: dict[str, dict[str, int]]) -> None:
+    from sellarec.training.stream import counts_in_words
+
+    if histories:
+        this.console.line(f"{stage:<9} histories cut to fit: {counts_in_words(histories)}")
 
 
 def _valid_order(this: Run, stage: str, settings: Selection) -> Any:
@@ -686,6 +737,37 @@ def _check_layer(this: Run, wanted: Sequence[str]) -> None:
         check_layer(layer, decoder_depth(this.given_llm), this.config.llm.model)
 
 
+def _check_computing(this: Run, wanted: Sequence[str]) -> None:
+    """Raises UserError where attention can't be computed, or layers compiled, as asked for. Of a cluster's compilers, and of its
+    GPUs before it is joined, nothing is known here: its workers say so."""
+    config, attention = this.config, this.config.llm.attention
+    sections = [getattr(config, stage, None) for stage in wanted]
+    if any(isinstance(section, Backpropagation) and section.compile for section in sections) and not joins_cluster():
+        from sellarec.training.dense import check_compiler
+
+        check_compiler()
+    if attention == "auto" or not any(isinstance(section, Language) for section in sections):
+        return
+    if attention == FLASH_ATTENTION and not _has_gpus(this):
+        raise UserError(
+            f"llm.attention is {attention}, which runs on GPUs alone, but {config.workers} workers find no GPU each: take "
+            "llm.attention sdpa, or fewer --workers than GPUs"
+        )
+    if config.llm.model != EMBEDDED:
+        from sellarec.language.llm import check_attention
+
+        check_attention(this.given_llm.name, this.given_llm.revision, attention)
+
+
+def _has_gpus(this: Run) -> bool:
+    """Whether workers get a GPU each; taken to be so of a cluster that isn't joined yet."""
+    import torch
+
+    if this.cluster is not None:
+        return this.gpus()
+    return joins_cluster() or torch.cuda.device_count() >= this.config.workers
+
+
 def check_labels(this: Run, stages: Sequence[str]) -> None:
     """Raises UserError where a stage can't be trained, or selected, for want of rows of one label."""
     facts = this.log().facts
@@ -757,7 +839,8 @@ def _pretrain(this: Run) -> dict[str, Any]:
     _check_prompts(this, start())
     order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
     source = LlmSource(str(start()), None, "initial")
-    return _train(this, "pretrain", partial(_build_pretrain, start, settings), order, source=source)
+    build = partial(_build_pretrain, start, settings, this.config.llm.attention)
+    return _train(this, "pretrain", build, order, source=source)
 
 
 def _check_prompts(this: Run, folder: Path) -> None:
@@ -771,10 +854,10 @@ def _check_prompts(this: Run, folder: Path) -> None:
     Prompts(tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers)
 
 
-def _build_pretrain(start: Callable[[], Path], settings: Any) -> Any:
+def _build_pretrain(start: Callable[[], Path], settings: Any, attention: str) -> Any:
     from sellarec.language.pretrain import build_pretrain
 
-    return build_pretrain(start(), settings)
+    return build_pretrain(start(), settings, attention)
 
 
 def _adapt(this: Run) -> dict[str, Any]:
@@ -1020,7 +1103,10 @@ def _evaluate(this: Run) -> dict[str, Any]:
         protocol="pointwise", replicates=config.evaluate.replicates,
     )  # fmt: skip
     this.artifact("evaluate").write_json("results.json", records)
-    return {"rows": len(test)}
+    found = this.artifact("evaluate").read_json("scoring.json")
+    assert found is not None
+    _tell_shortened(this, "evaluate", found["histories"])
+    return {"rows": len(test), **found}
 
 
 RUN: dict[str, Callable[[Run], dict[str, Any]]] = {

@@ -158,6 +158,11 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--adapt.targets", ["adapt.targets", "empty", "all-linear"]),
         ("--adapt.method full --adapt.rank 4", ["adapt.rank is 4", "adapt.method is full"]),
         ("--adapt.method full --adapt.targets q_proj", ["adapt.targets", "q_proj", "adapt.method is full"]),
+        ("--adapt.dora True --fuse.compile True", ["fuse.compile is True", "adapt.dora is True"]),
+        (
+            "--llm.attention flash_attention_2",
+            ["llm.attention is flash_attention_2", "llm.dtype is float32", "bfloat16"],
+        ),
         ("--adapt.method full --fuse.train adapter", ["fuse.train is adapter", "adapt.method is full"]),
         (
             "--align.contrastive rince --align.rince-q 1 --align.temperature 0.01",
@@ -352,6 +357,7 @@ def test_what_results_depend_on_leaves_out_how_a_run_is_carried_out():
         "--workers 7 --workspace elsewhere --name other --stages prepare --data some/path --llm.revision x --llm x/y"
     )
     flags += " --adapt.micro-batch 3 --adapt.checkpoint-every 5 --evaluate.batch 3 --align.block 7"
+    flags += " --adapt.compile True --fuse.compile True --llm.attention eager"
     moved = parse(["ml-latest-small", *flags.split()])
     assert result_settings(moved) == settings
     assert not {"workers", "workspace", "name", "stages", "data.path", "llm.model"} & set(settings)

@@ -70,6 +70,7 @@ def write_report(
             results=results,
             intervals=_interval_figures(results),
             curves=[_curves(stage) for stage in stages if "losses" in stage["manifest"]["facts"]],
+            histories=_histories(stages),
             shards=_shards(stages),
             timings=_timings(stages),
             data=next((stage["manifest"]["facts"] for stage in stages if stage["stage"] == "prepare"), None),
@@ -174,6 +175,7 @@ def _curves(stage: Mapping[str, Any]) -> dict[str, Any]:
     name, facts = stage["stage"], dict(stage["manifest"]["facts"])
     losses, evaluations, kept = facts.pop("losses"), facts.pop("evaluations"), facts.pop("kept_step")
     facts.pop("first_losses", None)  # for comparing runs, not for reading
+    facts.pop("histories", None)  # a table of its own
     steps, workers, device = facts.pop("steps"), facts.pop("workers"), facts.pop("device")
     optimizers, _ = facts.pop("optimizers"), facts.pop("sharding")
     alignment = facts.pop("alignment", None)
@@ -220,6 +222,15 @@ def _finish_curves(axes: Axes, kept: int | None) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel("step")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.4)
+
+
+def _histories(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How many prompts' histories were cut to fit, a line a stage and what it read: a split, or the model that read test."""
+    return [
+        {"stage": stage["stage"], "read": read, **counts}
+        for stage in stages
+        for read, counts in stage["manifest"]["facts"].get("histories", {}).items()
+    ]
 
 
 def _shards(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -188,7 +188,7 @@ def build_fuse(
         trained: file of trained projections.
     """  # fmt: skip
     folder = source.folder()
-    model = llms.load_model(folder, source.storage)
+    model = llms.load_model(folder, source.storage, source.attention)
     tokens = soft_tokens(settings)
     if settings.loss != "answer":
         llms.check_output_layer(model)

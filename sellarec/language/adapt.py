@@ -197,7 +197,7 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
     folder, is_full = source.folder(), settings.method == "full"
     if is_full:
         source = replace(source, storage="float32")
-    model = llms.load_model(folder, source.storage)
+    model = llms.load_model(folder, source.storage, source.attention)
     if settings.loss != "answer":
         llms.check_output_layer(model)
     prompts = make_prompts(folder, titles, prompt, noun, model, "text", settings.loss)
@@ -232,6 +232,6 @@ def build_adapted(
     """The task of scoring with an adapter that was trained with a loss, on the prompts that it was trained on; without one,
     with a model that was trained so itself."""
     folder = source.folder()
-    model = llms.load_model(folder, source.storage)
+    model = llms.load_model(folder, source.storage, source.attention)
     prompts = make_prompts(folder, titles, prompt, noun, model, "text", loss)
     return TextTask(source, llms.with_adapter(model, adapter), prompts)

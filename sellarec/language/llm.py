@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sellarec.config import FLASH_ATTENTION
 from sellarec.data.files import file_hash
 from sellarec.errors import UserError
 
@@ -24,12 +25,14 @@ class LlmSource:
     Attributes:
         identity: what fingerprints take for the model: hashes of its files, or the hub's commit.
         storage: type that its frozen weights are held in, float32 or bfloat16.
+        attention: how attention is computed, as `llm.attention`.
     """
 
     name: str
     revision: str | None
     identity: str
     storage: str = "float32"
+    attention: str = "auto"
 
     def folder(self) -> Path:
         """The local folder with the model; a hub id is downloaded once a machine."""
@@ -106,11 +109,12 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         raise UserError(f"the tokenizer in {folder} can't be read ({reason}): save it there anew") from error
 
 
-def load_model(folder: Path, storage: str = "float32") -> "PreTrainedModel":
+def load_model(folder: Path, storage: str = "float32", attention: str = "auto") -> "PreTrainedModel":
     """The causal model of a folder.
 
     Args:
         storage: type of its weights, float32 or bfloat16, whatever they were saved in.
+        attention: as `llm.attention`; see `check_attention`.
 
     Raises:
         UserError: the folder holds something else than a causal language model, or its weights don't fit its config.
@@ -129,6 +133,7 @@ def load_model(folder: Path, storage: str = "float32") -> "PreTrainedModel":
             folder,
             config=config,
             dtype=getattr(torch, storage),
+            attn_implementation=None if attention == "auto" else attention,
             use_safetensors=True,
             output_loading_info=True,
             trust_remote_code=False,
@@ -166,6 +171,28 @@ def causal_config(name: str | Path, revision: str | None = None) -> Any:
         raise UserError(f"{name} holds a {architecture}, which is no causal language model")
     context_length(config)
     return config
+
+
+def check_attention(name: str | Path, revision: str | None, attention: str) -> None:
+    """Refuse a way to compute attention that a model doesn't have, or that takes a package that isn't installed.
+
+    Raises:
+        UserError: with what Transformers says of it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = causal_config(name, revision)
+    if attention == FLASH_ATTENTION:
+        config.dtype = torch.bfloat16
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"llm.attention is {attention}, which can't be had here of {name} ({' '.join(str(error).split())}): take "
+            "llm.attention auto"
+        ) from error
 
 
 def context_length(config: Any) -> int:

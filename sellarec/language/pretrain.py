@@ -97,14 +97,17 @@ class PretrainTask(Task):
         return {"weights": sum(weight.numel() for weight in self.model.parameters())}
 
 
-def build_pretrain(folder: Path, settings: Pretrain) -> PretrainTask:
+def build_pretrain(folder: Path, settings: Pretrain, attention: str = "auto") -> PretrainTask:
     """The task of pre-training the model of a folder, from the weights that it has.
+
+    Args:
+        attention: as `llm.attention`.
 
     Raises:
         UserError: texts can't be made into lines by its tokenizer, its logits don't go with a loss over tokens, or it can't be
             loaded.
     """
-    model, tokenizer = llms.load_model(folder), llms.load_tokenizer(folder)
+    model, tokenizer = llms.load_model(folder, attention=attention), llms.load_tokenizer(folder)
     llms.check_output_layer(model)
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         lacking = "no end token" if tokenizer.is_fast else "no form for the tokenizers library (tokenizer.json)"

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from sellarec.errors import UserError
 from sellarec.language.templates import SOFT, Template, Turn, read_templates
+from sellarec.training.stream import LEFT_OUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -355,12 +356,13 @@ class Prompts:
             labels: [b]: the prompts go on with the answer of these labels; None ends them at the deciding position.
 
         Returns:
-            tokens list<int32> (0 in slots), shown int64 (titles of the history), answer int64 (tokens of the answer, from
-            the deciding position on; left out without labels), prefix_tokens int64 (tokens before the first part that the
-            candidate fills), and for the slots user, item and semantic, where the template has them, `{slot}_position` int64:
-            where it stands, counted from the prompt's first token.
+            tokens list<int32> (0 in slots), shown int64 (titles of the history), titles_left_out int64 (those of the last
+            prompt.history that don't fit), answer int64 (tokens of the answer, from the deciding position on; left out without
+            labels), prefix_tokens int64 (tokens before the first part that the candidate fills), and for the slots user, item
+            and semantic, where the template has them, `{slot}_position` int64: where it stands, counted from the prompt's
+            first token.
         """
-        history, chosen = self._fitting(items, histories)
+        history, asked, chosen = self._fitting(items, histories)
         shown = chosen.sum(1)
         # each row's prompt as a sequence of pieces: where they start in the array of tokens, and how long they are
         pieces: list[tuple[np.ndarray | int, np.ndarray | int]] = []
@@ -402,14 +404,16 @@ class Prompts:
             {
                 "tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens)),
                 "shown": shown,
+                LEFT_OUT: asked - shown,
                 **({} if labels is None else {"answer": lengths[:, -1]}),
                 "prefix_tokens": before[:, candidate[0]],
                 **{f"{name}_position": before[:, at] for name, at in slots.items()},
             }
         )
 
-    def _fitting(self, items: np.ndarray, histories: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-        """The most recent items of each history, most recent first, int64 [b, H], and which of them fit, bool [b, H]."""
+    def _fitting(self, items: np.ndarray, histories: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The most recent items of each history, most recent first, int64 [b, H], how many they are, int64 [b], and which of them
+        fit, bool [b, H]."""
         offsets, values = histories.offsets.to_numpy(), histories.values.to_numpy()
         recent = np.arange(min(self._history, int(np.diff(offsets).max(initial=0))))
         valid = recent < np.diff(offsets)[:, None]
@@ -418,7 +422,7 @@ class Prompts:
         room = self._limit - self.segments.fixed - self._title[1][items]
         behind = self._others[1][history] + len(self.segments.separator)
         cost = np.cumsum(behind, axis=1) - behind + self._first[1][history]
-        return history, np.logical_and.accumulate(valid & (cost <= room[:, None]), axis=1)
+        return history, valid.sum(1), np.logical_and.accumulate(valid & (cost <= room[:, None]), axis=1)
 
     def prepare(
         self, rows: pa.Table, epoch: int, step: np.ndarray, keep_history: bool = False, answers: bool = False

@@ -1,7 +1,8 @@
 """Dense modules under FSDP2, on a (replicate, shard) mesh, with gradients summed over workers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+
+from sellarec.errors import UserError
 
 MIN_BLOCK_BYTES = 256 << 10
 """A smaller block is gathered with the root: a collective of its own would cost more time than its memory is worth."""
@@ -42,6 +45,42 @@ def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
     """
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Have torch.compile make kernels of each block for computing with gradients; without them it runs as it is. To be called
+    before `checkpoint_activations` and `shard`.
+
+    It is the block's `forward` that is compiled, inside the hooks of FSDP2, so that names of weights stay as they are, and the
+    kernels find whole weights. One compilation serves all blocks and all lengths; a block that can't be compiled whole fails,
+    instead of running slower than asked for.
+
+    Raises:
+        UserError: there is no C++ compiler.
+    """
+    check_compiler()
+    for block in blocks:
+        block.forward = partial(
+            _with_gradients, torch.compile(block.forward, dynamic=True, fullgraph=True), block.forward
+        )
+
+
+def _with_gradients(compiled: Callable[..., Any], plain: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    return (compiled if torch.is_grad_enabled() else plain)(*arguments, **named)
+
+
+def check_compiler() -> None:
+    """Raises UserError where this machine has no C++ compiler, which torch.compile calls."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError(
+            "compile is True, but there is no C++ compiler, with which torch.compile makes its kernels: install g++, name a "
+            "compiler in the variable CXX, or leave adapt.compile, fuse.compile and pretrain.compile out"
+        ) from error
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -206,6 +206,8 @@ class Engine:
         self.optimizer = None
         if task.model is not None:
             task.model.to(workers.device)
+            if isinstance(settings, Backpropagation) and settings.compile:
+                dense.compile_blocks(task.blocks)
             if isinstance(settings, Backpropagation) and settings.checkpoint_activations:
                 dense.checkpoint_activations(task.blocks)
             dense.shard(task.model, task.blocks, workers.device, self.dtype)

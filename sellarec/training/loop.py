@@ -33,7 +33,7 @@ from sellarec.training.engine import Engine, Workers, rank_queries, together, wa
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.scoring import distinct, report_scored, split_slices
 from sellarec.training.storage import Storage
-from sellarec.training.stream import Order, whole_batches
+from sellarec.training.stream import Order, named_counts, shortened, whole_batches
 from sellarec.training.task import CheckedTask, MeasuredTask, Task
 
 FIRST_LOSSES = 20
@@ -117,6 +117,8 @@ class Position:
     """(step, metrics on the valid split by name)."""
     measured: dict[str, Any] | None = None
     """What a `MeasuredTask` found before the first step."""
+    shortened: list[float] = field(default_factory=lambda: [0, 0, 0])
+    """Of the prompts stepped on, what `sellarec.training.stream.shortened` counts."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -159,7 +161,8 @@ def _train(training: Training) -> None:
     steps = training.steps
     reporter = _Reporter(training, engine, steps, position.step)
     profiler = _Profiler(training, workers, position.step)
-    batches = split_slices(training.train, task, task.prepare, workers, position.step, steps)
+    first, size = position.step, engine.micro_batch
+    batches = split_slices(training.train, task, task.prepare, workers, first, steps, micro_batch=size)
     if isinstance(task, MeasuredTask) and position.step == 0:
         position.measured = engine.measure()
     saved, asked = time.monotonic(), _Asked(training.board)
@@ -179,9 +182,10 @@ def _train(training: Training) -> None:
         told = (0.0, 0.0)
         if workers.rank == 0:
             told = (asked.to_stop(), time.monotonic() - saved > settings.checkpoint_every)
-        everyone = workers.tell(*told, *reporter.own(rows))
+        everyone = workers.tell(*told, *shortened(rows), *reporter.own(rows))
         leave, due = everyone[0, :2]
-        reporter.step(position, loss, training.train.batch_rows(position.step - 1), everyone[:, 2:])
+        position.shortened = (np.array(position.shortened) + everyone[:, 2:5].sum(0)).tolist()
+        reporter.step(position, loss, training.train.batch_rows(position.step - 1), everyone[:, 5:])
         improved = False
         if selection and valid and (position.step % validate_every == 0 or position.step == steps):
             improved = valid.evaluate(engine, position)
@@ -209,6 +213,10 @@ def _train(training: Training) -> None:
     if isinstance(task, CheckedTask) and valid:
         engine.check_export(valid.some(), training.output)
     facts = _facts(training, engine, position) | measured
+    if position.shortened[0]:
+        facts["histories"] = {"train": named_counts(position.shortened)}
+        if valid:
+            facts["histories"]["valid"] = named_counts(valid.shortened)
     storage.first(
         f"writing {training.output}/training.json", partial(training.output.write_json, "training.json", facts)
     )
@@ -263,6 +271,7 @@ class _Valid:
             self._rows = list(whole_batches(order, columns, task.prepare_to_score, workers.rank, 0, steps))
             return
         self._rows = list(split_slices(order, task, task.prepare_to_score, workers, 0, steps, ("row", "user", "label")))
+        self.shortened = workers.sum(*np.sum([shortened(part) for part in self._rows], axis=0).tolist())
         wanted = ("row", "user", "label", "weight")
         labels = [np.stack([part[c].to_numpy().astype(np.int64) for c in wanted]) for part in self._rows]
         gathered = workers.collect(np.concatenate(labels, axis=1))

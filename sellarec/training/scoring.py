@@ -1,7 +1,7 @@
 """Scoring a split with several trained models, and ranking for its users, on each worker, under Ray Train."""
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from sellarec.errors import StageFailed, UserError
 from sellarec.evaluation.ranking import UserMetrics
 from sellarec.training.engine import Engine, Workers, rank_queries, together
 from sellarec.training.storage import Storage
-from sellarec.training.stream import Order, Prepare, stream, whole_batches
+from sellarec.training.stream import Order, Prepare, named_counts, shortened, stream, whole_batches
 from sellarec.training.task import Task
 
 
@@ -30,7 +30,8 @@ class Scoring:
         storage_timeout: seconds for which storage that fails is tried again.
         build: by model name, what makes the task with its trained weights; called on each worker.
         order: order of the rows.
-        output: the place that `scores.parquet` is written to: column `row`, and one float32 column a model.
+        output: the place that `scores.parquet` is written to: column `row`, and one float32 column a model; and
+            `scoring.json`: `histories`, by model what `named_counts` says of its prompts.
         queries: order of the queries for which each model ranks the catalog too; None ranks nothing.
         cutoffs: at which the rankings are measured; `MODEL.parquet` in the output has a row a user, a column a metric.
     """
@@ -64,15 +65,21 @@ def _score(scoring: Scoring) -> None:
     workers = Workers.join(scoring.timeout)
     order = scoring.order
     columns: dict[str, np.ndarray] = {}
+    histories: dict[str, dict[str, int]] = {}
     for name, build in scoring.build.items():
         start = time.monotonic()
         task = together(build, workers)
         dtype = scoring.dtype if task.blocks else "float32"  # as each was trained
         engine = together(partial(Engine, task, workers, 0, scoring.settings, scoring.storage, dtype), workers)
         slices = split_slices(order, task, task.prepare_to_score, workers, 0, order.steps_per_epoch)
+        counted = np.zeros(3, np.int64)
         found = engine.score(
-            slices, partial(report_scored, workers, scoring.board, scoring.stage, name, "rows scored", order)
+            _counting(slices, counted),
+            partial(report_scored, workers, scoring.board, scoring.stage, name, "rows scored", order),
         )
+        counts = workers.sum(*counted.tolist())
+        if counts[0]:
+            histories[name] = named_counts(counts)
         if found is not None:
             columns["row"], columns[name] = found["row"], found["score"]
             seconds = time.monotonic() - start
@@ -87,9 +94,17 @@ def _score(scoring: Scoring) -> None:
     def write() -> None:
         with scoring.output.writing() as folder:
             pq.write_table(pa.table(columns), folder / "scores.parquet")
+        scoring.output.write_json("scoring.json", {"histories": histories})
 
     storage = Storage(workers, scoring.stage, scoring.storage_timeout, partial(_tell, scoring))
     storage.first(f"writing {scoring.output}/scores.parquet", write)
+
+
+def _counting(slices: Iterable[pa.Table], counted: np.ndarray) -> Iterator[pa.Table]:
+    """The slices; what `shortened` counts of them is added to `counted`, int64 [3]."""
+    for rows in slices:
+        counted += shortened(rows)
+        yield rows
 
 
 def _tell(scoring: Scoring, line: str) -> None:
@@ -105,10 +120,20 @@ def _rank(scoring: Scoring, queries: Order, name: str, engine: Engine) -> UserMe
 
 
 def split_slices(
-    order: Order, task: Task, how: Prepare | None, workers: Workers, first: int, last: int, more: Sequence[str] = ()
+    order: Order,
+    task: Task,
+    how: Prepare | None,
+    workers: Workers,
+    first: int,
+    last: int,
+    more: Sequence[str] = (),
+    micro_batch: int | None = None,
 ) -> Generator[pa.Table]:
-    """This worker's slices of steps [first, last), prepared `how`, with the columns that a task reads and `more`."""
-    return stream(order, distinct([*task.columns, *more]), how, workers.rank, workers.world_size, first, last)
+    """This worker's slices of steps [first, last), prepared `how`, with the columns that a task reads and `more`. With a
+    `micro_batch`, prompts are dealt out so that little of each is padding; prompts to score are not, as those that begin alike
+    lie side by side."""
+    columns = distinct([*task.columns, *more])
+    return stream(order, columns, how, workers.rank, workers.world_size, first, last, micro_batch)
 
 
 def distinct(names: Sequence[str]) -> list[str]:

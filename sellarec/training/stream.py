@@ -1,8 +1,9 @@
 """The order of training rows: a pure function of (seed, epoch, step), streamed through Ray Data.
 
 Row groups are shuffled, then rows within windows of row groups; the global batch of a step is the next `batch` rows of that
-order, and worker r of W takes the r-th of W equal slices. So any number of workers sees the same global batches, and a
-position is (epoch, step) alone. The last batch of an epoch is short; short slices are padded with rows of weight 0.
+order, and worker r of W takes the r-th of W equal slices; of prompts that are trained on, those that `dealt` gives it. So any
+number of workers sees the same global batches, and a position is (epoch, step) alone. The last batch of an epoch is short; short
+slices are padded with rows of weight 0.
 
 One Ray Data pipeline reads for all workers: its tasks read each window once, prepare its rows (draw negatives, make
 tokens) and put them into the object store as blocks of the global order. Worker 0 drives it and hands the blocks'
@@ -10,12 +11,13 @@ references on; each worker cuts its own slices out of the blocks.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 WINDOW_ROWS = 1 << 18
@@ -32,6 +34,9 @@ AHEAD_BYTES = 1 << 30
 
 PIECES_AT_ONCE = 512
 """Pieces of one Ray Data pipeline; the next pipeline begins when its last rows are taken."""
+
+LEFT_OUT = "titles_left_out"
+"""Column of prepared rows that are prompts: how many titles of the row's history were left out so that its prompt fits."""
 
 Prepare = Callable[[pa.Table, int, np.ndarray], pa.Table]
 """(rows, epoch, step of each row int64 [n]) -> the same rows with columns added or left out. Runs in the reading tasks, so it
@@ -156,13 +161,38 @@ def slice_rows(batch: int, world_size: int) -> int:
     return -(-batch // world_size)
 
 
+def dealt(lengths: np.ndarray, share: int, world_size: int, micro_batch: int) -> np.ndarray:
+    """Which rows of a global batch of prompts each worker takes, so that little of its micro-batches is padding, and all workers
+    have alike much to do at a time: in the order of their lengths, `micro_batch` to each worker in its turn.
+
+    Args:
+        lengths: int64 [b], tokens of each row.
+        share: rows that each worker takes, at least b / world_size.
+
+    Returns:
+        int64 [world_size, share], places in the batch; -1 for padding, which comes before the shortest.
+    """
+    places = np.full(world_size * share, -1)
+    places[len(places) - len(lengths) :] = np.argsort(lengths, kind="stable")
+    turn = world_size * micro_batch
+    turns = [places[start : start + turn].reshape(world_size, -1) for start in range(0, len(places), turn)]
+    return np.concatenate(turns, axis=1)
+
+
 def slices(
-    blocks: Iterator[pa.Table], order: Order, rank: int, world_size: int, first: int, last: int
+    blocks: Iterator[pa.Table],
+    order: Order,
+    rank: int,
+    world_size: int,
+    first: int,
+    last: int,
+    micro_batch: int | None = None,
 ) -> Iterator[pa.Table]:
     """One worker's slices of steps [first, last), cut out of the rows of these steps.
 
     Args:
         blocks: the rows of steps from `first` on, in order, in tables of any size.
+        micro_batch: prompts (rows with `tokens`) are dealt out in so many at a time; None cuts equal slices.
 
     Yields:
         For each step `slice_rows(batch, world_size)` rows: the columns, and `weight` (float32: 1, or 0 for padding).
@@ -176,23 +206,60 @@ def slices(
         start = rank * share
         rows = waiting.slice(start, max(0, min(share, size - start)))
         weight = (np.arange(share) < len(rows)).astype(np.float32)
-        if len(rows) < share:
+        if micro_batch is not None and "tokens" in waiting.column_names:
+            lengths = pc.list_value_length(waiting["tokens"].slice(0, size)).to_numpy()
+            places = dealt(lengths, share, world_size, micro_batch)[rank]
+            rows, weight = waiting.take(np.maximum(places, 0)), (places >= 0).astype(np.float32)
+        elif len(rows) < share:
             # what stands in padding has no meaning: a row of the batch
             rows = pa.concat_tables([rows, waiting.take(np.zeros(share - len(rows), np.int64))])
         yield rows.append_column("weight", pa.array(weight))
         waiting = waiting.slice(size)
 
 
+def shortened(rows: pa.Table) -> tuple[int, int, int]:
+    """Of prepared rows of weight 1: prompts, those whose history was cut to fit, titles left out of it. Zeros of rows that are
+    no prompts."""
+    if LEFT_OUT not in rows.column_names:
+        return 0, 0, 0
+    left_out = rows[LEFT_OUT].to_numpy()[rows["weight"].to_numpy() > 0]
+    return len(left_out), int((left_out > 0).sum()), int(left_out.sum())
+
+
+def named_counts(counts: Sequence[float]) -> dict[str, int]:
+    """What `shortened` counts, added up, as manifests have it."""
+    return dict(zip(("prompts", "shortened", "titles left out"), map(int, counts), strict=True))
+
+
+def counts_in_words(histories: Mapping[str, Mapping[str, int]]) -> str:
+    """One line of `named_counts` by what was read."""
+    return "; ".join(
+        f"{what}: {found['shortened']:,} of {found['prompts']:,} prompts, {found['titles left out']:,} titles left out"
+        for what, found in histories.items()
+    )
+
+
 def stream(
-    order: Order, columns: Sequence[str], prepare: Prepare | None, rank: int, world_size: int, first: int, last: int
+    order: Order,
+    columns: Sequence[str],
+    prepare: Prepare | None,
+    rank: int,
+    world_size: int,
+    first: int,
+    last: int,
+    micro_batch: int | None = None,
 ) -> Generator[pa.Table]:
     """This worker's slices of steps [first, last), counted over all epochs. All workers of a group call it alike.
+
+    Args:
+        micro_batch: as of `slices`.
 
     Yields:
         As `slices`.
     """
     if first < last:
-        yield from slices(_blocks(order, columns, prepare, rank, first, last), order, rank, world_size, first, last)
+        blocks = _blocks(order, columns, prepare, rank, first, last)
+        yield from slices(blocks, order, rank, world_size, first, last, micro_batch)
 
 
 def whole_batches(

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 TINY: dict[str, Any] = {
     "data": {"world": {"users": 200, "items": 200, "interactions": 4000, "genres": 4}},
-    "prompt": {"template": "compact"},
+    "prompt": {"template": "compact", "max_tokens": 40},
     "pretrain": {"max_steps": 22, "hidden": 96},
     "adapt": {"max_steps": 24, "batch": 66, "validate_every": 0.25},
     "collab": {"epochs": 6},
@@ -26,7 +26,8 @@ TINY: dict[str, Any] = {
     "fuse": {"max_steps": 24, "batch": 66, "validate_every": 0.25},
     "evaluate": {"replicates": 50},
 }
-"""A small world and few steps. The batch of 66 is no multiple of 4, so slices of some workers are padded."""
+"""A small world and few steps. The batch of 66 is no multiple of 4, so slices of some workers are padded; some histories don't
+fit."""
 
 
 LONGER = {

@@ -115,6 +115,26 @@ def test_every_test_row_is_scored_once(runs: Runs, workers: int) -> None:
     assert scores["row"].to_pylist() == rows.to_pylist()
 
 
+@pytest.mark.parametrize("workers", [ALONE, 2, 3])
+def test_histories_that_were_cut_are_counted_alike(runs: Runs, workers: int) -> None:
+    """By the manifests, what is printed and the report; of the test split as many as there are rows."""
+    workspace, printed = runs[workers]
+    report = (workspace / "runs/run/report.html").read_text()
+    rows = pq.read_table(main_job.artifact(workspace, "run", "prepare") / "interactions/test").num_rows
+    for stage, read in (("adapt", "train"), ("adapt", "valid"), ("fuse", "train"), ("evaluate", "sella-rec")):
+        found, expected = (
+            main_job.read_json(main_job.artifact(runs[n][0], "run", stage) / "manifest.json")["facts"]["histories"]
+            for n in (workers, 2)
+        )
+        assert found == expected
+        counts = found[read]
+        assert 0 < counts["shortened"] < counts["prompts"] and counts["shortened"] <= counts["titles left out"]
+        if stage == "evaluate":
+            assert counts["prompts"] == rows
+        said = f"{read}: {counts['shortened']:,} of {counts['prompts']:,} prompts, {counts['titles left out']:,} titles"
+        assert said in printed and f"{counts['titles left out']:,}" in report
+
+
 def test_what_the_run_leaves(runs: Runs) -> None:
     workspace, printed = runs[2]
     folder = workspace / "runs/run"

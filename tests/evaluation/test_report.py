@@ -259,6 +259,18 @@ def test_what_align_did_is_shown_with_its_price():
     assert "items of the train split before" not in Page(report()).text
 
 
+def test_histories_that_were_cut_are_counted_by_stage_and_split():
+    counts = {"prompts": 2000, "shortened": 30, "titles left out": 1041}
+    stages = make_stages()
+    stages[2]["manifest"]["facts"]["histories"] = {"train": counts, "valid": counts | {"shortened": 0}}
+    stages.append({**stages[3], "stage": "evaluate"})
+    stages[4]["manifest"] = {"seconds": 1.0, "facts": {"rows": 300, "histories": {"text-only": counts}}}
+    text = Page(report(stages=stages)).text
+    assert "collab train 2,000 30 (1.5%) 1,041 collab valid 2,000 0 (0.0%) 1,041" in text
+    assert "evaluate text-only 2,000 30 (1.5%) 1,041" in text
+    assert "titles left out" not in Page(report()).text
+
+
 def test_the_input_stays_as_it_was():
     stages = make_stages()
     before = copy.deepcopy(stages)

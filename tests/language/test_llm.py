@@ -1,5 +1,6 @@
 """Language models: what is refused and why, adapters that come back as they were, scores that padding doesn't touch."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,9 +15,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch._inductor import config as inductor
 from transformers import (
     BertConfig,
     BertModel,
+    Gemma2Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -26,6 +29,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from sellarec import pipeline
+from sellarec.command_line import parse
 from sellarec.config import Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
@@ -259,6 +264,45 @@ def test_the_loss_is_the_logistic_one_of_the_score_over_rows_of_weight_one(decod
     assert task.loss(task.model, batch, {}, torch.clone).item() == pytest.approx(
         losses[[0, 2, 3]].sum().item(), rel=1e-5
     )
+
+
+@torch.no_grad()
+def test_attention_is_computed_as_asked_for(models):
+    tokens = torch.arange(3, 15)[None]
+    found = {}
+    for attention in ("auto", "sdpa", "eager"):
+        model = llms.load_model(models["qwen2"], attention=attention).eval()
+        assert model.config._attn_implementation == {"auto": "sdpa"}.get(attention, attention)
+        found[attention] = model(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(found["sdpa"], found["auto"], rtol=0, atol=0)
+    torch.testing.assert_close(found["eager"], found["sdpa"], rtol=0, atol=1e-4)
+
+
+def test_attention_that_cannot_be_had_is_refused(models, tmp_path):
+    """Of a model that caps its attention's logits, which sdpa can't; by a package that isn't installed."""
+    small: dict = WIDTHS | {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 8}
+    Gemma2Config(**small, architectures=["Gemma2ForCausalLM"]).save_pretrained(tmp_path)
+    llms.check_attention(tmp_path, None, "eager")
+    llms.check_attention(models["llama"], None, "sdpa")
+    with pytest.raises(UserError, match=r"llm.attention is sdpa, which can't be had here of .*take llm.attention auto"):
+        llms.check_attention(tmp_path, None, "sdpa")
+    assert importlib.util.find_spec("flash_attn") is None, "this environment has none"
+    with pytest.raises(UserError, match=r"llm.attention is flash_attention_2, .*installed"):
+        llms.check_attention(models["llama"], None, "flash_attention_2")
+
+
+def test_attention_and_compiling_are_refused_before_any_stage(models, tmp_path):
+    """Where there is no GPU, and no compiler."""
+    flags = ["--llm", str(models["llama"]), "--workspace", str(tmp_path)]
+    flash = ["--llm.attention", "flash_attention_2", "--llm.dtype", "bfloat16"]
+    with pytest.raises(UserError, match="runs on GPUs alone, but 2 workers find no GPU each"):
+        pipeline.check_stage(pipeline.Run.of(parse([*flags, *flash])), "fuse")
+    pipeline.check_stage(pipeline.Run.of(parse([*flags, *flash])), "collab")
+    this = pipeline.Run.of(parse([*flags, "--fuse.compile", "True"]))
+    without = inductor.patch("cpp.cxx", (str(tmp_path / "no-compiler"),))
+    with without, pytest.raises(UserError, match=r"there is no C\+\+ compiler"):
+        pipeline.check_stage(this, "fuse")
+    pipeline.check_stage(this, "fuse")
 
 
 @pytest.fixture(scope="module", params=["embedded", "lm-stories260k", "lm-babyllama"])

@@ -15,6 +15,7 @@ from sellarec.language.llm import load_tokenizer
 from sellarec.language.prompts import MIN_HISTORY, SOFT, Catalog, Prompts, SegmentTokenizer, Written, compile_template
 from sellarec.language.scorer import left_padded
 from sellarec.language.templates import Template, read_template
+from sellarec.training.stream import LEFT_OUT
 
 EMBEDDED, PRETRAINED = "embedded", ("lm-stories260k", "lm-babyllama")
 BOTH = [(name, kind) for name in ("full", "compact") for kind in ("text", "fused")]
@@ -43,7 +44,8 @@ def build(prompts: Prompts, rows: list[tuple[int, list[int]]]) -> dict[str, np.n
     """The prompts of (candidate, history) rows."""
     items, histories = zip(*rows, strict=True)
     found = prompts.build(np.asarray(items), pa.array(histories, pa.list_(pa.int64())))
-    return {"shown": found["shown"].to_numpy(), **{name: value.numpy() for name, value in left_padded(found).items()}}
+    counts = {name: found[name].to_numpy() for name in ("shown", LEFT_OUT)}
+    return {**counts, **{name: value.numpy() for name, value in left_padded(found).items()}}
 
 
 def tokens_of(found: dict[str, np.ndarray], row: int) -> list[int]:
@@ -194,7 +196,7 @@ def test_what_the_fused_templates_say():
 
 
 def test_text_prompts_have_no_slots(embedded, titles):
-    assert set(build(make(embedded, titles), ROWS)) == {"tokens", "mask", "shown"}
+    assert set(build(make(embedded, titles), ROWS)) == {"tokens", "mask", "shown", LEFT_OUT}
 
 
 @settings(max_examples=60)
@@ -218,6 +220,7 @@ def test_histories_are_shortened_from_the_oldest_and_the_instruction_never(token
         tokens, shown = tokens_of(found, row), int(found["shown"][row])
         assert len(tokens) <= limit
         assert shown <= min(most, len(history))
+        assert found[LEFT_OUT][row] == min(most, len(history)) - shown
         # the same as a prompt with room for all, of the history's most recent part
         assert tokens == tokens_of(build(plenty, [(candidate, history[len(history) - shown :])]), 0)
         if shown < min(most, len(history)):

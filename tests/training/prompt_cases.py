@@ -109,7 +109,7 @@ def train(case: Case) -> dict[str, Any]:
     rows = rows_of(order, task, task.prepare, 0, STEPS)
     losses = [
         engine.step(part, step, rate_at(step))
-        for step, part in enumerate(slices(rows, order, workers.rank, size, 0, STEPS))
+        for step, part in enumerate(slices(rows, order, workers.rank, size, 0, STEPS, case.micro_batch))
     ]
     last = order.steps_per_epoch
     rows = rows_of(order, task, task.prepare_to_score, 0, last)

@@ -1,23 +1,30 @@
 """Stages that train through the language model, step for step: one to three workers under FSDP2 against plain torch."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gloo_workers
 import language_cases
 import numpy as np
 import pytest
 import torch
 from language_cases import BATCH, STEPS, Case
+from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sellarec.config import Adapt, Fuse, Pretrain
+from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.training import dense
 
 torch.set_num_threads(1)
+
+COMPILING = 600
+"""Seconds that a call may take in which layers are compiled."""
 
 LOSS = {"rtol": 2e-5, "atol": 1e-6}
 GRADIENTS = {"rtol": 1e-3, "atol": 2e-6}
@@ -197,13 +204,66 @@ def test_a_layer_that_is_computed_again_draws_the_same_dropout(gloo, models, tit
         np.testing.assert_array_equal(checkpointed["weights"][name], value, err_msg=name)
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "workers", "changes"), [("llama", 2, {}), ("gpt2", 1, {"checkpoint_activations": True})]
+)
+def test_compiled_layers_take_the_same_steps(gloo, models, titles, tmp_path, model, workers, changes, monkeypatch):
+    """Gradients too; and the saved adapter, whose names are the same, is loaded by PEFT."""
+    monkeypatch.setattr(gloo_workers, "PATIENCE", COMPILING)
+    settings = changes | (GPT2 if model == "gpt2" else {})
+    case = Case(models[model], titles, adapt(**settings))
+    plain = gloo.call(workers, language_cases.train, case)[0]
+    compiled = replace(case, settings=adapt(**settings, compile=True), folder=tmp_path)
+    for worker in gloo.call(workers, language_cases.train, compiled):
+        np.testing.assert_allclose(worker["losses"], plain["losses"], **LOSS)
+        for step, gradients in enumerate(plain["gradients"]):
+            assert worker["gradients"][step].keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                np.testing.assert_allclose(worker["gradients"][step][name], gradient, err_msg=name, **GRADIENTS)
+        assert worker["checked"] is None
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_fuse_takes_the_same_steps_with_compiled_layers(gloo, models, titles, adapter, tmp_path_factory, monkeypatch):
+    """Gradients go through the frozen layers to projections and tables."""
+    monkeypatch.setattr(gloo_workers, "PATIENCE", COMPILING)
+    log = language_cases.save_tables(tmp_path_factory.mktemp("tables"))
+    plain, compiled = (
+        gloo.call(
+            2,
+            language_cases.train,
+            Case(models["llama"], titles, Fuse(micro_batch=2, clip=1e3, compile=compiles), adapter=adapter("llama")),
+            log,
+        )[0]
+        for compiles in (False, True)
+    )
+    np.testing.assert_allclose(compiled["losses"], plain["losses"], **LOSS)
+    for name, value in plain["weights"].items():
+        np.testing.assert_allclose(compiled["weights"][name], value, err_msg=name, **WEIGHTS)
+
+
+def test_without_a_compiler_compiling_is_refused(models, tmp_path):
+    layers = llms.decoder_layers(llms.load_model(models["llama"]))
+    without = inductor.patch("cpp.cxx", (str(tmp_path / "no-compiler"),))
+    with without, pytest.raises(UserError, match=r"compile is True, but there is no C\+\+ compiler"):
+        dense.compile_blocks(layers)
+
+
 @pytest.fixture(scope="module")
-def adapter(models, titles, tmp_path_factory) -> Path:
-    """An adapter of qwen2, with DoRA."""
-    task = language_cases.adapt_task(Case(models["qwen2"], titles, adapt(dora=True)))
-    folder = tmp_path_factory.mktemp("adapt")
-    task.save(folder, {name: weight.detach() for name, weight in task.model.named_parameters() if weight.requires_grad})
-    return folder / "adapter"
+def adapter(models, titles, tmp_path_factory) -> Callable[[str], Path]:
+    """Saves an adapter of a model: of qwen2 with DoRA."""
+
+    def save(name: str) -> Path:
+        task = language_cases.adapt_task(Case(models[name], titles, adapt(dora=name == "qwen2")))
+        folder = tmp_path_factory.mktemp("adapt")
+        trained = {name: weight.detach() for name, weight in task.model.named_parameters() if weight.requires_grad}
+        task.save(folder, trained)
+        return folder / "adapter"
+
+    return save
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +285,11 @@ def test_fuse_takes_the_same_steps_with_stored_bfloat16_and_checkpointed(
     if "fuse" not in plain:
         log = language_cases.save_tables(tmp_path_factory.mktemp("tables"))
         settings = Fuse(micro_batch=BATCH, clip=1e3, unseen_dropout=0.3)
-        case = Case(rounded, titles, settings, adapter=adapter)
+        case = Case(rounded, titles, settings, adapter=adapter("qwen2"))
         plain["fuse"] = log, gloo.call(1, language_cases.train, case, log)[0]
     log, twin = plain["fuse"]
     settings = Fuse(micro_batch=2, clip=1e3, unseen_dropout=0.3, checkpoint_activations=True)
-    case = Case(models["qwen2"], titles, settings, storage="bfloat16", adapter=adapter)
+    case = Case(models["qwen2"], titles, settings, storage="bfloat16", adapter=adapter("qwen2"))
     for worker in gloo.call(workers, language_cases.train, case, log):
         np.testing.assert_allclose(worker["losses"], twin["losses"], **LOSS)
         for name, value in twin["weights"].items():

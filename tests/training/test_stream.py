@@ -14,7 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sellarec.training import stream
-from sellarec.training.stream import Order, prepared, row_groups, slice_rows, slices
+from sellarec.training.stream import (
+    LEFT_OUT,
+    Order,
+    RowGroup,
+    counts_in_words,
+    named_counts,
+    prepared,
+    row_groups,
+    shortened,
+    slice_rows,
+    slices,
+)
 
 COLUMNS = ("row", "twice")
 
@@ -182,3 +193,62 @@ def test_every_nth_row_of_the_files_order(make_order, files, group, batch, windo
 def test_only_the_named_columns_are_read(make_order):
     order = make_order((10,), 4, 5, 0)
     assert [table.column_names for table in rows_of(order, 0, 2, ("twice",))] == [["twice"]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), BATCH)
+def test_prompts_whose_history_was_cut_are_counted_once_whatever_the_workers(left_out, batch):
+    """Padding, which is a row of the batch again, counts for nothing."""
+    rows = pa.table({LEFT_OUT: left_out})
+    expected = (len(left_out), sum(count > 0 for count in left_out), sum(left_out))
+    order = Order((RowGroup("", 0, len(rows)),), batch, None)
+    for workers in (1, 2, 3):
+        parts = [
+            part
+            for rank in range(workers)
+            for part in slices(iter([rows]), order, rank, workers, 0, order.steps_per_epoch)
+        ]
+        counts = np.sum([shortened(part) for part in parts], axis=0)
+        assert tuple(counts) == expected
+    found = {"train": named_counts(counts)}
+    assert found["train"] == dict(zip(("prompts", "shortened", "titles left out"), expected, strict=True))
+    words = f"train: {expected[1]} of {expected[0]} prompts, {expected[2]} titles left out"
+    assert counts_in_words(found | {"valid": found["train"]}) == f"{words}; {words.replace('train', 'valid')}"
+
+
+def test_rows_that_are_no_prompts_count_for_nothing():
+    assert shortened(pa.table({"row": [1, 2], "weight": pa.array([1.0, 0.0], pa.float32())})) == (0, 0, 0)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), BATCH, st.integers(1, 4), st.integers(1, 9))
+def test_prompts_are_dealt_out_by_length_each_once(lengths, batch, workers, size):
+    """Of each global batch; micro-batches of all workers that go through the model at a time are neighbours in length, so no more
+    is padded than in slices of rows as they come, sorted by length."""
+    rows = pa.table({"row": np.arange(len(lengths)), "tokens": [[0] * length for length in lengths]})
+    order = Order((RowGroup("", 0, len(rows)),), batch, None)
+    steps = order.steps_per_epoch
+    own, cut = (
+        [list(slices(iter([rows]), order, rank, workers, 0, steps, *how)) for rank in range(workers)]
+        for how in ((size,), ())
+    )
+    for step in range(steps):
+        expected = list(range(step * batch, min((step + 1) * batch, len(lengths))))
+        real = [part[step].filter(pc.equal(part[step]["weight"], 1)) for part in own]
+        assert sorted(row for part in real for row in part["row"].to_pylist()) == expected
+        read = {}
+        for name, parts in (("dealt", own), ("cut", cut)):
+            found = [np.sort(pc.list_value_length(part[step]["tokens"]).to_numpy()) for part in parts]
+            assert {len(part) for part in found} == {slice_rows(batch, workers)}
+            turns = [[part[at : at + size] for part in found] for at in range(0, len(found[0]), size)]
+            read[name] = sum(len(part) * part.max() for turn in turns for part in turn)
+        if len(expected) == workers * slice_rows(batch, workers):  # else rows of padding are of any length
+            assert read["dealt"] <= read["cut"]
+            ends = [length for turn in _turns(own, step, size) for part in turn for length in (part.min(), part.max())]
+            assert ends == sorted(ends)
+
+
+def _turns(parts: list[list[pa.Table]], step: int, size: int) -> list[list[np.ndarray]]:
+    """Lengths of the micro-batches of a step, in their order: by turn and worker."""
+    found = [pc.list_value_length(part[step]["tokens"]).to_numpy() for part in parts]
+    return [[part[at : at + size] for part in found] for at in range(0, len(found[0]), size)]

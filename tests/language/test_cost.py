@@ -1,0 +1,118 @@
+"""What language models compute: near what torch counts, by hand for a recipe, and in hours of GPUs."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from sellarec import pipeline
+from sellarec.command_line import parse
+from sellarec.config import Adapt
+from sellarec.language import cost
+from sellarec.language import llm as llms
+from sellarec.language.memory import Shape, phases, shape_of, use_of
+
+SHAPE = Shape(
+    weights=10_000_000,
+    adapter=100_000,
+    layer=2_000_000,
+    layers=4,
+    hidden=500,
+    features=10_000,
+    keys=400,
+    vocabulary=30_000,
+)
+ROWS = {"train": 1000, "valid": 300, "test": 200, "items": 50}
+
+
+def counted(model: torch.nn.Module, rows: int, tokens: int, train: bool) -> int:
+    """What torch counts of products of matrices, of which attention's are over whole prompts."""
+    ids = torch.arange(rows * tokens).reshape(rows, tokens) % 50
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(train):
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        if train:
+            logits.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_operations_are_those_that_torch_counts(models, name):
+    """With and without gradients, which go through the first layer too. Biases, norms and causal masks are what they may differ
+    by."""
+    targets = ["c_attn"] if name == "gpt2" else ["q_proj", "down_proj"]
+    settings = Adapt(rank=3, targets=tuple(targets))
+    shape = shape_of(llms.find_llm(str(models[name]), None), settings)
+    lora = LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2")
+    model = get_peft_model(llms.load_model(models[name], attention="eager"), lora)
+    model.enable_input_require_grads()
+    for tokens in (4, 12):
+        attention = 2.0 * shape.layers * shape.hidden * tokens * tokens * 2
+        read = cost.operations(shape, 2, tokens, 1) + attention
+        assert counted(model, 2, tokens, train=False) == pytest.approx(read, rel=0.08)
+        trained = cost.training_operations(shape, 2, tokens, 1, "adapter", False) + 3 * attention
+        assert counted(model, 2, tokens, train=True) == pytest.approx(trained, rel=0.08)
+
+
+def test_a_recipes_costs_by_hand():
+    config = parse(["demo", "--adapt.batch", "100", "--adapt.max-steps", "25", "--adapt.epochs", "3", "--llm", "x"])
+    config = dataclasses.replace(config, adapt=dataclasses.replace(config.adapt, validate_every=0.5, valid_rows=200))
+    found = cost.cost_of("adapt", config, SHAPE, 128, ROWS)
+    # 10 steps an epoch, 25 of 30; every 5 of them 200 rows are scored
+    assert (found.steps, found.trained, found.scored, found.tokens) == (25, 2500, 5 * 200, 128)
+    linear, attention, logits = 2 * 8_100_000 * 128, 2 * 4 * 500 * 128 * 128, 2 * 500 * 30_000
+    trained = 2500 * (2 * linear + 3 * attention + 2 * 100_000 * 128 + 2 * logits)
+    assert found.operations == pytest.approx(trained + 1000 * (linear + attention + logits))
+    again = dataclasses.replace(config, adapt=dataclasses.replace(config.adapt, checkpoint_activations=True))
+    more = cost.cost_of("adapt", again, SHAPE, 128, ROWS).operations - found.operations
+    assert more == pytest.approx(2500 * (linear + attention))
+    sequence = dataclasses.replace(config, adapt=dataclasses.replace(config.adapt, loss="sequence"))
+    more = cost.cost_of("adapt", sequence, SHAPE, 128, ROWS).operations - found.operations
+    assert more == pytest.approx(2500 * logits * (3 * 128 - 2))
+    distil, evaluate = (cost.cost_of(stage, config, SHAPE, 128, ROWS) for stage in ("distil", "evaluate"))
+    assert (distil.scored, distil.tokens, distil.dtype) == (50, 64, "float32")
+    assert (evaluate.scored, evaluate.steps) == (2 * 200, 0)
+
+
+def test_hours_are_operations_over_what_the_gpus_reach():
+    one = cost.Cost("adapt", 1, 1, 0, 1, 312e12 * 3600 * 0.5, "bfloat16")
+    assert one.hours(cost.GPUS["A100-80GB"], 1, 0.5) == pytest.approx(1)
+    assert one.hours(cost.GPUS["A100-80GB"], 4, 0.25) == pytest.approx(0.5)
+    half = dataclasses.replace(one, dtype="float32")
+    assert half.hours(cost.GPUS["A100-80GB"], 1, 0.5) == pytest.approx(16)
+    (line,) = cost.hours_in_words([one, dataclasses.replace(one, stage="fuse")], ["A100-80GB"], 1, 0.5)
+    assert line == "1 x A100-80GB: 2.00 hours (adapt 1.00, fuse 1.00)"
+
+
+def test_the_fewest_gpus_are_those_that_hold_model_and_tables():
+    config = parse(["demo", "--llm", "x"])
+    stages = ("adapt", "fuse")
+    alone = cost.memory_of(config, SHAPE, 128, stages, 1)
+    use = dataclasses.replace(use_of("adapt", config, 128), compares=False, workers=1)
+    assert alone == max(sum(parts.values()) for parts in phases(SHAPE, use).values())
+    assert cost.memory_of(config, SHAPE, 128, stages, 4) < alone
+    gpu = cost.GPUS["L4"]
+    assert cost.fewest_workers(config, SHAPE, 128, stages, 0, gpu) == 1
+    assert cost.fewest_workers(config, SHAPE, 128, stages, 100 << 30, gpu) == 8
+    giant = dataclasses.replace(SHAPE, weights=10**13)
+    assert cost.fewest_workers(config, giant, 128, stages, 0, gpu) is None
+
+
+def test_a_run_with_a_given_model_tells_its_costs_first(models, tmp_path, capsys):
+    arguments = ["sella-official", "--llm", str(models["llama"]), "--workers", "3", "--workspace", str(tmp_path)]
+    config = parse(
+        [*arguments, "--adapt.targets", "all-linear", "--data.expected", "33891", "10401", "7331", "839", "3256"]
+    )
+    this = pipeline.Run.of(config)
+    this.marks["prepare"] = "0" * 16
+    assert pipeline._tell_cost(this, ("prepare", "adapt", "collab"))
+    told = capsys.readouterr().out
+    assert "cost      adapt     254 steps, 32,512 prompts trained on" in told and "of at most 256 tokens" in told
+    assert "3 x A100-80GB: " in told and "3 x H100: " in told and "assumed: 30% of the peak" in told
+    assert "fuse" not in told
+    unknown = pipeline.Run.of(dataclasses.replace(config, data=dataclasses.replace(config.data, expected=None)))
+    assert not pipeline._tell_cost(unknown, ("adapt",)) and not capsys.readouterr().out
+    embedded = pipeline.Run.of(parse(["demo", "--workspace", str(Path(tmp_path))]))
+    assert pipeline._tell_cost(embedded, ("adapt",)) and not capsys.readouterr().out
