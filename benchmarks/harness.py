@@ -332,8 +332,8 @@ def _compare(case: Case, found: dict[str, dict[str, Any]]) -> None:
             first, reference = next(iter(values.items()))
             if np.shape(value) != np.shape(reference) or _apart(value, reference) > tolerance:
                 raise CaseError(
-                    f"{case.name}: the sides don't do the same work: {what} is {reference} of {first} and {value} of {name}, more "
-                    f"than {tolerance:g} of it apart"
+                    f"{case.name}: the sides don't do the same work: {what} is {reference} of {first} and {value} of {name}, "
+                    f"more than {tolerance:g} of it apart"
                 )
 
 
@@ -398,8 +398,8 @@ def in_words(result: dict[str, Any]) -> str:
     for name, ratio in result["ratios"].items():
         speed, cpu = (ratio[key] for key in CLOCKS)
         lines.append(
-            f"    {first} over {name}: {speed['median']:.2f} times as fast [{speed['lowest']:.2f}, {speed['highest']:.2f}], per CPU "
-            f"second {cpu['median']:.2f} [{cpu['lowest']:.2f}, {cpu['highest']:.2f}]"
+            f"    {first} over {name}: {speed['median']:.2f} times as fast [{speed['lowest']:.2f}, {speed['highest']:.2f}], per "
+            f"CPU second {cpu['median']:.2f} [{cpu['lowest']:.2f}, {cpu['highest']:.2f}]"
         )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """A case over a grid of settings: `python benchmarks/sweep.py CASE work.batch=1024,4096 [KEY=V1,V2 ...] [--dry-run]`.
 
-Each cell is a run of run.py's with its own file, `CASE.KEY=VALUE.KEY=VALUE.json` in `--out-dir`. A cell that has no memory left is a
-result. One that fails otherwise doesn't end the grid, but the command ends with status 1.
+Each cell is a run of run.py's with its own file, `CASE.KEY=VALUE.KEY=VALUE.json` in `--out-dir`. A cell that has no memory
+left is a result. One that fails otherwise doesn't end the grid, but the command ends with status 1.
 """
 
 import argparse

@@ -39,11 +39,13 @@ from typing import Any
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parents[1] / "tables"))  # benchmarks share their helpers
+sys.path += [
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[1] / "tables"),
+]  # benchmarks share their helpers
 
+from environments import make_environment
 from processes import measure_alone, popularity, write
-
-from environments import make_environment  # processes.py puts the benchmarks' own folder on the path
 
 PINS = (
     "recbole==1.2.1", "torch==2.13.0", "numpy==1.26.4", "scipy==1.13.1", "pandas==2.1.4", "setuptools==80.10.2"

@@ -1,7 +1,7 @@
-"""Steps of LoRA tuning of a language model on prompts: the training loop's engine, and plain Hugging Face Transformers and PEFT.
+"""Steps of LoRA tuning of a language model on prompts: the training loop's engine, and plain Transformers and PEFT.
 
-All sides take the same global batches through the same micro-batches of rows, from the same weights, with the same loss (next-token
-cross-entropy of the answer's tokens) and optimizer, so their losses agree.
+All sides take the same global batches through the same micro-batches of rows, from the same weights, with the same loss (next-
+token cross-entropy of the answer's tokens) and optimizer, so their losses agree.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from sides.engine import engine_of
+from sides.language import model_folder, prompt_rows, titles, write_model
 from torch.nn import functional as F
 
 from sellarec.config import Adapt, Prompt
 from sellarec.language.adapt import TextTask, build_adapt
 from sellarec.language.llm import find_llm
-from sides.engine import engine_of
-from sides.language import model_folder, prompt_rows, titles, write_model
 
 ROWS, ADAPTER = "rows.parquet", "adapter"
 
@@ -77,8 +77,8 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
 
 
 def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple[int, dict]]:
-    """A loop as it is published: rows in the order they come, padded on the left; the model makes logits of all positions, and the
-    loss ignores those without a label. As the Trainer does, micro-batches share one normaliser.
+    """A loop as it is published: rows in the order they come, padded on the left; the model makes logits of all positions, and
+    the loss ignores those without a label. As the Trainer does, micro-batches share one normaliser.
 
     Args:
         fixed: pad to the longest prompt there may be, else to the longest of the micro-batch.

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from sides.language import model_folder, prompt_rows, titles, write_model
 
 from sellarec.config import Adapt, Prompt
 from sellarec.language.adapt import build_adapt
 from sellarec.language.llm import find_llm
-from sides.language import model_folder, prompt_rows, titles, write_model
 
 SHOWN = 50
 """Scores that are compared."""

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from sides.language import model_folder, titles, write_model
 
 from sellarec.config import Distil
 from sellarec.language.distil import MAX_TOKENS, ItemEncoder
 from sellarec.language.llm import find_llm
-from sides.language import model_folder, titles, write_model
 
 SHOWN = 3
 """Vectors that are compared."""
@@ -32,7 +32,7 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
 
 
 def plain(work: dict[str, Any], folder: Path, padding: str) -> Callable[[], tuple[int, dict]]:
-    """A loop over batches of texts in the catalog's order, which the tokenizer pads; all hidden states are asked for, as usual."""
+    """A loop over batches of texts in the catalog's order, which the tokenizer pads; it asks for all hidden states."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, device = model_folder(work, folder), "cuda" if torch.cuda.is_available() else "cpu"  # as ours does
