@@ -7,9 +7,11 @@ left is a result. One that fails otherwise doesn't end the grid, but the command
 import argparse
 import itertools
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from harness import RESULTS, CaseError, in_words, measure, resolve, write
+from harness import RESULTS, Case, CaseError, in_words, measure, resolve, write
 from run import ENVIRONMENTS, settings_of
 
 
@@ -23,6 +25,12 @@ def cell_name(case: str, cell: dict[str, str]) -> str:
     """Of its file, without the ending: no two cells of a grid have the same."""
     settings = (f"{key.replace('/', '_')}={value.replace('/', '_')}" for key, value in cell.items())
     return ".".join([Path(case).stem, *settings])
+
+
+def values_of(case: Case, cell: dict[str, str]) -> dict[str, Any]:
+    """A cell's settings as the case has them."""
+    settings = {"work": case.work, "run": asdict(case.run)}
+    return {key: settings[section][name] for key in cell for section, _, name in [key.partition(".")]}
 
 
 def main() -> int:
@@ -49,7 +57,7 @@ def main() -> int:
     except CaseError as error:
         parser.error(str(error))
     failed = []
-    for name, case in resolved.items():
+    for number, (name, case) in enumerate(resolved.items()):
         if arguments.dry_run:
             print(name)
             continue
@@ -60,7 +68,7 @@ def main() -> int:
             failed.append(name)
             continue
         print(f"{name}\n{in_words(result)}", flush=True)
-        write(result, arguments.out_dir / f"{name}.json")
+        write(result | {"cell": values_of(case, grid[number])}, arguments.out_dir / f"{name}.json")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
