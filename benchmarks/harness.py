@@ -292,7 +292,7 @@ def measure(case: Case, environments: Path, say: Callable[[str], None]) -> dict[
             for name, side in case.sides.items():
                 python = Path(sys.executable)
                 if side.packages:
-                    python = make_environment(environments / f"{case.name}-{name}".replace(" ", "-"), side.packages)
+                    python = _python_of(environments / f"{case.name}-{name}".replace(" ", "-"), side)
                 processes[name] = Process(side, python, case.run, Path(folder))
                 built = ask(name, processes[name], given)
                 if built and (first := ask(name, processes[name], "repeat")):
@@ -319,6 +319,13 @@ def measure(case: Case, environments: Path, say: Callable[[str], None]) -> dict[
         **summary(list(case.sides), answers, rounds, lost),
         "rounds": rounds,
     }
+
+
+def _python_of(folder: Path, side: Side) -> Path:
+    try:
+        return make_environment(folder, side.packages)
+    except subprocess.CalledProcessError as error:
+        raise CaseError(f"pip can't install {', '.join(side.packages)} in {folder}: {error}") from error
 
 
 def _compare(case: Case, found: dict[str, dict[str, Any]]) -> None:
