@@ -32,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -40,8 +39,12 @@ from typing import Any
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).parents[1] / "tables"))  # benchmarks share their helpers
+sys.path += [
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parents[1] / "tables"),
+]  # benchmarks share their helpers
 
+from environments import make_environment
 from processes import measure_alone, popularity, write
 
 PINS = (
@@ -91,17 +94,6 @@ def write_log(folder: Path) -> None:
             items = np.argpartition(-(log_weights + generator.gumbel(size=ITEMS)), degree)[:degree]
             times = 10**9 + user + np.arange(degree) * 60
             file.writelines(f"u{user}\ti{item}\t5\t{at}\n" for item, at in zip(items, times, strict=True))
-
-
-def make_environment(folder: Path) -> Path:
-    """RecBole's environment in `folder`, made where there is none; gives its Python."""
-    python = folder / "bin" / "python"
-    made = folder / "made"
-    if not made.is_file() or made.read_text() != " ".join(PINS):
-        venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PINS], check=True)
-        made.write_text(" ".join(PINS))
-    return python
 
 
 class Side:
@@ -250,7 +242,7 @@ def main() -> None:
     if settings.quick:
         settings.rounds, settings.mf_batches, settings.sasrec_batches, settings.recbole_sasrec_batches = 2, 40, 4, 1
         pairs = {name: (ours[:1], theirs[:1]) for name, (ours, theirs) in pairs.items()}
-    python = make_environment(settings.environment.absolute())
+    python = make_environment(settings.environment.absolute(), PINS)
     facts = {"recbole environment": PINS, "users": USERS, "items": ITEMS, "rows": ROWS, "mf batch": BATCH}
     facts |= {"sasrec sequences a batch": SEQUENCES, "threads a side": 1}
     lines: list[dict] = []

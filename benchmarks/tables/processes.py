@@ -2,20 +2,20 @@
 
 import json
 import os
-import platform
-import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks share their helpers
+
+import machine
 
 from sellarec.training.launch import KEEP_FREED_MEMORY
 
@@ -84,16 +84,4 @@ def write(
     packages: Sequence[str] = ("sellarec", "torchrec", "fbgemm-gpu", "numpy"),
 ) -> None:
     """Put the cases, the machine, versions (torch's and those of packages), commit and date into a JSON file."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    machine = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "cores": os.cpu_count(),
-        "cores used": len(os.sched_getaffinity(0)),
-        "memory bytes": psutil.virtual_memory().total,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "versions": {name: metadata.version(name) for name in packages},
-    }
-    out.write_text(json.dumps({**facts, **machine, "cases": cases}, indent=1) + "\n")
+    out.write_text(json.dumps({**facts, **machine.facts(("torch", *packages)), "cases": cases}, indent=1) + "\n")

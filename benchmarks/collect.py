@@ -1,0 +1,157 @@
+"""Tables and plots of results: `python benchmarks/collect.py [--results DIR] [--into FILE.md]`.
+
+Reads every JSON that run.py and sweep.py have left in `--results`, and puts the tables between the lines
+`<!-- benchmarks -->` and `<!-- end of benchmarks -->` of a Markdown file (without `--into` they are printed). Plots go to the
+folder `images` beside it: one of all ratios, and one for each case that was swept over a number.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).parents[1] / "jobs"))
+
+from reproduce import put_between
+
+from sellarec.figures import ACCENT, MUTED, STYLE
+
+NAME = "benchmarks"
+MARKS = "os^Dv"
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The results of a folder by the names of their files; a sweep's cells in the order of their values."""
+    found = [json.loads(path.read_text()) | {"file": path.stem} for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda result: (result["case"], list(cell_of(result).values())))
+
+
+def cell_of(result: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a sweep has given a result, by name."""
+    return result.get("cell", {})
+
+
+def ratio_in_words(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.3g} [{ratio['lowest']:.3g}, {ratio['highest']:.3g}]"
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A line for each side of each result, the first side's with what is compared."""
+    lines = [
+        "| case | side | units/s | first side over this one: speed | per CPU second | first repetition s | then s | MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        cell = "".join(f", {name} {value:,}" for name, value in cell_of(result).items())
+        for number, (name, side) in enumerate(result["sides"].items()):
+            case = f"`{result['case']}`{cell}: {result['what']}" if number == 0 else ""
+            if "out of memory" in side:
+                lines.append(f"| {case} | {name} | out of memory | | | | | |")
+                continue
+            ratio = result["ratios"].get(name)
+            ratios = [ratio_in_words(ratio[clock]) for clock in ("speed", "per CPU second")] if ratio else ["", ""]
+            speed = f"{side['units/s']:,.0f} {result['unit']}/s"
+            times = f"{side['first seconds']:.2f} | {side['seconds']:.3g} | {side['bytes above'] / 2**20:,.0f}"
+            lines.append(f"| {case} | {name} | {speed} | {ratios[0]} | {ratios[1]} | {times} |")
+    return "\n".join(lines)
+
+
+def origins(results: list[dict[str, Any]]) -> str:
+    """Where, when and how the results were taken: a line for those that have it alike."""
+    lines: dict[str, list[str]] = {}
+    for result in results:
+        machine, run = result["machine"], result["settings"]["run"]
+        gpus = {side["GPU"] for side in result["sides"].values() if "GPU" in side}
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+        told = (
+            f"{machine['date'][:10]}, commit {machine['commit'][:10]}{machine['commit'][40:]}, {machine['processor']}, "
+            f"{machine['cores used']} cores, {machine['memory bytes'] / 2**30:.0f} GiB{''.join(f', {gpu}' for gpu in gpus)}, "
+            f"{run['threads']} thread{'s' if run['threads'] > 1 else ''} a side; Python {machine['python']}, {versions}"
+        )
+        kept = f"{result['file']} ({result['rounds kept']} of {run['rounds']} rounds)"
+        lines.setdefault(told, []).append(kept)
+    return "\n".join(f"- {', '.join(files)}: {told}." for told, files in lines.items())
+
+
+def plot(draw: Callable[[Any], None], file: Path, size: tuple[float, float], panels: int = 1) -> None:
+    with rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(1, panels))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, facecolor="white", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+
+
+def draw_ratios(axes: Axes, results: list[dict[str, Any]]) -> None:
+    """Speed of the first side over each other one: the median of rounds, and the lowest and highest."""
+    found = [
+        (f"{result['case']}, against {name}", ratio["speed"])
+        for result in reversed(results)
+        for name, ratio in reversed(result["ratios"].items())
+    ]
+    for place, (_, ratio) in enumerate(found):
+        axes.plot([ratio["lowest"], ratio["highest"]], [place, place], color=MUTED)
+        axes.plot(ratio["median"], place, "o", color=ACCENT)
+    axes.axvline(1, color=MUTED, linestyle=":")
+    axes.set(xscale="log", yticks=range(len(found)), yticklabels=[name for name, _ in found])
+    axes.set_xlabel("times as fast: median of rounds, lowest and highest")
+
+
+def draw_sweep(panels: Any, cells: list[dict[str, Any]], key: str) -> None:
+    """Speed and memory of each side over a setting; a side ends where it had no memory left."""
+    measures = {
+        f"{cells[0]['unit']}/s": lambda side: side["units/s"],
+        "MiB": lambda side: side["bytes above"] / 2**20,
+    }
+    for axes, (label, value) in zip(panels, measures.items(), strict=True):
+        for mark, name in zip(MARKS, cells[0]["sides"], strict=False):
+            fitting = [cell for cell in cells if "out of memory" not in cell["sides"][name]]
+            places = [cell_of(cell)[key] for cell in fitting]
+            axes.plot(places, [value(cell["sides"][name]) for cell in fitting], f"{mark}-", label=name)
+        axes.set(xscale="log", yscale="log", xlabel=key, ylabel=label)
+    panels[0].legend()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--into", type=Path, help="Markdown file, whose tables are replaced")
+    arguments = parser.parse_args()
+    results = read(arguments.results)
+    if not results:
+        parser.error(f"there are no results in {arguments.results}: benchmarks/run.py all makes them")
+    single = [result for result in results if not cell_of(result)]
+    text, pictures = f"{table(results)}\n\n{origins(results)}\n", []
+    images = (arguments.into.parent if arguments.into else Path()) / "images"
+    if single and arguments.into:
+        lines = sum(len(result["ratios"]) for result in single)
+        plot(lambda axes: draw_ratios(axes, single), images / f"{NAME}.svg", (7, 0.8 + 0.25 * lines))
+        pictures.append(f"![How many times as fast the first side of each case is]({images.name}/{NAME}.svg)\n")
+    for case, group in groupby((result for result in results if cell_of(result)), key=lambda result: result["case"]):
+        cells = list(group)
+        keys = list(cell_of(cells[0]))
+        if len(keys) > 1 or not arguments.into or not isinstance(cell_of(cells[0])[keys[0]], int | float):
+            continue
+        plot(
+            lambda panels, cells=cells, key=keys[0]: draw_sweep(panels, cells, key),
+            images / f"{NAME}-{case}.svg",
+            (7, 2.6),
+            panels=2,
+        )
+        pictures.append(f"![{case} over {keys[0]}: speed and memory]({images.name}/{NAME}-{case}.svg)\n")
+    if arguments.into:
+        put_between(arguments.into, NAME, "\n".join([*pictures, text]))
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Steps of LoRA tuning of a language model on prompts: the training loop's engine, and plain Transformers and PEFT.
+
+All sides take the same global batches through the same micro-batches of rows, from the same weights, with the same loss (next-
+token cross-entropy of the answer's tokens) and optimizer, so their losses agree.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from sides.engine import engine_of
+from sides.language import model_folder, prompt_rows, titles, write_model
+from torch.nn import functional as F
+
+from sellarec.config import Adapt, Prompt
+from sellarec.language.adapt import TextTask, build_adapt
+from sellarec.language.llm import find_llm
+
+ROWS, ADAPTER = "rows.parquet", "adapter"
+
+
+def settings_of(work: dict[str, Any]) -> Adapt:
+    return Adapt(loss="answer-tokens", batch=work["batch"], micro_batch=work["micro_batch"], rank=work["rank"])
+
+
+def task_of(work: dict[str, Any], folder: Path) -> TextTask:
+    prompt = Prompt(template=work["template"], history=work["history"], max_tokens=work["max_tokens"])
+    source = find_llm(model_folder(work, folder), None)
+    return build_adapt(source, titles(work["items"]), prompt, "movie", settings_of(work))
+
+
+def inputs(work: dict[str, Any], folder: Path) -> None:
+    """The model, an adapter to start from, and the prompts of all steps of a repetition. Histories are as skewed as users are:
+    most are short, some full."""
+    write_model(work, folder)
+    task, number = task_of(work, folder), work["batch"] * work["steps"]
+    task.model.llm.save_pretrained(folder / ADAPTER)
+    generator = np.random.default_rng(1)
+    lengths = np.minimum(1 + generator.geometric(2.5 / work["history"], number), work["history"])
+    histories = [generator.integers(0, work["items"], length) for length in lengths]
+    rows = prompt_rows(histories, generator.integers(0, work["items"], number), generator.integers(0, 2, number))
+    pq.write_table(task.prepare(rows, 0, np.zeros(number, np.int64)), folder / ROWS)
+
+
+def batches_of(work: dict[str, Any], folder: Path) -> list[pa.Table]:
+    rows = pq.read_table(folder / ROWS)
+    return [rows.slice(step * work["batch"], work["batch"]).combine_chunks() for step in range(work["steps"])]
+
+
+def count_tokens(batches: list[pa.Table]) -> int:
+    """Without padding."""
+    return sum(len(batch["tokens"].combine_chunks().flatten()) for batch in batches)
+
+
+def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    task, settings, batches = task_of(work, folder), settings_of(work), batches_of(work, folder)
+    set_peft_model_state_dict(task.model.llm, load_file(folder / ADAPTER / "adapter_model.safetensors"))
+    engine = engine_of(task, settings, work["device"])
+    real, taken = count_tokens(batches), 0
+
+    def repeat() -> tuple[int, dict]:
+        nonlocal taken
+        losses = []
+        for batch in batches:
+            losses.append(engine.step(batch, taken, 1.0))  # gives the loss as a number, for which a GPU is waited for
+            taken += 1
+        return real, {"losses": losses}
+
+    return repeat
+
+
+def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple[int, dict]]:
+    """A loop as it is published: rows in the order they come, padded on the left; the model makes logits of all positions, and
+    the loss ignores those without a label. As the Trainer does, micro-batches share one normaliser.
+
+    Args:
+        fixed: pad to the longest prompt there may be, else to the longest of the micro-batch.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    settings, batches, device = settings_of(work), batches_of(work, folder), work["device"]
+    base = AutoModelForCausalLM.from_pretrained(model_folder(work, folder), trust_remote_code=False)
+    model = PeftModel.from_pretrained(base, folder / ADAPTER, is_trainable=True).to(device).train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
+    )
+    real, size = count_tokens(batches), work["micro_batch"]
+
+    def step(batch: pa.Table) -> float:
+        tokens, answers = batch["tokens"].to_pylist(), batch["answer"].to_pylist()
+        total, count = 0.0, sum(answers)
+        for start in range(0, len(tokens), size):
+            part = slice(start, start + size)
+            longest = work["max_tokens"] if fixed else max(map(len, tokens[part]))
+            padded = [F.pad(torch.tensor(text), (longest - len(text), 0)) for text in tokens[part]]
+            ids, lengths = torch.stack(padded).to(device), torch.tensor([len(text) for text in tokens[part]])
+            mask = (torch.arange(longest) >= longest - lengths[:, None]).long().to(device)
+            answered = torch.arange(longest) >= longest - torch.tensor(answers[part])[:, None]
+            labels = torch.where(answered.to(device), ids, -100)
+            loss = model(
+                input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(count, device=device)
+            ).loss
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    def repeat() -> tuple[int, dict]:
+        return real, {"losses": [step(batch) for batch in batches]}
+
+    return repeat
+
+
+def fixed_padding(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
+    return plain(work, folder, fixed=True)
+
+
+def padded_to_longest(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
+    return plain(work, folder, fixed=False)

@@ -1,0 +1,57 @@
+"""What the sides that run a language model share: the model, titles, and prompts."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from sellarec.config import Pretrain
+from sellarec.language.pretrain import build_decoder
+from sellarec.language.templates import read_template
+
+WORDS = (
+    "the", "of", "and", "silent", "golden", "last", "river", "harbor", "night", "winter", "king", "stranger", "city", "road"
+)  # fmt: skip
+
+
+def titles(number: int) -> list[str]:
+    """Of 2 to 6 words and a year, about as long as MovieLens'."""
+    generator = np.random.default_rng(0)
+    found = [" ".join(generator.choice(WORDS, generator.integers(2, 7))).capitalize() for _ in range(number)]
+    return [f"{title} ({year})" for title, year in zip(found, generator.integers(1930, 2001, number), strict=True)]
+
+
+def write_model(work: dict[str, Any], folder: Path) -> None:
+    """A Llama of random weights in `folder`/model, where `work.llm` names no other."""
+    if work["llm"]:
+        return
+    from transformers import LlamaForCausalLM
+
+    words = list(read_template(work["template"]).words())
+    shape = {"hidden": work["hidden"], "layers": work["layers"], "heads": work["heads"]}
+    # its tokenizer is small; of the vocabulary of a real model only the size counts, as that of its logits
+    decoder = Pretrain(vocabulary=2048, context=work["max_tokens"], **shape)
+    build_decoder(titles(work["items"]), words, decoder, 0, folder / "model")
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    torch.manual_seed(0)
+    model.resize_token_embeddings(max(work["vocabulary"], model.config.vocab_size))
+    model.save_pretrained(folder / "model")
+
+
+def model_folder(work: dict[str, Any], folder: Path) -> str:
+    return work["llm"] or str(folder / "model")
+
+
+def prompt_rows(histories: list[np.ndarray], items: np.ndarray, labels: np.ndarray) -> pa.Table:
+    """Rows as tasks of text-only prompts read them."""
+    return pa.table(
+        {
+            "row": np.arange(len(items)),
+            "item": items,
+            "label": labels.astype(np.int8),
+            "history": pa.array([history.tolist() for history in histories], pa.list_(pa.int64())),
+            "weight": np.ones(len(items), np.float32),
+        }
+    )
