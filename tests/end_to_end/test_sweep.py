@@ -95,7 +95,7 @@ def test_a_trial_whose_process_is_lost_is_taken_up_again(tmp_path: Path, held: l
 
     def kill() -> None:
         """Kill the first trial's process when its training is under way."""
-        while not list((tmp_path / "w").glob("artifacts/collab-*/checkpoints/**/position.json")):
+        while not list((tmp_path / "w").glob("artifacts/collab-*/checkpoints/*/checkpoint.json")):
             time.sleep(0.1)
         while not killed.is_set():
             for child in psutil.Process().children(recursive=True):
