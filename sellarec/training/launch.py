@@ -101,6 +101,7 @@ def connect(workers: int, console: Console, workspace: Place, groups: int = 1, s
 
     Raises:
         UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, with the arithmetic.
+        StageFailed: Ray's processes don't come up on this machine.
     """
     # Reports wait for the controller's next poll, 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
@@ -124,13 +125,19 @@ def connect(workers: int, console: Console, workspace: Place, groups: int = 1, s
         console.line(f"starting Ray on this machine ({cores} cores, {workers} workers)")
         if workers > cores:
             console.line(f"note: {workers} workers share {cores} cores")
-        ray.init(
-            address="local",
-            num_cpus=max(cores, groups * (workers + 2)),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(cores, groups * (workers + 2)),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray raises no type of its own where its processes don't come up in time
+            raise StageFailed(
+                f"Ray did not start on this machine: {' '.join(str(error).split())} Is it busy with other work, or short of "
+                "memory? The same command goes on from what is finished"
+            ) from error
     else:
         console.line(f"joining the Ray cluster at {address}")
         check_address(str(address))
