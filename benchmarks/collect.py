@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "jobs"))
 
 from reproduce import put_between
 
-from sellarec.figures import ACCENT, MUTED, STYLE
+from sellarec.figures import ACCENT, MUTED, STYLE, show
 
 NAME = "benchmarks"
 MARKS = "os^Dv"
@@ -59,7 +59,7 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for result in results:
         told = found_otherwise(result)
-        cell = "".join(f", {name} {value:,}" for name, value in cell_of(result).items())
+        cell = "".join(f", {name} {show(value)}" for name, value in cell_of(result).items())
         for number, (name, side) in enumerate(result["sides"].items()):
             case = f"`{result['case']}`{cell}: {result['what']}" if number == 0 else ""
             if "out of memory" in side:
