@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "jobs"))
 
 from reproduce import put_between
 
-from sellarec.figures import ACCENT, MUTED, STYLE
+from sellarec.figures import ACCENT, MUTED, STYLE, show
 
 NAME = "benchmarks"
 MARKS = "os^Dv"
@@ -43,6 +43,14 @@ def ratio_in_words(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.3g} [{ratio['lowest']:.3g}, {ratio['highest']:.3g}]"
 
 
+def found_otherwise(result: dict[str, Any]) -> set[str]:
+    """Names of single numbers that the sides found to be others, such as the quality that they reach."""
+    found = [side["found"] for side in result["sides"].values() if "found" in side]
+    numbers = {name for of_side in found for name, value in of_side.items() if isinstance(value, int | float)}
+    values = {name: [of_side[name] for of_side in found if name in of_side] for name in numbers}
+    return {name for name, of_sides in values.items() if max(of_sides) - min(of_sides) > 0.01 * abs(max(of_sides))}
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """A line for each side of each result, the first side's with what is compared."""
     lines = [
@@ -50,7 +58,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        cell = "".join(f", {name} {value:,}" for name, value in cell_of(result).items())
+        told = found_otherwise(result)
+        cell = "".join(f", {name} {show(value)}" for name, value in cell_of(result).items())
         for number, (name, side) in enumerate(result["sides"].items()):
             case = f"`{result['case']}`{cell}: {result['what']}" if number == 0 else ""
             if "out of memory" in side:
@@ -60,7 +69,8 @@ def table(results: list[dict[str, Any]]) -> str:
             ratios = [ratio_in_words(ratio[clock]) for clock in ("speed", "per CPU second")] if ratio else ["", ""]
             speed = f"{side['units/s']:,.0f} {result['unit']}/s"
             times = f"{side['first seconds']:.2f} | {side['seconds']:.3g} | {side['bytes above'] / 2**20:,.0f}"
-            lines.append(f"| {case} | {name} | {speed} | {ratios[0]} | {ratios[1]} | {times} |")
+            more = "".join(f"; {key} {value:,.4g}" for key, value in side["found"].items() if key in told)
+            lines.append(f"| {case} | {name}{more} | {speed} | {ratios[0]} | {ratios[1]} | {times} |")
     return "\n".join(lines)
 
 
