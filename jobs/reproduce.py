@@ -59,6 +59,17 @@ TABLES = {
         },
         published={MAIN: ".7606 / .7464"},  # with Qwen2-7B
     ),
+    "robust-ml-1m": Table(
+        recipes=("collm-ml-1m", "sella-robust"),
+        seeds=(1, 2, 3),
+        variants={
+            MAIN: (),
+            "three tokens": ("--fuse.tokens", "user", "item", "semantic"),
+            "three tokens alone": ("--fuse.tokens", "user", "item", "semantic", "--fuse.collab-score", "False"),
+            "user and item alone": ("--fuse.tokens", "user", "item", "--fuse.collab-score", "False"),
+        },
+        published={MAIN: ".7606 / .7464"},  # with Qwen2-7B
+    ),
     **{
         name: Table(("log", name), (1,), RANKING)
         for name in ("gowalla-lightgcn", "ml-1m-lightgcn", "beauty-sasrec", "games-sasrec")
