@@ -410,9 +410,10 @@ class _Launch:
             while training.is_alive():
                 if len(arrived) > 1 or (arrived and not (self.stops and starts)):
                     raise KeyboardInterrupt  # at once also where nothing has been trained yet
-                if self.stops and starts and workers < group.most and time.monotonic() - looked > group.grow_every:
+                may_grow = self.stops and starts and not asked and workers < group.most
+                if may_grow and time.monotonic() - looked > group.grow_every:
                     more, looked = _room(group, 1, group.most - workers, workers), time.monotonic()
-                    if more and not asked:
+                    if more:
                         self.console.line(
                             f"{self.stage:<9} goes on with {workers + more} workers after a checkpoint: there is room for them"
                         )
