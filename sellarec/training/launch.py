@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,9 @@ RETRIES = 3
 
 ROOM_SECONDS = 3.0
 """How long it may take until the cluster has set room aside that is there."""
+
+CAUSE_CHARACTERS = 240
+"""Of the cause for which a stage is taken up again, what is printed; Ray adds advice to it."""
 
 MANY = 1 << 20
 """More workers than there ever are."""
@@ -309,7 +313,8 @@ def run_workers(
                 raise StageFailed(
                     f"stage {stage} failed, also when it was taken up again ({RETRIES} times without a new checkpoint): {cause}"
                 ) from ended.failure
-            console.line(f"{stage:<9} was cut off ({cause}): is taken up again")
+            short = textwrap.shorten(cause, CAUSE_CHARACTERS, placeholder=" ...")
+            console.line(f"{stage:<9} was cut off ({short}): is taken up again")
             workers = find_room(stage, group, console, stop)
         elif stop is not None and stop.is_set() and ended.stopped:
             raise TrainingStopped(f"stage {stage} was stopped at step {ended.stopped[0]}")
@@ -412,9 +417,10 @@ class _Launch:
             while training.is_alive():
                 if len(arrived) > 1 or (arrived and not (self.stops and starts)):
                     raise KeyboardInterrupt  # at once also where nothing has been trained yet
-                if self.stops and starts and workers < group.most and time.monotonic() - looked > group.grow_every:
+                may_grow = self.stops and starts and not asked and workers < group.most
+                if may_grow and time.monotonic() - looked > group.grow_every:
                     more, looked = _room(group, 1, group.most - workers, workers), time.monotonic()
-                    if more and not asked:
+                    if more:
                         self.console.line(
                             f"{self.stage:<9} goes on with {workers + more} workers after a checkpoint: there is room for them"
                         )

@@ -43,6 +43,12 @@ def refused(outcome: tuple[int, str], *words: str) -> None:
         assert word in printed, printed
 
 
+def test_workers_that_follow_nodes_where_there_is_no_cluster(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    outcome = run("--min-workers", "1", "--workers", "2")
+    refused(outcome, "min_workers is 1 and workers 2", "RAY_ADDRESS names no cluster", "leave min_workers out")
+
+
 @pytest.fixture
 def movielens(tmp_path: Path) -> Path:
     folder = tmp_path / "ml"

@@ -48,6 +48,12 @@ def test_tpe_without_optuna(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert not (tmp_path / "w").exists()
 
 
+def test_trials_with_a_number_of_workers_that_changes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"min_workers is 1, but a sweep's trials have 2 workers"):
+        sweep(parse_sweep(["demo", "--min-workers", "1", "--workers", "2", "--workspace", str(tmp_path / "w")]))
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_refused_space_makes_nothing(tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text("align.temprature: {uniform: [0.1, 1.0]}")
