@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 TINY: dict[str, Any] = {
     "data": {"world": {"users": 200, "items": 200, "interactions": 4000, "genres": 4}},
-    "prompt": {"template": "compact", "max_tokens": 40},
+    "prompt": {"template": "compact", "max_tokens": 34},
     "pretrain": {"max_steps": 22, "hidden": 96},
     "adapt": {"max_steps": 24, "batch": 66, "validate_every": 0.25},
     "collab": {"epochs": 6},
