@@ -86,6 +86,7 @@ def end(process: subprocess.Popen) -> None:
         return
     started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
+    process.wait()  # a lease of a process that is not waited for counts as held
     for child in started:
         if child.is_running():
             child.kill()
