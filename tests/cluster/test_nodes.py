@@ -17,7 +17,7 @@ from cluster_jobs import CLEAN, ROOT, exported, local
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LONGER = {
-    "collab": ["--collab.epochs", "800", "--collab.validate-every", "80", "--collab.patience", "99"],
+    "collab": ["--collab.epochs", "300", "--collab.validate-every", "30", "--collab.patience", "99"],
     "adapt": [
         "--adapt.epochs",
         "99",
