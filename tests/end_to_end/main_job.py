@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
     "evaluate": {"replicates": 50},
 }
 """A small world and few steps. The batch of 66 is no multiple of 4, so slices of some workers are padded; some histories don't
-fit."""
+fit beside soft tokens."""
 
 
 LONGER = {

@@ -128,7 +128,9 @@ def test_histories_that_were_cut_are_counted_alike(runs: Runs, workers: int) -> 
         )
         assert found == expected
         counts = found[read]
-        assert 0 < counts["shortened"] < counts["prompts"] and counts["shortened"] <= counts["titles left out"]
+        assert counts["shortened"] <= counts["titles left out"] and counts["shortened"] < counts["prompts"]
+        if stage != "adapt":  # prompts without soft tokens are shorter, and all fit
+            assert counts["shortened"] > 0
         if stage == "evaluate":
             assert counts["prompts"] == rows
         said = f"{read}: {counts['shortened']:,} of {counts['prompts']:,} prompts, {counts['titles left out']:,} titles"
