@@ -654,7 +654,7 @@ def _train(
 def _tell_shortened(this: Run, stage: str, histories: dict[str, dict[str, int]]) -> None:
     from sellarec.training.stream import counts_in_words
 
-    if histories:
+    if any(found["shortened"] for found in histories.values()):
         this.console.line(f"{stage:<9} histories cut to fit: {counts_in_words(histories)}")
 
 
