@@ -31,12 +31,24 @@ MARKS = "os^Dv"
 def read(folder: Path) -> list[dict[str, Any]]:
     """The results of a folder by the names of their files; a sweep's cells in the order of their values."""
     found = [json.loads(path.read_text()) | {"file": path.stem} for path in sorted(folder.glob("*.json"))]
-    return sorted(found, key=lambda result: (result["case"], list(cell_of(result).values())))
+    return sorted(
+        found,
+        key=lambda result: (
+            result["case"],
+            keys_of(result),
+            [(isinstance(value, str), value) for value in cell_of(result).values()],
+        ),
+    )
 
 
 def cell_of(result: dict[str, Any]) -> dict[str, Any]:
     """The settings that a sweep has given a result, by name."""
     return result.get("cell", {})
+
+
+def keys_of(result: dict[str, Any]) -> list[str]:
+    """Names of the settings that its sweep was over; none where it is of no sweep."""
+    return list(cell_of(result))
 
 
 def ratio_in_words(ratio: dict[str, float]) -> str:
@@ -144,18 +156,18 @@ def main() -> int:
         lines = sum(len(result["ratios"]) for result in single)
         plot(lambda axes: draw_ratios(axes, single), images / f"{NAME}.svg", (7, 0.8 + 0.25 * lines))
         pictures.append(f"![How many times as fast the first side of each case is]({images.name}/{NAME}.svg)\n")
-    for case, group in groupby((result for result in results if cell_of(result)), key=lambda result: result["case"]):
+    swept = [result for result in results if cell_of(result)]
+    for (case, *keys), group in groupby(swept, key=lambda result: [result["case"], *keys_of(result)]):
         cells = list(group)
-        keys = list(cell_of(cells[0]))
         if len(keys) > 1 or not arguments.into or not isinstance(cell_of(cells[0])[keys[0]], int | float):
             continue
         plot(
             lambda panels, cells=cells, key=keys[0]: draw_sweep(panels, cells, key),
-            images / f"{NAME}-{case}.svg",
+            images / f"{NAME}-{case}-{keys[0]}.svg",
             (7, 2.6),
             panels=2,
         )
-        pictures.append(f"![{case} over {keys[0]}: speed and memory]({images.name}/{NAME}-{case}.svg)\n")
+        pictures.append(f"![{case} over {keys[0]}: speed and memory]({images.name}/{NAME}-{case}-{keys[0]}.svg)\n")
     if arguments.into:
         put_between(arguments.into, NAME, "\n".join([*pictures, text]))
     else:

@@ -39,7 +39,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the case's quick form: does it work")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="where sides compute")
     parser.add_argument("--out", type=Path, help="JSON file of the result")
-    parser.add_argument("--out-dir", type=Path, default=RESULTS, help="with all: folder of the results")
+    parser.add_argument(
+        "--out-dir", type=Path, help="with all: folder of the results (default: results; with --quick none)"
+    )
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="folder of peers' environments")
     arguments = parser.parse_args()
     if arguments.list:
@@ -51,6 +53,9 @@ def main() -> int:
     names = case_names() if arguments.case == "all" else [arguments.case]
     if arguments.case == "all" and (arguments.set or arguments.out or arguments.device):
         parser.error("all takes neither --set, --device nor --out: each case has its own settings and file")
+    if arguments.case != "all" and arguments.out_dir:
+        parser.error("--out-dir goes with all: give --out FILE.json for the result of one case")
+    folder = arguments.out_dir or (None if arguments.quick else RESULTS)  # what is quick is no figure
     failed = []
     for name in names:
         try:
@@ -61,7 +66,7 @@ def main() -> int:
             failed.append(name)
             continue
         print(in_words(result), flush=True)
-        out = arguments.out_dir / f"{name}.json" if arguments.case == "all" else arguments.out
+        out = (folder / f"{name}.json" if folder else None) if arguments.case == "all" else arguments.out
         if out is not None:
             write(result, out)
     if failed and len(names) > 1:

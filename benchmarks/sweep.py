@@ -42,9 +42,12 @@ def main() -> int:
         "--quick", action="store_true", help="the case's quick form, with the cells' settings laid over it"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="where sides compute")
-    parser.add_argument("--out-dir", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out-dir", type=Path, help="folder of the results (default: results; --quick wants it named)")
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="folder of peers' environments")
     arguments = parser.parse_args()
+    if arguments.quick and arguments.out_dir is None:
+        parser.error("--quick gives no figures: name a folder for them with --out-dir")
+    folder = arguments.out_dir or RESULTS
     try:
         grid = cells(settings_of(arguments.axes))
         # all are resolved before any is run: a mistake in the last one costs nothing
@@ -68,7 +71,7 @@ def main() -> int:
             failed.append(name)
             continue
         print(f"{name}\n{in_words(result)}", flush=True)
-        write(result | {"cell": values_of(case, grid[number])}, arguments.out_dir / f"{name}.json")
+        write(result | {"cell": values_of(case, grid[number])}, folder / f"{name}.json")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -196,7 +196,7 @@ def keep(state: Path) -> None:
 
     cluster = Cluster(shutdown_at_exit=True)
 
-    def start(i: int, node: dict[str, Any]) -> None:
+    def start(i: int, node: dict[str, Any], wait: bool = True) -> None:
         if node["namespace"] is not None:
             _enter(node["namespace"])  # this thread, and so what it starts
         ports = {"gcs_server_port": facts["port"], "dashboard_port": facts["dashboard_port"]} if i == 0 else {}
@@ -210,6 +210,7 @@ def keep(state: Path) -> None:
             dashboard_agent_listen_port=_free_port(),
             # a folder each: nodes that share one unpack a job's files over each other's, also while the job runs in them
             temp_dir=None if i == 0 else str(state / "ray" / str(i)),
+            wait=wait,
             **ports,
         )
 
@@ -222,7 +223,9 @@ def keep(state: Path) -> None:
     while True:
         time.sleep(0.2)
         for i, node in enumerate(_read(state)["nodes"][started:], started):
-            start(i, node)
+            start(
+                i, node, wait=False
+            )  # a node that comes up late, or not at all, must not end the others: `add` waits for it
             started += 1
 
 

@@ -1,6 +1,7 @@
 """Plan a cluster without one: which worker holds which rows of the embedding tables, what a language model takes of memory and of
 hours, and the GPUs that this needs. `--help` lists all."""
 
+import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
@@ -8,20 +9,28 @@ from sellarec.environment import check_environment
 from sellarec.errors import UserError, exit_status
 
 if TYPE_CHECKING:
-    from sellarec.config import Planning
+    from sellarec.config import Config, Planning
+    from sellarec.training.table import Table
 
 
 def main(arguments: list[str]) -> None:
     check_environment()
-    from sellarec.command_line import parse_planning  # after the check: these import what it looks for
+    from sellarec.command_line import parse, parse_planning  # after the check: these import what it looks for
     from sellarec.config import Sparse
 
     settings = parse_planning(arguments)
+    config = None
+    if settings.llm is not None:
+        config = parse([*settings.recipe, "--llm", settings.llm, "--workers", str(settings.workers)])
+        if settings.recipe:
+            settings = with_tables_of(settings, config)
     from sellarec.training.launch import room_of_worker
     from sellarec.training.plan import GIB, check_fits, describe, place, worker_bytes
     from sellarec.training.table import Table
 
     tables = [Table(name, getattr(settings, f"{name}s"), settings.dim, (name,)) for name in ("user", "item")]
+    if config is not None and "semantic" in config.fuse.tokens:
+        tables.append(semantic_table(settings, config))
     optimizer = Sparse(table_optimizer=settings.table_optimizer)
     workers, storage = settings.workers, settings.tables
     placements = place(tables, storage, optimizer, workers, settings.device)
@@ -43,7 +52,7 @@ def main(arguments: list[str]) -> None:
     print(f"{workers} workers ({how}): {sum(held) / GIB:.3f} GiB in all")
     print(f"worker {fullest} holds most: {held[fullest] / GIB:.3f} GiB ({held[fullest]:,} bytes)")
     if settings.llm is not None:
-        plan_language_model(settings, sum(held))
+        plan_language_model(settings, config, sum(held))
         if settings.memory_per_worker is None:
             return
     room = settings.memory_per_worker
@@ -56,19 +65,42 @@ def main(arguments: list[str]) -> None:
     print(f"fits: each worker has room for {room:.1f} GiB")
 
 
-def plan_language_model(settings: "Planning", tables: int) -> None:
+def with_tables_of(settings: "Planning", config: "Config") -> "Planning":
+    """The plan with the width and the optimizer of the recipes' tables.
+
+    Raises:
+        UserError: others are given.
+    """
+    theirs = {"dim": config.collab.dim, "table_optimizer": config.collab.table_optimizer}
+    for name, value in theirs.items():
+        given = getattr(settings, name)
+        if given not in (type(settings).__dataclass_fields__[name].default, value):
+            raise UserError(f"{name} is {given}, but the recipes have {value}: leave --{name.replace('_', '-')} out")
+    return dataclasses.replace(settings, **theirs)
+
+
+def semantic_table(settings: "Planning", config: "Config") -> "Table":
+    """The distilled vectors, as wide as the language model, which fuse holds beside users and items."""
+    from sellarec.language.llm import LlmSource, hidden_width
+    from sellarec.training.table import Table
+
+    frozen = "tables" not in config.fuse.train or config.fuse.semantic == "frozen"
+    width = hidden_width(LlmSource(str(settings.llm), None, ""))
+    return Table("semantic", settings.items, width, ("semantic",), frozen=frozen)
+
+
+def plan_language_model(settings: "Planning", config: "Config", tables: int) -> None:
     """Print what a language model takes of each worker, what it computes, and which GPUs that needs.
 
     Args:
+        config: the settings of the stages that run it.
         tables: bytes of all embedding tables.
     """
-    from sellarec.command_line import parse
     from sellarec.language import cost
     from sellarec.language.llm import LlmSource, context_length, read_config
     from sellarec.language.memory import phases, shape_of, summary, use_of
 
     name = str(settings.llm)
-    config = parse([*settings.recipe, "--llm", name, "--workers", str(settings.workers)])
     shape = shape_of(LlmSource(name, None, ""), None if config.adapt.method == "full" else config.adapt)
     context = context_length(read_config(name))
     rows = cost.known_rows(config, None)

@@ -545,7 +545,18 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 # Lowest values that make sense, by the last part of the name; 0 where a name isn't listed.
 _LOWEST: dict[str, float] = {
     **dict.fromkeys(
-        ("workers", "batch", "micro_batch", "max_steps", "patience", "valid_rows", "history_cap", "history"), 1
+        (
+            "workers",
+            "min_workers",
+            "batch",
+            "micro_batch",
+            "max_steps",
+            "patience",
+            "valid_rows",
+            "history_cap",
+            "history",
+        ),
+        1,
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
     **dict.fromkeys(("negatives_per_row", "block", "experts"), 1),

@@ -43,6 +43,7 @@ from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.language.templates import AUTO, is_file, read_template, read_templates, template_mark
 from sellarec.tracking import Tracker, open_trackers
 from sellarec.training.launch import (
+    CHECKPOINTS,
     Cluster,
     Group,
     check_room,
@@ -328,8 +329,9 @@ def _run(this: Run) -> None:
                     if not is_told:
                         _tell_cost(this, wanted)
                     # the data are good: from here on the name is taken
-                    this.place.write_json("settings.json", settings)
-                    this.place.write_text("config.yaml", to_yaml(this.config))
+                    what = f"writing {this.place}/settings.json and config.yaml"
+                    this.persist(what, partial(this.place.write_json, "settings.json", settings))
+                    this.persist(what, partial(this.place.write_text, "config.yaml", to_yaml(this.config)))
         if "evaluate" in wanted:
             _track_results(this)
         failed = False
@@ -357,6 +359,10 @@ def _tell_cost(this: Run, wanted: Sequence[str]) -> bool:
     rows = cost.known_rows(config, this.log().facts if stands else None)
     if rows is None:
         return False
+    recorded = this.place.read_json("artifacts.json") or {}
+    wanted = [stage for stage in wanted if not (stage in recorded and _stands(this, stage, recorded[stage]))]
+    if not set(cost.STAGES) & set(wanted):
+        return True
     source = this.given_llm
     shape = shape_of(source, None if config.adapt.method == "full" else config.adapt)
     found = cost.costs(config, shape, context_length(read_config(source.name, source.revision)), rows, wanted)
@@ -550,6 +556,8 @@ def _stage(this: Run, stage: str) -> None:
         }
         for name, text in (("config.yaml", to_yaml(this.config)), ("manifest.json", in_json(manifest))):
             this.persist(f"writing {place}/{name}", partial(place.write_text, name, text))
+        # not before: what a checkpoint goes back to is then all there, or the stage stands without it
+        this.persist(f"deleting {place / CHECKPOINTS}", partial(place.delete, CHECKPOINTS))
     this.console.line(f"{stage:<9} done in {duration(this.seconds[stage] or 0)}: {place}")
 
 
@@ -738,8 +746,8 @@ def _check_layer(this: Run, wanted: Sequence[str]) -> None:
 
 
 def _check_computing(this: Run, wanted: Sequence[str]) -> None:
-    """Raises UserError where attention can't be computed, or layers compiled, as asked for. Of a cluster's compilers, and of its
-    GPUs before it is joined, nothing is known here: its workers say so."""
+    """Raises UserError where attention can't be computed, or layers compiled, as asked for. Of a cluster's compilers and
+    packages, and of its GPUs before it is joined, nothing is known here: its workers say so."""
     config, attention = this.config, this.config.llm.attention
     sections = [getattr(config, stage, None) for stage in wanted]
     if any(isinstance(section, Backpropagation) and section.compile for section in sections) and not joins_cluster():
@@ -753,7 +761,7 @@ def _check_computing(this: Run, wanted: Sequence[str]) -> None:
             f"llm.attention is {attention}, which runs on GPUs alone, but {config.workers} workers find no GPU each: take "
             "llm.attention sdpa, or fewer --workers than GPUs"
         )
-    if config.llm.model != EMBEDDED:
+    if config.llm.model != EMBEDDED and not joins_cluster():
         from sellarec.language.llm import check_attention
 
         check_attention(this.given_llm.name, this.given_llm.revision, attention)
@@ -986,7 +994,8 @@ def _align(this: Run) -> dict[str, Any]:
     if origin is not None and alike and config.collab.select_on in ("auc", "uauc"):
         valid["collab"] = kept_metrics(this.manifest("collab")["facts"])
     found = {"items": len(measured), **facts.pop("measured"), "valid": valid}
-    this.artifact("align").write_json("alignment.json", found)
+    where = this.artifact("align")
+    this.persist(f"writing {where}/alignment.json", partial(where.write_json, "alignment.json", found))
     this.console.line(f"align     {summary(found)}")
     return {**facts, "alignment": found}
 
@@ -1102,7 +1111,8 @@ def _evaluate(this: Run) -> dict[str, Any]:
         test, scores, pairs=[("sella-rec", "collab"), ("sella-rec", "text-only")], seed=config.seed,
         protocol="pointwise", replicates=config.evaluate.replicates,
     )  # fmt: skip
-    this.artifact("evaluate").write_json("results.json", records)
+    where = this.artifact("evaluate")
+    this.persist(f"writing {where}/results.json", partial(where.write_json, "results.json", records))
     found = this.artifact("evaluate").read_json("scoring.json")
     assert found is not None
     _tell_shortened(this, "evaluate", found["histories"])
@@ -1128,7 +1138,7 @@ def _finish(this: Run) -> None:
 
     records = this.artifact("evaluate").read_json("results.json")
     assert records is not None
-    this.place.write_json("results.json", records)
+    this.persist(f"writing {this.place}/results.json", partial(this.place.write_json, "results.json", records))
     stages: list[dict[str, Any]] = [
         {
             "stage": stage,
@@ -1146,7 +1156,7 @@ def _finish(this: Run) -> None:
         stages=stages,
         versions=stages[-1]["manifest"]["versions"],
     )
-    this.place.write_text("report.html", report)
+    this.persist(f"writing {this.place}/report.html", partial(this.place.write_text, "report.html", report))
     print(f"\n{format_table(records)}\n", flush=True)
     print(f"report       {this.place}/report.html")
     print(f"results      {this.place}/results.json")

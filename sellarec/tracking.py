@@ -23,6 +23,9 @@ IDS = "trackers.json"
 PARAMETERS = 100
 """Parameters that an MLflow server takes at a time."""
 
+SILENCE = 60.0
+"""Seconds for which an MLflow server that did not answer is left alone."""
+
 
 class Tracker(Protocol):
     """A place for the numbers of one run.
@@ -118,11 +121,15 @@ class MLflow:
     """A run of an MLflow experiment. A server that can't be reached while the run goes on costs numbers there, not the run."""
 
     def __init__(self, run: str, settings: Mapping[str, Any], known: str | None, say: Callable[[str], None]) -> None:
+        # by default a call to a server that is away is tried again for minutes, and the run's messages wait behind it
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         import mlflow
         from mlflow.entities import Param
 
         experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
         self._client, self._say, self._lost = mlflow.MlflowClient(), say, 0
+        self._silent_until = 0.0
         if known is None:
             self.id = self._client.create_run(experiment.experiment_id, run_name=run).info.run_id
             parameters = [Param(name, str(value)) for name, value in settings.items()]
@@ -142,6 +149,9 @@ class MLflow:
         from mlflow.entities import Metric
         from mlflow.exceptions import MlflowException
 
+        if time.monotonic() < self._silent_until:
+            self._lost += 1
+            return
         now = int(time.time() * 1000)
         # letters, digits and _-. :/ are all that MLflow takes in a name
         names = {name: re.sub(r"[^\w\-. :/]", "", name.replace("(%)", "percent")) for name in values}
@@ -149,8 +159,9 @@ class MLflow:
             self._client.log_batch(self.id, [Metric(names[name], value, now, step) for name, value in values.items()])
         except (MlflowException, OSError) as error:  # what requests raises is an OSError
             if self._lost == 0:
-                self._say(f"mlflow takes no numbers; the run goes on without it, and tries again with each: {error}")
+                self._say(f"mlflow takes no numbers; the run goes on, and tries again every {SILENCE:g} s: {error}")
             self._lost += 1
+            self._silent_until = time.monotonic() + SILENCE
 
     def close(self, failed: bool) -> None:
         from mlflow.exceptions import MlflowException

@@ -97,6 +97,10 @@ def test_a_language_model_is_planned_by_its_config_alone(config_of_a_model, caps
     assert "7,615,616,512 weights, 28 layers of width 3,584; 161,480,704 weights of the adapter" in printed
     for stage in ("adapt", "distil", "fuse", "evaluate"):
         assert f"{stage:<9} takes of each of 4 workers " in printed
+    # users, items and distilled vectors, adam's state and gradient beside the rows
+    sizes = [line.split()[:3] for line in printed.splitlines()[1:4]]
+    assert sizes == [["user", "839", "256"], ["item", "3,256", "256"], ["semantic", "3,256", "3,584"]]
+    assert f"{(4095 * 256 + 3256 * 3584) * 16 / 2**30:.3f} GiB in all" in printed
     assert "adapt     254 steps, 32,512 prompts trained on" in printed and "of at most 768 tokens" in printed
     assert "\nH100 (79 GiB): " in printed and "A100" not in printed and "assumed: 40% of the peak" in printed
 
@@ -107,6 +111,10 @@ def test_what_is_planned_of_a_language_model_needs_one_and_rows(config_of_a_mode
         (["--rows", "5"], "rows is given, but llm is not"),
         (["--llm", str(config_of_a_model)], "give --rows"),
         (["--llm", str(config_of_a_model), "--rows", "5", "--mfu", "1.5"], "mfu is 1.5"),
+        (
+            ["--llm", str(config_of_a_model), "--recipe", "sella-official", "--dim", "32"],
+            "dim is 32, but the recipes have 256",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             plan_here(capsys, *table, *flags)

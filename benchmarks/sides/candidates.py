@@ -40,10 +40,11 @@ def repetition(work: dict[str, Any], folder: Path, shares: bool) -> Callable[[],
     given = task.prepare_to_score(rows, 0, np.zeros(number, np.int64))
     given = given.take(np.argsort(pc.list_value_length(given["tokens"]).to_numpy(), kind="stable"))
 
+    alone = task.share(given, size)[2]
+
     @torch.no_grad()
     def repeat() -> tuple[int, dict]:
-        arranged, shared, alone = task.share(given, size)
-        used = arranged if shares else given
+        used, read = (task.share(given, size)[:2]) if shares else (given, alone)
         batch = {name: value.to(device) for name, value in task.collate(used, None).items()}
         found = [
             task.score(task.model, {name: value[start : start + size] for name, value in batch.items()}, {})
@@ -51,8 +52,7 @@ def repetition(work: dict[str, Any], folder: Path, shares: bool) -> Callable[[],
         ]
         scores = torch.empty(number)
         scores[torch.from_numpy(used["row"].to_numpy().copy())] = torch.cat(found).float().cpu()  # waits for a GPU
-        read = float(shared if shares else alone)
-        return number, {"scores": scores[:SHOWN].tolist(), "tokens that the model reads": read}
+        return number, {"scores": scores[:SHOWN].tolist(), "tokens that the model reads": float(read)}
 
     return repeat
 

@@ -1,6 +1,6 @@
 """Rows of a Parquet log, shuffled, in batches of tensors, with nothing done to them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,13 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
         first, last = (epoch * order.steps_per_epoch for epoch in (epochs, epochs + 1))
         epochs += 1
         blocks = chain.from_iterable(prepared(order, piece, COLUMNS, None) for piece in order.pieces(first, last))
-        batches = []
-        for rows in slices(blocks, order, 0, 1, first, last):
-            counts = int(rows["weight"].to_numpy().sum())  # what follows is padding
-            batches.append([torch.from_numpy(rows[name].to_numpy()[:counts].copy()) for name in COLUMNS])
-        return found(batches)
+
+        def batches() -> Iterator[list[torch.Tensor]]:
+            for rows in slices(blocks, order, 0, 1, first, last):
+                counts = int(rows["weight"].to_numpy().sum())  # what follows is padding
+                yield [torch.from_numpy(rows[name].to_numpy()[:counts].copy()) for name in COLUMNS]
+
+        return found(batches())
 
     return repeat
 

@@ -249,6 +249,9 @@ def check_output_layer(model: Any) -> None:
     """
     import torch
 
+    attention = model.config._attn_implementation
+    if attention == FLASH_ATTENTION:  # which computes neither on CPUs nor in float32
+        model.set_attn_implementation("eager")
     with torch.no_grad():
         tokens = torch.arange(2, device=model.device)[None]
         logits = model(input_ids=tokens, use_cache=False).logits
@@ -259,6 +262,8 @@ def check_output_layer(model: Any) -> None:
                 f"a model of type {model.config.model_type} makes more of its output layer's logits, so a loss over tokens can't "
                 "be taken of it: take adapt.loss and fuse.loss answer, and leave out pretrain.continued"
             )
+    if attention == FLASH_ATTENTION:
+        model.set_attn_implementation(attention)
 
 
 def decoder_layers(model: Any) -> list[Any]:

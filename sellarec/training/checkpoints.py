@@ -42,6 +42,8 @@ class Checkpoints:
         name = _name(position["step"])
         what = f"writing the checkpoint of step {position['step']} to {self._place / name}"
         self._storage.first(what, partial(self._place.delete, name))  # what an earlier attempt has left
+        # each worker for itself: in what follows they wait for each other, so none may be missing
+        self._storage.attempt(what, partial(self._reach, self._place / name))
         parts = self._storage.attempt(what, partial(self._write, engine, self._place / name))
         record = {"position": position, "files": {file: found for part in parts for file, found in part.items()}}
         self._storage.first(what, partial((self._place / name).write_json, RECORD, record))
@@ -51,6 +53,10 @@ class Checkpoints:
             f"deleting old checkpoints in {self._place}",
             lambda: self._place.delete(*(_name(step) for step in self._steps() if _name(step) not in kept)),
         )
+
+    def _reach(self, place: Place) -> None:
+        with place.writing():
+            pass
 
     def _write(self, engine: Engine, place: Place) -> dict[str, tuple[int, int]]:
         """Of the files that this worker has written, bytes and checksum by name."""

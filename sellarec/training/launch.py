@@ -10,10 +10,9 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
-from sellarec.artifacts import Place, persist
+from sellarec.artifacts import Place
 from sellarec.config import GROW_EVERY, NODE_TIMEOUT, STORAGE_TIMEOUT, WORKER_TIMEOUT, Language
 from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.preflight import check_address, check_workspace, in_words, living_nodes, preflight
@@ -36,6 +35,9 @@ _LOST_PEER = re.compile(r"connection (closed|reset|refused)|gloo/transport|NCCL|
 GPU_SECONDS = 120
 """How long it may take until a GPU's memory can be asked for."""
 
+CHECKPOINTS = "checkpoints"
+"""Folder in an unfinished artifact."""
+
 RETRIES = 3
 """How often in a row a stage is taken up again after workers were lost, where it left no new checkpoint in between."""
 
@@ -47,6 +49,16 @@ CAUSE_CHARACTERS = 240
 
 MANY = 1 << 20
 """More workers than there ever are."""
+
+START_SECONDS = 60.0
+"""How long a group of workers that found room may take to start."""
+
+WITHOUT_LIMIT = 1e6
+"""Seconds: eleven days."""
+
+RARER = 2
+"""How many times rarer room for more workers is looked for after it was found in vain: what is free at one moment, as a CPU
+that reads data now and then, may be taken at the next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +248,7 @@ def train(
     on_record: Callable[[dict], None],
     stop: threading.Event | None = None,
 ) -> None:
-    """Run one stage's training to its end, surviving lost workers.
+    """Run one stage's training to its end, surviving lost workers. Its checkpoints stay.
 
     Args:
         training: a `loop.Training` without its board.
@@ -248,14 +260,12 @@ def train(
         TrainingStopped: `stop` was set before its end.
         StageFailed: it failed for another reason, and again after RETRIES restarts.
     """
-    from sellarec.training.loop import CHECKPOINTS, train_worker
+    from sellarec.training.loop import train_worker
 
     run_workers(
         train_worker, {"training": training}, training.stage, group, console, on_record,
         keep_freed_memory=not isinstance(training.settings, Language), stops=True, stop=stop,
     )  # fmt: skip
-    done = partial(training.output.delete, CHECKPOINTS)
-    persist(f"deleting {training.output / CHECKPOINTS}", done, group.storage_timeout, console.line)
 
 
 def run_workers(
@@ -292,10 +302,10 @@ def run_workers(
     variables = KEEP_FREED_MEMORY if keep_freed_memory and not group.gpus else {}
     launch = _Launch(function, config, stage, variables, stops, group, console, on_record, stop)
     workers = first_workers(stage, group, console, stop)
-    lost, reached, first = 0, -1, True
+    lost, reached, first, grow_every = 0, -1, True, group.grow_every
     while True:
         console.line(f"{stage:<9} starting {workers} workers")
-        ended = launch.run(workers, first)
+        ended = launch.run(workers, first, grow_every)
         first = False
         if ended.errors:
             raise UserError(ended.errors[0])
@@ -319,7 +329,8 @@ def run_workers(
         elif stop is not None and stop.is_set() and ended.stopped:
             raise TrainingStopped(f"stage {stage} was stopped at step {ended.stopped[0]}")
         elif ended.stopped:
-            workers = find_room(stage, group, console, stop)
+            before, workers = workers, find_room(stage, group, console, stop)
+            grow_every = group.grow_every if workers > before else RARER * grow_every
         else:
             return
 
@@ -359,10 +370,11 @@ class _Launch:
     on_record: Callable[[dict], None]
     stop: threading.Event | None
 
-    def run(self, workers: int, first: bool) -> _Ended:
+    def run(self, workers: int, first: bool, grow_every: float) -> _Ended:
         """Run the function on a group of so many workers.
 
         Args:
+            grow_every: seconds after which it is looked for room for more.
             first: there was none before. Only such a group waits without limit for its CPUs, where their number is given.
 
         Raises:
@@ -376,6 +388,8 @@ class _Launch:
         group, board = self.group, _board()
         timeout = group.worker_timeout
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
+        waits = first and group.least == group.most
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WITHOUT_LIMIT if waits else START_SECONDS)
         failures: list[BaseException] = []
 
         def fit(folder: str) -> None:
@@ -397,7 +411,7 @@ class _Launch:
                         failure_config=FailureConfig(
                             max_failures=0,
                             max_preemption_failures=0,
-                            controller_failure_limit=-1 if first and group.least == group.most else 0,
+                            controller_failure_limit=0,
                         ),
                     ),
                 ).fit()
@@ -418,13 +432,10 @@ class _Launch:
                 if len(arrived) > 1 or (arrived and not (self.stops and starts)):
                     raise KeyboardInterrupt  # at once also where nothing has been trained yet
                 may_grow = self.stops and starts and not asked and workers < group.most
-                if may_grow and time.monotonic() - looked > group.grow_every:
-                    more, looked = _room(group, 1, group.most - workers, workers), time.monotonic()
-                    if more:
-                        self.console.line(
-                            f"{self.stage:<9} goes on with {workers + more} workers after a checkpoint: there is room for them"
-                        )
-                        growing = True
+                if may_grow and time.monotonic() - looked > grow_every:
+                    growing, looked = _room(group, 1, group.most - workers, workers) > 0, time.monotonic()
+                    if growing:
+                        self.console.line(f"{self.stage:<9} stops after a checkpoint: there is room for more workers")
                 if not asked and (growing or arrived or (self.stop is not None and self.stop.is_set())):
                     if arrived:
                         self.console.line(f"{self.stage:<9} stops after a checkpoint (again: at once)")

@@ -30,6 +30,7 @@ from sellarec.errors import StageFailed, UserError
 from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training.checkpoints import Checkpoints
 from sellarec.training.engine import Engine, Workers, rank_queries, together, warmup_steps
+from sellarec.training.launch import CHECKPOINTS
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.scoring import distinct, report_scored, split_slices
 from sellarec.training.storage import Storage
@@ -37,9 +38,6 @@ from sellarec.training.stream import Order, named_counts, shortened, whole_batch
 from sellarec.training.task import CheckedTask, MeasuredTask, Task
 
 FIRST_LOSSES = 20
-
-CHECKPOINTS = "checkpoints"
-"""Folder in an unfinished artifact."""
 
 CHECKED_ROWS = 4
 """Rows of the valid split by which a saved model is compared with the trained one, of each worker."""
@@ -211,7 +209,7 @@ def _train(training: Training) -> None:
     if isinstance(task, MeasuredTask):
         measured = {"measured": {"before": position.measured, "after": engine.measure()}}
     if isinstance(task, CheckedTask) and valid:
-        engine.check_export(valid.some(), training.output)
+        together(partial(engine.check_export, valid.some(), training.output), workers)
     facts = _facts(training, engine, position) | measured
     if position.shortened[0]:
         facts["histories"] = {"train": named_counts(position.shortened)}

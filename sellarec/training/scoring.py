@@ -66,6 +66,7 @@ def _score(scoring: Scoring) -> None:
     order = scoring.order
     columns: dict[str, np.ndarray] = {}
     histories: dict[str, dict[str, int]] = {}
+    rankings: dict[str, pa.Table] = {}
     for name, build in scoring.build.items():
         start = time.monotonic()
         task = together(build, workers)
@@ -88,11 +89,12 @@ def _score(scoring: Scoring) -> None:
         if scoring.queries is not None:
             ranked = _rank(scoring, scoring.queries, name, engine)
             if ranked is not None:
-                with scoring.output.writing() as folder:
-                    pq.write_table(pa.table({"user": ranked.users, **ranked.values}), folder / f"{name}.parquet")
+                rankings[name] = pa.table({"user": ranked.users, **ranked.values})
 
     def write() -> None:
         with scoring.output.writing() as folder:
+            for name, ranking in rankings.items():
+                pq.write_table(ranking, folder / f"{name}.parquet")
             pq.write_table(pa.table(columns), folder / "scores.parquet")
         scoring.output.write_json("scoring.json", {"histories": histories})
 

@@ -45,6 +45,8 @@ class Storage:
             try:
                 done = act()
             except (OSError, SafetensorError, CheckpointException) as error:
+                if isinstance(error, CheckpointException) and not _is_of_storage(error):
+                    raise  # on all workers, as it is
                 failure = _cause(error)
             everyone: list[Any] = [None] * self.workers.world_size
             dist.all_gather_object(everyone, (done, failure), group=self.workers.control)
@@ -72,6 +74,12 @@ class Storage:
         """Have worker 0 tell a line that all workers know."""
         if self.workers.rank == 0:
             self.tell(line)
+
+
+def _is_of_storage(error: CheckpointException) -> bool:
+    """Whether what Torch Distributed Checkpoint met is an error of files; that of a zip's writer is a plain RuntimeError."""
+    causes = [cause for cause, _ in error.failures.values()]
+    return all(isinstance(cause, OSError) or type(cause) is RuntimeError for cause in causes)
 
 
 def _cause(error: BaseException) -> str:

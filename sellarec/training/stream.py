@@ -209,7 +209,9 @@ def slices(
         if micro_batch is not None and "tokens" in waiting.column_names:
             lengths = pc.list_value_length(waiting["tokens"].slice(0, size)).to_numpy()
             places = dealt(lengths, share, world_size, micro_batch)[rank]
-            rows, weight = waiting.take(np.maximum(places, 0)), (places >= 0).astype(np.float32)
+            # the shortest stands in padding, so that it is where the lengths put it
+            rows = waiting.take(np.where(places < 0, lengths.argmin(), places))
+            weight = (places >= 0).astype(np.float32)
         elif len(rows) < share:
             # what stands in padding has no meaning: a row of the batch
             rows = pa.concat_tables([rows, waiting.take(np.zeros(share - len(rows), np.int64))])

@@ -242,10 +242,10 @@ def test_prompts_are_dealt_out_by_length_each_once(lengths, batch, workers, size
             assert {len(part) for part in found} == {slice_rows(batch, workers)}
             turns = [[part[at : at + size] for part in found] for at in range(0, len(found[0]), size)]
             read[name] = sum(len(part) * part.max() for turn in turns for part in turn)
-        if len(expected) == workers * slice_rows(batch, workers):  # else rows of padding are of any length
+        ends = [length for turn in _turns(own, step, size) for part in turn for length in (part.min(), part.max())]
+        assert ends == sorted(ends)
+        if len(expected) == workers * slice_rows(batch, workers):  # else rows of padding are other ones
             assert read["dealt"] <= read["cut"]
-            ends = [length for turn in _turns(own, step, size) for part in turn for length in (part.min(), part.max())]
-            assert ends == sorted(ends)
 
 
 def _turns(parts: list[list[pa.Table]], step: int, size: int) -> list[list[np.ndarray]]:
