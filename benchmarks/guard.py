@@ -49,6 +49,7 @@ from sellarec.language.scorer import base_model
 from sellarec.language.templates import read_template
 from sellarec.training import dense
 from sellarec.training.engine import Engine, Workers
+from sellarec.training.stream import Order, RowGroup, slices
 from sellarec.training.table import Table
 from sellarec.training.task import Task
 
@@ -120,13 +121,13 @@ def fuse_task(folder: Path) -> Task:
     )  # fmt: skip
 
 
-def prepared(task: Task, number: int, workers: Workers, scores: bool = False) -> pa.Table:
-    """This worker's slice of a batch."""
-    rows, prepare = interactions(number), task.prepare_to_score if scores else task.prepare
-    if prepare is not None:
-        rows = prepare(rows, 0, np.zeros(number, np.int64))
-    share = number // workers.world_size
-    return rows.slice(workers.rank * share, share)
+def prepared(task: Task, number: int, workers: Workers, micro_batch: int | None) -> pa.Table:
+    """This worker's slice of a batch, cut as the training loop cuts it."""
+    rows = interactions(number).drop_columns("weight")
+    if task.prepare is not None:
+        rows = task.prepare(rows, 0, np.zeros(number, np.int64))
+    order = Order((RowGroup("", 0, number),), number, None)
+    return next(slices(iter([rows]), order, workers.rank, workers.world_size, 0, 1, micro_batch))
 
 
 Built = tuple[Engine, Callable[[], Any], int]
@@ -134,7 +135,8 @@ Built = tuple[Engine, Callable[[], Any], int]
 
 
 def step_of(task: Task, settings: Any, number: int, workers: Workers) -> Built:
-    engine, rows = Engine(task, workers, 0, settings, Tables(), "float32"), prepared(task, number, workers)
+    engine = Engine(task, workers, 0, settings, Tables(), "float32")
+    rows = prepared(task, number, workers, engine.micro_batch)
     return engine, lambda: engine.step(rows, 0, 1.0), tokens_of(rows)
 
 

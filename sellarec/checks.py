@@ -16,6 +16,7 @@ from sellarec.config import (
     DENSE_TABLE_OPTIMIZERS,
     EMBEDDED,
     FLASH_ATTENTION,
+    GROW_EVERY,
     LORA_SETTINGS,
     MODEL_SETTINGS,
     SAMPLED,
@@ -73,6 +74,11 @@ def check(config: Config) -> None:
         raise UserError(
             f"min_workers is {config.min_workers} and workers {config.workers}: the fewest can't be more than all; lower one or "
             "raise the other"
+        )
+    if config.min_workers is None and config.grow_every != GROW_EVERY:
+        raise UserError(
+            f"grow_every is {config.grow_every:g}, but min_workers is not given, and without it workers never become more: "
+            "leave out one of the two"
         )
     if config.profile.first < 2 or config.profile.steps < 1:
         raise UserError(

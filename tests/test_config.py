@@ -143,6 +143,8 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             ["pretrain.layers is 2", "pretrain.continued", "x/y"],
         ),
         ("--min-workers 3 --workers 2", ["min_workers is 3", "workers 2"]),
+        ("--min-workers 0", ["min_workers is 0"]),
+        ("--grow-every 5", ["grow_every is 5", "min_workers"]),
         ("--pretrain.hidden 60 --pretrain.heads 4", ["pretrain.hidden", "60", "pretrain.heads", "4"]),
         ("--prompt.history 60", ["prompt.history", "60", "data.history_cap", "50"]),
         ("--data.split 0.5 0.2 0.2", ["data.split", "0.5", "0.2"]),

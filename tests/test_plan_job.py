@@ -99,7 +99,7 @@ def test_a_language_model_is_planned_by_its_config_alone(config_of_a_model, caps
         assert f"{stage:<9} takes of each of 4 workers " in printed
     # users, items and distilled vectors, adam's state and gradient beside the rows
     sizes = [line.split()[:3] for line in printed.splitlines()[1:4]]
-    assert sizes == [["user", "839", "256"], ["item", "3,256", "256"], ["semantic", "3,256", "3,584"]]
+    assert sizes == [["user", "839", "256"], ["item", "3,256", "256"], ["semantic", "3,256", "3584"]]
     assert f"{(4095 * 256 + 3256 * 3584) * 16 / 2**30:.3f} GiB in all" in printed
     assert "adapt     254 steps, 32,512 prompts trained on" in printed and "of at most 768 tokens" in printed
     assert "\nH100 (79 GiB): " in printed and "A100" not in printed and "assumed: 40% of the peak" in printed
