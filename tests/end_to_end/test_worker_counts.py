@@ -19,8 +19,8 @@ from sellarec.serving.export import export_run
 
 pytestmark = pytest.mark.ray
 
-ALONE = pytest.param(1, marks=pytest.mark.slow)
-"""One worker: a run of its own, which `make test-all` makes."""
+THREE = pytest.param(3, marks=pytest.mark.slow)
+"""Three workers: a run of its own, which `make test-all` makes."""
 
 TRAINED = ("pretrain", "adapt", "collab", "align", "fuse")
 FROM_TRAINED = ("adapt", "align", "fuse")
@@ -53,7 +53,7 @@ def first_losses(workspace: Path, stage: str) -> list[float]:
 @pytest.mark.parametrize(
     ("stage", "workers"),
     [
-        pytest.param(stage, workers, marks=[pytest.mark.slow] if workers == 1 or stage in ("adapt", "align") else [])
+        pytest.param(stage, workers, marks=[pytest.mark.slow] if workers == 3 or stage in FROM_TRAINED else [])
         for stage in TRAINED
         for workers in (1, 3)
     ],
@@ -96,7 +96,7 @@ def test_same_losses_of_ranking_models(settings: tuple[str, str, str], tmp_path:
     np.testing.assert_allclose(found[3], found[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [ALONE, 3])
+@pytest.mark.parametrize("workers", [1, THREE])
 def test_same_results(runs: Runs, workers: int) -> None:
     expected, found = (main_job.read_json(runs[n][0] / "runs/run/results.json") for n in (2, workers))
     assert [(r["model"], r["rows"], r["metric"], r["count"]) for r in expected] == [
@@ -107,7 +107,7 @@ def test_same_results(runs: Runs, workers: int) -> None:
             assert other["value"] == pytest.approx(one["value"], abs=1e-3), one
 
 
-@pytest.mark.parametrize("workers", [ALONE, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, THREE])
 def test_every_test_row_is_scored_once(runs: Runs, workers: int) -> None:
     workspace = runs[workers][0]
     rows = pq.read_table(main_job.artifact(workspace, "run", "prepare") / "interactions/test")["row"]
@@ -115,7 +115,7 @@ def test_every_test_row_is_scored_once(runs: Runs, workers: int) -> None:
     assert scores["row"].to_pylist() == rows.to_pylist()
 
 
-@pytest.mark.parametrize("workers", [ALONE, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, THREE])
 def test_histories_that_were_cut_are_counted_alike(runs: Runs, workers: int) -> None:
     """By the manifests, what is printed and the report; of the test split as many as there are rows."""
     workspace, printed = runs[workers]
