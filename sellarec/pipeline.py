@@ -249,9 +249,15 @@ class Run:
         assert self.cluster is not None
         config = self.config
         return Group(
-            config.workers, self.cluster.gpus, config.least_workers, self.cluster.share, config.worker_timeout,
-            config.storage_timeout, config.node_timeout, config.grow_every,
-        )  # fmt: skip
+            most=config.workers,
+            gpus=self.cluster.gpus,
+            least=config.least_workers,
+            share=self.cluster.share,
+            worker_timeout=config.worker_timeout,
+            storage_timeout=config.storage_timeout,
+            node_timeout=config.node_timeout,
+            grow_every=config.grow_every,
+        )
 
     def persist(self, what: str, act: Callable[[], None]) -> None:
         """Write something, and again while storage fails."""
@@ -305,7 +311,8 @@ def _run(this: Run) -> None:
     recorded = this.place.read_json("artifacts.json") or {}
     needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
     _check_inputs(this, [stage for stage in STAGES if stage in needed], wanted, recorded)
-    is_told = _tell_cost(this, wanted)
+    ahead = [stage for stage in wanted if not (stage in recorded and _stands(this, stage, recorded[stage]))]
+    is_told = _tell_cost(this, ahead)
     everything = {name: value for name, value, _ in leaves(config)}
     this.trackers = open_trackers(config.trackers, this.place, str(config.name), everything, console.line)
     failed = True
@@ -327,7 +334,7 @@ def _run(this: Run) -> None:
                 if stage == "prepare":
                     check_labels(this, wanted)
                     if not is_told:
-                        _tell_cost(this, wanted)
+                        _tell_cost(this, ahead)
                     # the data are good: from here on the name is taken
                     what = f"writing {this.place}/settings.json and config.yaml"
                     this.persist(what, partial(this.place.write_json, "settings.json", settings))
@@ -346,26 +353,23 @@ def _run(this: Run) -> None:
         _finish(this)
 
 
-def _tell_cost(this: Run, wanted: Sequence[str]) -> bool:
-    """Tell what the stages that run a given language model will compute; False where the number of rows isn't known yet."""
+def _tell_cost(this: Run, ahead: Sequence[str]) -> bool:
+    """Tell what those of the stages that run a given language model will compute; False where the number of rows isn't known
+    yet."""
     from sellarec.language import cost
     from sellarec.language.llm import context_length, read_config
     from sellarec.language.memory import shape_of
 
     config = this.config
-    if config.llm.model == EMBEDDED or not set(cost.STAGES) & set(wanted):
+    if config.llm.model == EMBEDDED or not set(cost.STAGES) & set(ahead):
         return True
     stands = _stands(this, "prepare", f"prepare-{this.marks['prepare']}") if "prepare" in this.marks else False
     rows = cost.known_rows(config, this.log().facts if stands else None)
     if rows is None:
         return False
-    recorded = this.place.read_json("artifacts.json") or {}
-    wanted = [stage for stage in wanted if not (stage in recorded and _stands(this, stage, recorded[stage]))]
-    if not set(cost.STAGES) & set(wanted):
-        return True
     source = this.given_llm
     shape = shape_of(source, None if config.adapt.method == "full" else config.adapt)
-    found = cost.costs(config, shape, context_length(read_config(source.name, source.revision)), rows, wanted)
+    found = cost.costs(config, shape, context_length(read_config(source.name, source.revision)), rows, ahead)
     hours = cost.hours_in_words(found, ("A100-80GB", "H100"), config.workers)
     for line in (*cost.in_words(found), *hours, *cost.assumptions()):
         this.console.line(f"cost      {line}")

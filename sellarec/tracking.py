@@ -9,10 +9,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sellarec.artifacts import Place
 from sellarec.errors import UserError
+
+if TYPE_CHECKING:
+    from sellarec.artifacts import Place
 
 PROJECT = "sellarec"
 """MLflow's experiment and W&B's project, where MLFLOW_EXPERIMENT_NAME and WANDB_PROJECT name no other."""
@@ -48,7 +50,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(
-    names: Sequence[str], place: Place, run: str, settings: Mapping[str, Any], say: Callable[[str], None]
+    names: Sequence[str], place: "Place", run: str, settings: Mapping[str, Any], say: Callable[[str], None]
 ) -> list[Tracker]:
     """TensorBoard's event files in the run's folder (none where that is remote), and the trackers that are named.
 
@@ -86,7 +88,7 @@ class TensorBoard:
     """Event files in `tensorboard/` of the run's folder. Where storage fails, what was not written yet is lost, which is told,
     and what comes later goes into a new file: no training is broken off for its curves."""
 
-    def __init__(self, place: Place, say: Callable[[str], None]) -> None:
+    def __init__(self, place: "Place", say: Callable[[str], None]) -> None:
         self._folder, self._say = place.folder / "tensorboard", say
         self._writer: Any = None
 
@@ -177,7 +179,7 @@ class MLflow:
 class WandB:
     """A run of a W&B project; the package sends from a process of its own, and keeps what it can't send."""
 
-    def __init__(self, run: str, settings: Mapping[str, Any], known: str | None, place: Place) -> None:
+    def __init__(self, run: str, settings: Mapping[str, Any], known: str | None, place: "Place") -> None:
         import wandb
 
         self._run = wandb.init(

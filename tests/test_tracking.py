@@ -1,6 +1,8 @@
 """Trackers: what MLflow and W&B have of a run, each as the package itself writes it."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +20,16 @@ def place(tmp_path: Path) -> Place:
     return Place.of(str(tmp_path / "run"))
 
 
+@pytest.fixture
+def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """MLflow on a database of its own."""
+    package = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    package.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    yield package
+    package.set_tracking_uri(None)
+
+
 def test_tensorboard_alone_by_default(place: Place) -> None:
     (tensorboard,) = open_trackers((), place, "run", {}, print)
     assert not (place.folder / "tensorboard").exists()  # before there is a number
@@ -27,47 +39,30 @@ def test_tensorboard_alone_by_default(place: Place) -> None:
     assert (found.step, found.value) == (3, 0.5)
 
 
-def test_mlflow_has_settings_numbers_and_results_and_goes_on_in_its_run(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    try:
-        for step, failed in ((1, True), (2, False)):
-            tensorboard, tracker = open_trackers(("mlflow",), place, "demo", SETTINGS, print)
-            tracker.scalars("collab", step, {"loss": step / 4, "data wait (%), most": 7.0})
-            tracker.summary({"sella-rec/all auc": 0.75})
-            tracker.close(failed)
-            tensorboard.close(failed)
-            (run,) = mlflow.MlflowClient().search_runs(
-                [mlflow.MlflowClient().get_experiment_by_name("sellarec").experiment_id]
-            )
-            assert run.info.status == ("FAILED" if failed else "FINISHED")
-    finally:
-        mlflow.set_tracking_uri(None)
+def test_mlflow_has_settings_numbers_and_results_and_goes_on_in_its_run(place: Place, mlflow: Any) -> None:
+    for step, failed in ((1, True), (2, False)):
+        tensorboard, tracker = open_trackers(("mlflow",), place, "demo", SETTINGS, print)
+        tracker.scalars("collab", step, {"loss": step / 4, "data wait (%), most": 7.0})
+        tracker.summary({"sella-rec/all auc": 0.75})
+        tracker.close(failed)
+        tensorboard.close(failed)
+        experiment = mlflow.MlflowClient().get_experiment_by_name("sellarec")
+        (run,) = mlflow.MlflowClient().search_runs([experiment.experiment_id])
+        assert run.info.status == ("FAILED" if failed else "FINISHED")
     assert run.info.run_name == "demo"
     assert run.data.params == {name: str(value) for name, value in SETTINGS.items()}
     assert run.data.metrics == {"collab/loss": 0.5, "collab/data wait percent most": 7.0, "sella-rec/all auc": 0.75}
-    losses = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(run.info.run_id, "collab/loss")
+    losses = mlflow.MlflowClient().get_metric_history(run.info.run_id, "collab/loss")
     assert [(metric.step, metric.value) for metric in losses] == [(1, 0.25), (2, 0.5)]
 
 
-def test_mlflow_that_stops_answering_costs_no_run(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+def test_mlflow_that_stops_answering_costs_no_run(place: Place, mlflow: Any) -> None:
     said: list[str] = []
-    try:
-        _, tracker = open_trackers(("mlflow",), place, "demo", {}, said.append)
-        mlflow.MlflowClient().delete_run(tracker.id)  # the server takes no more of it
-        tracker.scalars("collab", 1, {"loss": 1.0})
-        tracker.scalars("collab", 2, {"loss": 1.0})
-        tracker.close(failed=False)
-    finally:
-        mlflow.set_tracking_uri(None)
+    _, tracker = open_trackers(("mlflow",), place, "demo", {}, said.append)
+    mlflow.MlflowClient().delete_run(tracker.id)  # the server takes no more of it
+    tracker.scalars("collab", 1, {"loss": 1.0})
+    tracker.scalars("collab", 2, {"loss": 1.0})  # it is left alone meanwhile
+    tracker.close(failed=False)
     assert len(said) == 3
     assert "mlflow takes no numbers" in said[0]
     assert "2 times" in said[1]
@@ -96,14 +91,10 @@ def test_wandb_writes_offline_and_goes_on_in_its_run(
         assert words in found
 
 
-def test_a_tracker_that_cannot_begin_is_a_users_mistake(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
+def test_a_tracker_that_cannot_begin_is_a_users_mistake(place: Place, mlflow: Any) -> None:
     mlflow.set_tracking_uri("nonsense://nowhere")
-    try:
-        with pytest.raises(UserError, match=r"trackers has mlflow, which can't begin a run: .*nonsense"):
-            open_trackers(("mlflow",), place, "demo", {}, print)
-    finally:
-        mlflow.set_tracking_uri(None)
+    with pytest.raises(UserError, match=r"trackers has mlflow, which can't begin a run: .*nonsense"):
+        open_trackers(("mlflow",), place, "demo", {}, print)
 
 
 def test_a_missing_package_and_a_sweep_are_refused() -> None:

@@ -138,6 +138,11 @@ def load_model(folder: Path, storage: str = "float32", attention: str = "auto") 
             output_loading_info=True,
             trust_remote_code=False,
         )
+    except ImportError as error:  # on a machine of a cluster, of which the driver knows nothing
+        raise UserError(
+            f"llm.attention is {attention}, which this machine has no package for ({str(error).splitlines()[0]}): install it on "
+            "all machines, or take llm.attention auto"
+        ) from error
     except (ValueError, SafetensorError, RuntimeError) as error:
         raise UserError(
             f"the weights in {folder} can't be read as those of its config.json ({str(error).splitlines()[0]}): "

@@ -52,7 +52,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     before `checkpoint_activations` and `shard`.
 
     It is the block's `forward` that is compiled, inside the hooks of FSDP2, so that names of weights stay as they are, and the
-    kernels find whole weights. One compilation serves all blocks and all lengths; a block that can't be compiled whole fails,
+    kernels find whole weights. A few compilations serve all blocks and all lengths; a block that can't be compiled whole fails,
     instead of running slower than asked for.
 
     Raises:

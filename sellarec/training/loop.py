@@ -31,7 +31,7 @@ from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training.checkpoints import Checkpoints
 from sellarec.training.engine import Engine, Workers, rank_queries, together, warmup_steps
 from sellarec.training.launch import CHECKPOINTS
-from sellarec.training.progress import PROGRESS_SECONDS
+from sellarec.training.progress import PROGRESS_SECONDS, note
 from sellarec.training.scoring import distinct, report_scored, split_slices
 from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, named_counts, shortened, whole_batches
@@ -144,7 +144,7 @@ def _train(training: Training) -> None:
         partial(Engine, task, workers, training.seed, settings, training.storage, training.dtype), workers
     )
     position = Position()
-    tell = partial(_tell, training)
+    tell = partial(note, training.board, training.stage)
     storage = Storage(workers, training.stage, training.storage_timeout, tell)
     checkpoints = Checkpoints(training.output / CHECKPOINTS, storage)
     found = checkpoints.newest()
@@ -218,10 +218,6 @@ def _train(training: Training) -> None:
     storage.first(
         f"writing {training.output}/training.json", partial(training.output.write_json, "training.json", facts)
     )
-
-
-def _tell(training: Training, line: str) -> None:
-    training.board.put.remote({"note": f"{training.stage:<9} {line}"})
 
 
 def _facts(training: Training, engine: Engine, position: Position) -> dict[str, Any]:

@@ -30,6 +30,11 @@ class ProgressBoard:
         return records
 
 
+def note(board: Any, stage: str, line: str) -> None:
+    """Have the driver print a line of a stage."""
+    board.put.remote({"note": f"{stage:<9} {line}"})
+
+
 def duration(seconds: float) -> str:
     """3725 -> '1:02:05', 65 -> '1:05'."""
     minutes, seconds = divmod(int(seconds), 60)

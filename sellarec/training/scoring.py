@@ -16,6 +16,7 @@ from sellarec.config import STORAGE_TIMEOUT, WORKER_TIMEOUT, Tables
 from sellarec.errors import StageFailed, UserError
 from sellarec.evaluation.ranking import UserMetrics
 from sellarec.training.engine import Engine, Workers, rank_queries, together
+from sellarec.training.progress import note
 from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, Prepare, named_counts, shortened, stream, whole_batches
 from sellarec.training.task import Task
@@ -98,7 +99,8 @@ def _score(scoring: Scoring) -> None:
             pq.write_table(pa.table(columns), folder / "scores.parquet")
         scoring.output.write_json("scoring.json", {"histories": histories})
 
-    storage = Storage(workers, scoring.stage, scoring.storage_timeout, partial(_tell, scoring))
+    tell = partial(note, scoring.board, scoring.stage)
+    storage = Storage(workers, scoring.stage, scoring.storage_timeout, tell)
     storage.first(f"writing {scoring.output}/scores.parquet", write)
 
 
@@ -107,10 +109,6 @@ def _counting(slices: Iterable[pa.Table], counted: np.ndarray) -> Iterator[pa.Ta
     for rows in slices:
         counted += shortened(rows)
         yield rows
-
-
-def _tell(scoring: Scoring, line: str) -> None:
-    scoring.board.put.remote({"note": f"{scoring.stage:<9} {line}"})
 
 
 def _rank(scoring: Scoring, queries: Order, name: str, engine: Engine) -> UserMetrics | None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -68,7 +68,11 @@ class Storage:
 
     def first(self, what: str, act: Callable[[], Done]) -> Done:
         """What `act` gives on worker 0, which alone carries it out."""
-        return self.attempt(what, lambda: act() if self.workers.rank == 0 else None)[0]  # type: ignore[return-value]
+
+        def on_first() -> Done | None:
+            return act() if self.workers.rank == 0 else None
+
+        return cast(Done, self.attempt(what, on_first)[0])  # worker 0's, of which `act` has made it
 
     def tell_once(self, line: str) -> None:
         """Have worker 0 tell a line that all workers know."""

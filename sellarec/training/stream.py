@@ -203,18 +203,19 @@ def slices(
         size = order.batch_rows(step)
         while len(waiting) < size:
             waiting = pa.concat_tables([waiting, next(blocks)])
-        start = rank * share
-        rows = waiting.slice(start, max(0, min(share, size - start)))
-        weight = (np.arange(share) < len(rows)).astype(np.float32)
         if micro_batch is not None and "tokens" in waiting.column_names:
             lengths = pc.list_value_length(waiting["tokens"].slice(0, size)).to_numpy()
             places = dealt(lengths, share, world_size, micro_batch)[rank]
             # the shortest stands in padding, so that it is where the lengths put it
             rows = waiting.take(np.where(places < 0, lengths.argmin(), places))
             weight = (places >= 0).astype(np.float32)
-        elif len(rows) < share:
-            # what stands in padding has no meaning: a row of the batch
-            rows = pa.concat_tables([rows, waiting.take(np.zeros(share - len(rows), np.int64))])
+        else:
+            start = rank * share
+            rows = waiting.slice(start, max(0, min(share, size - start)))
+            weight = (np.arange(share) < len(rows)).astype(np.float32)
+            if len(rows) < share:
+                # what stands in padding has no meaning: a row of the batch
+                rows = pa.concat_tables([rows, waiting.take(np.zeros(share - len(rows), np.int64))])
         yield rows.append_column("weight", pa.array(weight))
         waiting = waiting.slice(size)
 

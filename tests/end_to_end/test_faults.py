@@ -60,24 +60,25 @@ Fault = Callable[[str, Path, Path], None]
 """(stage, workspace, log) -> runs the stage's job to its end, through the fault."""
 
 
-def driver_killed(stage: str, workspace: Path, log: Path) -> None:
-    """SIGKILL to the whole job; it is submitted again."""
+def kill_after(checkpoints: int, stage: str, workspace: Path, log: Path) -> None:
+    """SIGKILL to the stage's whole job once it has so many whole checkpoints."""
     job = main_job.start(*flags(stage, workspace), log=log)
     try:
-        wait_for_checkpoints(1, workspace, stage, job, log)
+        wait_for_checkpoints(checkpoints, workspace, stage, job, log)
     finally:
         main_job.end(job)
+
+
+def driver_killed(stage: str, workspace: Path, log: Path) -> None:
+    """SIGKILL to the whole job; it is submitted again."""
+    kill_after(1, stage, workspace, log)
     printed = main_job.train(*flags(stage, workspace), log=log)
     assert f"{stage:<9} goes on from its checkpoint at step" in printed
 
 
 def checkpoint_damaged(stage: str, workspace: Path, log: Path) -> None:
     """The newest checkpoint of a killed job has lost the end of a file."""
-    job = main_job.start(*flags(stage, workspace), log=log)
-    try:
-        wait_for_checkpoints(2, workspace, stage, job, log)
-    finally:
-        main_job.end(job)
+    kill_after(2, stage, workspace, log)
     before, newest = whole(workspace, stage)[-2:]
     with open(next(newest.glob("__*.distcp")), "r+b") as file:
         file.truncate(100)
