@@ -79,7 +79,7 @@ if [ -n "$index" ]; then
     pip install -qq --progress-bar off --no-deps --index-url "$index" "$torch" ||
         fail "no $torch from $index: check the network, or set TORCH_INDEX to an index that has it"
 fi
-pip install -qq --progress-bar off -r "$requirements" || fail "pip could not install $requirements (its message is above)"
+pip install -qq --no-compile --progress-bar off -r "$requirements" || fail "pip could not install $requirements (its message is above)"
 pip check >/dev/null || fail "the installed packages contradict each other: $(pip check | head -1)"
 
 if [ $device = cpu ]; then
