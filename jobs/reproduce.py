@@ -102,7 +102,8 @@ def main(arguments: list[str]) -> None:
     from sellarec.artifacts import Place
     from sellarec.command_line import parse
     from sellarec.evaluation.results import format_table
-    from sellarec.pipeline import Run, run
+    from sellarec.pipeline import run
+    from sellarec.run import Run
 
     sections, records = [], []
     for seed in table.seeds:

@@ -11,7 +11,8 @@ def main(arguments: list[str]) -> None:
     from sellarec.command_line import parse  # after the check: these import what it looks for
 
     config = parse(arguments)
-    from sellarec.pipeline import Run, run
+    from sellarec.pipeline import run
+    from sellarec.run import Run
 
     run(Run.of(config))
 

@@ -80,6 +80,8 @@ if [ -n "$index" ]; then
         fail "no $torch from $index: check the network, or set TORCH_INDEX to an index that has it"
 fi
 pip install -qq --no-compile --progress-bar off -r "$requirements" || fail "pip could not install $requirements (its message is above)"
+# Compiled here, on all cores: pip compiles on one core, and processes told not to write bytecode would compile at every start.
+"$python" -m compileall -q -j 0 "$PWD/.venv/lib" >/dev/null 2>&1 || true # some packages carry templates that are no Python
 pip check >/dev/null || fail "the installed packages contradict each other: $(pip check | head -1)"
 
 if [ $device = cpu ]; then

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sellarec.artifacts import Place, lease
 from sellarec.config import EMBEDDED, STAGES, Config, Sweep, result_settings, to_yaml
 from sellarec.errors import StageFailed, UserError
-from sellarec.pipeline import Run, check_labels, check_stage, marks_of, run
+from sellarec.pipeline import check_stage, marks_of, run
+from sellarec.run import Run
+from sellarec.stages import check_labels
 from sellarec.training.launch import check_room, connect, joins_cluster, last_line
 from sellarec.training.progress import Console
 from sellarec.tuning.results import Row, format_rows, write_results

@@ -18,7 +18,8 @@ import yaml
 
 from sellarec.command_line import parse, parse_sweep
 from sellarec.errors import StageFailed
-from sellarec.pipeline import Run, run
+from sellarec.pipeline import run
+from sellarec.run import Run
 from sellarec.tuning.sweep import sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

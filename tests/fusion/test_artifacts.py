@@ -11,7 +11,7 @@ from prepared import prepare_into, rules, source_of
 from safetensors.torch import save_file
 from small import save_table
 
-from sellarec import pipeline
+from sellarec import stages
 from sellarec.artifacts import fingerprint
 from sellarec.config import Adapt, Align, Collab, Config, Fuse, Llm, Prompt, Tables
 from sellarec.errors import UserError
@@ -19,7 +19,9 @@ from sellarec.fusion.projection import Projection
 from sellarec.language.adapt import build_adapt
 from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
-from sellarec.pipeline import Run, _check_sharding, _fuse, _fuse_builder, inputs_of
+from sellarec.pipeline import _check_sharding
+from sellarec.run import Run, inputs_of
+from sellarec.stages import _fuse, _fuse_builder
 from sellarec.training.launch import Cluster
 
 DIM, HIDDEN, WIDTH = 4, 6, 16
@@ -175,12 +177,12 @@ def test_tables_without_room_are_refused_before_workers_start(workspace, monkeyp
     )
     run.marks = dict.fromkeys(("prepare", "pretrain", "adapt", "align", "fuse"), "x")
     run.cluster = Cluster(local=True, gpus=False)
-    monkeypatch.setattr(pipeline, "train", start)
-    monkeypatch.setattr(pipeline, "_check_model", lambda *_: None)  # of its own, and larger
-    monkeypatch.setattr(pipeline, "room_of_worker", lambda workers: held - 1)
+    monkeypatch.setattr(stages, "train", start)
+    monkeypatch.setattr(stages, "_check_model", lambda *_: None)  # of its own, and larger
+    monkeypatch.setattr(stages, "room_of_worker", lambda workers: held - 1)
     with pytest.raises(UserError, match=r"worker 0 of 2 would hold .* of tables"):
         _fuse(run)
-    monkeypatch.setattr(pipeline, "room_of_worker", lambda workers: held)
+    monkeypatch.setattr(stages, "room_of_worker", lambda workers: held)
     with pytest.raises(Started):
         _fuse(run)
 

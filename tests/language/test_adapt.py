@@ -22,7 +22,7 @@ from sellarec.language.adapt import TextTask, build_adapt, build_adapted
 from sellarec.language.distil import ItemEncoder
 from sellarec.language.pretrain import build_decoder
 from sellarec.language.templates import read_template
-from sellarec.pipeline import settings_of
+from sellarec.run import settings_of
 
 torch.set_num_threads(1)
 

@@ -14,6 +14,7 @@ from sellarec.config import Adapt
 from sellarec.language import cost
 from sellarec.language import llm as llms
 from sellarec.language.memory import Shape, phases, shape_of, use_of
+from sellarec.run import Run
 
 SHAPE = Shape(
     weights=10_000_000,
@@ -105,14 +106,14 @@ def test_a_run_with_a_given_model_tells_its_costs_first(models, tmp_path, capsys
     config = parse(
         [*arguments, "--adapt.targets", "all-linear", "--data.expected", "33891", "10401", "7331", "839", "3256"]
     )
-    this = pipeline.Run.of(config)
+    this = Run.of(config)
     this.marks["prepare"] = "0" * 16
     assert pipeline._tell_cost(this, ("prepare", "adapt", "collab"))
     told = capsys.readouterr().out
     assert "cost      adapt     254 steps, 32,512 prompts trained on" in told and "of at most 256 tokens" in told
     assert "3 x A100-80GB: " in told and "3 x H100: " in told and "assumed: 30% of the peak" in told
     assert "fuse" not in told
-    unknown = pipeline.Run.of(dataclasses.replace(config, data=dataclasses.replace(config.data, expected=None)))
+    unknown = Run.of(dataclasses.replace(config, data=dataclasses.replace(config.data, expected=None)))
     assert not pipeline._tell_cost(unknown, ("adapt",)) and not capsys.readouterr().out
-    embedded = pipeline.Run.of(parse(["demo", "--workspace", str(Path(tmp_path))]))
+    embedded = Run.of(parse(["demo", "--workspace", str(Path(tmp_path))]))
     assert pipeline._tell_cost(embedded, ("adapt",)) and not capsys.readouterr().out

@@ -105,7 +105,8 @@ def test_layers_of_the_embedded_model_are_taken():
 
 
 def test_a_layer_that_the_given_model_lacks_is_refused_before_any_stage(decoder, tmp_path):
-    from sellarec.pipeline import Run, run
+    from sellarec.pipeline import run
+    from sellarec.run import Run
 
     config = Config(distil=Distil(layer=3), llm=Llm(model=str(decoder)), workspace=str(tmp_path), name="run", workers=1)
     with pytest.raises(UserError, match=r"distil.layer is 3, but .* has 2 layers: -3 to 2"):

@@ -37,6 +37,7 @@ from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt, build_adapted
 from sellarec.language.prompts import SOFT, Prompts
 from sellarec.language.scorer import PromptScorer, left_padded, trim
+from sellarec.run import Run
 
 torch.set_num_threads(1)
 
@@ -296,9 +297,9 @@ def test_attention_and_compiling_are_refused_before_any_stage(models, tmp_path):
     flags = ["--llm", str(models["llama"]), "--workspace", str(tmp_path)]
     flash = ["--llm.attention", "flash_attention_2", "--llm.dtype", "bfloat16"]
     with pytest.raises(UserError, match="runs on GPUs alone, but 2 workers find no GPU each"):
-        pipeline.check_stage(pipeline.Run.of(parse([*flags, *flash])), "fuse")
-    pipeline.check_stage(pipeline.Run.of(parse([*flags, *flash])), "collab")
-    this = pipeline.Run.of(parse([*flags, "--fuse.compile", "True"]))
+        pipeline.check_stage(Run.of(parse([*flags, *flash])), "fuse")
+    pipeline.check_stage(Run.of(parse([*flags, *flash])), "collab")
+    this = Run.of(parse([*flags, "--fuse.compile", "True"]))
     without = inductor.patch("cpp.cxx", (str(tmp_path / "no-compiler"),))
     with without, pytest.raises(UserError, match=r"there is no C\+\+ compiler"):
         pipeline.check_stage(this, "fuse")

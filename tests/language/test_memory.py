@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from sellarec import pipeline
+from sellarec import stages
 from sellarec.config import Adapt, Config, Distil, Fuse, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
 from sellarec.language.adapt import build_adapt
 from sellarec.language.llm import find_llm
 from sellarec.language.memory import Shape, Use, advice_of, check_model_fits, phases, shape_of, summary, use_of
+from sellarec.run import Run
 from sellarec.training.launch import Cluster
 
 SHAPE = Shape(
@@ -114,9 +115,9 @@ def test_a_stage_tells_what_its_model_takes_and_is_refused_beyond_this_machines_
     def check(micro_batch: int) -> None:
         config = Config(llm=Llm(model=str(models["llama"])))
         config = replace(config, **{stage: replace(getattr(config, stage), micro_batch=micro_batch)})
-        run = pipeline.Run.of(config)
+        run = Run.of(config)
         run.cluster = Cluster(local=True, gpus=False)
-        pipeline._check_model(run, stage, run.llm())
+        stages._check_model(run, stage, run.llm())
 
     check(2)
     assert f"{stage:<9} the language model takes about, of each worker, " in capsys.readouterr().out

@@ -16,7 +16,9 @@ from sellarec.config import Config, Llm, Pretrain
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.pretrain import build_pretrain
-from sellarec.pipeline import Run, _check_name, _check_prompts, _facts, _origins, inputs_of
+from sellarec.pipeline import _check_name, _origins
+from sellarec.run import Run, facts_of, inputs_of
+from sellarec.stages import _check_prompts
 
 torch.set_num_threads(1)
 
@@ -92,8 +94,8 @@ def test_later_stages_take_the_model_that_was_pretrained_further(run, models):
     plain.marks = run.marks
     for stage in LATER:
         assert set(inputs_of(stage, run.config)) - set(inputs_of(stage, plain.config)) == {"pretrain"}
-        assert "llm" in _facts(plain, stage) and "llm" not in _facts(run, stage)
-    assert _facts(run, "pretrain")["llm"] == run.given_llm.identity and "words" not in _facts(run, "pretrain")
+        assert "llm" in facts_of(plain, stage) and "llm" not in facts_of(run, stage)
+    assert facts_of(run, "pretrain")["llm"] == run.given_llm.identity and "words" not in facts_of(run, "pretrain")
     assert run.llm().name == str(run.artifact("pretrain").local() / "model")
     assert plain.llm().name == str(models["gpt2"])
 

@@ -6,7 +6,7 @@ import yaml
 from sellarec.command_line import parse
 from sellarec.errors import UserError
 from sellarec.language.templates import AUTO, Turn, built_in_templates, read_template, read_templates, template_mark
-from sellarec.pipeline import settings_of
+from sellarec.run import settings_of
 
 GOOD = {
     "text": [{"user": "Liked: {history}. Next {noun}: {title}. Good?"}],

@@ -10,7 +10,8 @@ from sellarec.artifacts import Place, Store
 from sellarec.checks import check
 from sellarec.config import Config
 from sellarec.errors import UserError
-from sellarec.pipeline import Run, marks_of
+from sellarec.pipeline import marks_of
+from sellarec.run import Run
 from sellarec.training.progress import Console
 from sellarec.tuning.space import Domain, check_space, read_space, samples, search_folder, with_settings
 

@@ -1,0 +1,525 @@
+"""How each stage is carried out: what is built from its inputs, checked for room, trained or scored, and left."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from sellarec.artifacts import Place
+from sellarec.config import Language, Selection
+from sellarec.data.log import Log, copy_log
+from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
+from sellarec.errors import StageFailed, TrainingStopped, UserError
+from sellarec.run import Run, template_words
+from sellarec.training.launch import first_workers, free_gpu_memory, room_of_worker, run_task, run_workers, train
+
+WORK = "work"
+"""Folder in an unfinished artifact for what its training reads beside its inputs."""
+
+MODELS = ("collab", "text-only", "sella-rec")
+
+
+def _prepare(this: Run) -> dict[str, Any]:
+    def start_ray() -> None:
+        if this.cluster is None:
+            this.connect()
+
+    data = this.config.data
+    if data.source == "log":
+        with this.artifact("prepare").writing() as folder:
+            copy_log(this.given_log, folder)
+        facts = this.given_log.facts
+        check_expected(facts, data.expected)
+        for name in ("prompt", "collab", *["align"] * (this.config.align.side != "items")):
+            read = getattr(this.config, name).history
+            if read > facts["history_cap"]:
+                this.console.line(
+                    f"prepare   note: {name}.history is {read}, but the log keeps only {facts['history_cap']} items a row"
+                )
+        return {**facts, "noun": data.noun or facts["noun"]}
+    with this.artifact("prepare").writing() as folder:
+        facts = prepare(
+            this.source,
+            rules_of(data, this.source),
+            folder,
+            hashes=this.hashes,
+            bad_rows=data.bad_rows,
+            start_ray=start_ray,
+            say=this.console.line,
+        )
+        check_expected(facts, data.expected)
+        discard_work(folder)
+    for line in in_words(facts):
+        this.console.line(f"prepare   {line}")
+    return facts
+
+
+def _pretrain(this: Run) -> dict[str, Any]:
+    from sellarec.language.llm import LlmSource
+    from sellarec.language.pretrain import build_decoder
+    from sellarec.training.stream import Order, row_groups
+
+    log = this.log()
+    settings = this.config.pretrain
+    if settings.continued:
+        start = this.given_llm.folder
+    else:
+        words = template_words(this.config.prompt.template)
+        with this.artifact("pretrain").writing() as folder:
+            build_decoder(
+                log.items(["text"])["text"].to_pylist(), words, settings, this.config.seed, folder / "initial"
+            )
+        start = (this.artifact("pretrain") / "initial").local
+    _check_prompts(this, start())
+    order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
+    source = LlmSource(str(start()), None, "initial")
+    build = partial(_build_pretrain, start, settings, this.config.llm.attention)
+    return _train(this, "pretrain", build, order, source=source)
+
+
+def _check_prompts(this: Run, folder: Path) -> None:
+    """Raises UserError where prompts don't fit the context of the model that is about to be pre-trained."""
+    from sellarec.language.llm import context_length, load_tokenizer, read_config
+    from sellarec.language.prompts import Prompts
+
+    log, config = this.log(), this.config
+    answers = {config.adapt.loss, config.fuse.loss} != {"answer"}
+    tokenizer, context = load_tokenizer(folder), context_length(read_config(folder))
+    Prompts(tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers)
+
+
+def _build_pretrain(start: Callable[[], Path], settings: Any, attention: str) -> Any:
+    from sellarec.language.pretrain import build_pretrain
+
+    return build_pretrain(start(), settings, attention)
+
+
+def _adapt(this: Run) -> dict[str, Any]:
+    from sellarec.language.adapt import build_adapt
+
+    log, config = this.log(), this.config
+    build = partial(build_adapt, this.llm(), _titles(log), config.prompt, log.facts["noun"], config.adapt)
+    return _train(this, "adapt", build, _order(this, "train", config.adapt.batch, config.seed))
+
+
+def _collab(this: Run) -> dict[str, Any]:
+    settings, seed = this.config.collab, this.config.seed
+    order = _order(this, "train", settings.batch, seed)
+    if settings.train_on == "sequences":
+        order = _sequences(this)
+    origin = this.collab_start[0] if this.config.collab.init_from is not None else None
+    build = _collab_builder(this, origin, trains="collab")
+    task = build()
+    facts = _train(this, "collab", build, order, task.tables)
+    cold = _cold_rows(this.log())
+    shares = ", ".join(f"{share:.1%} an unseen {name}" for name, share in cold.items())
+    this.console.line(f"collab    unseen users and items are {task.network.unseen}; of the test rows have {shares}")
+    return {**facts, "test rows unseen": cold}
+
+
+def _cold_rows(log: Log) -> dict[str, float]:
+    """Share of the test rows whose user, item, or either, the train split doesn't have."""
+    seen = log.split("test", ["user_seen", "item_seen"])
+    user, item = (seen[name].to_numpy() for name in seen.column_names)
+    return {"user": float((~user).mean()), "item": float((~item).mean()), "user or item": float((~user | ~item).mean())}
+
+
+def _sequences(this: Run) -> Any:
+    """The order of train sequences, which are put beside the artifact while it is made."""
+    from sellarec.data.log import write_sequences
+    from sellarec.training.stream import Order, row_groups
+
+    place = this.artifact("collab") / WORK
+    with place.writing() as folder:
+        write_sequences(this.log(), folder / "sequences.parquet", this.config.collab.history + 1)
+    groups = tuple(row_groups([str(place.local() / "sequences.parquet")]))
+    return Order(groups, this.config.collab.batch, this.config.seed)
+
+
+def _collab_builder(this: Run, origin: Place | None, trains: str | None = None) -> Callable[[], Any]:
+    """Builds the collaborative model.
+
+    Args:
+        origin: the artifact whose tables and dense weights it starts from; None for fresh ones.
+        trains: the stage that trains it, which may take negatives; None where it is only scored with.
+    """
+    from sellarec.collab.task import build_collab, reads_counts
+    from sellarec.data.log import item_counts
+
+    log, settings = this.log(), this.config.collab
+    if trains != "collab":  # other stages go through the rows
+        settings = dataclasses.replace(settings, train_on="rows")
+    counts = None
+    if trains is not None and reads_counts(settings):
+        place = this.artifact(trains) / WORK
+        with place.writing() as folder:
+            np.save(folder / "counts.npy", item_counts(log))
+        counts = place.local() / "counts.npy"
+    start = None if origin is None else origin.local()
+    given = _given_tables(this) if trains == "collab" else {}
+    return partial(build_collab, log, settings, start, counts, this.config.seed, given)
+
+
+def _given_tables(this: Run) -> dict[str, Path]:
+    """Folders of the tables that start from vectors of a file, by name. They are put beside the artifact while it is made."""
+    from sellarec.collab.task import build_collab
+    from sellarec.collab.vectors import write_table
+
+    collab, place = this.config.collab, this.artifact("collab") / WORK / "tables"
+    files = {"user": collab.init_users, "item": collab.init_items}
+    given = {name: path for name, path in files.items() if path is not None}
+    if not given:
+        return {}
+    network = build_collab(this.log(), collab, None).network
+    for name, path in given.items():
+        (table,) = (table for table in network.tables if table.name == name)
+        with place.writing() as folder:
+            known = write_table(this.log(), table, path, network.has_biases, this.config.seed, folder)
+        this.console.line(f"collab    {known:,} of {table.rows:,} {name}s start from {path}")
+    return dict.fromkeys(given, place.local())
+
+
+def _distil(this: Run) -> dict[str, Any]:
+    from sellarec.language.distil import distil
+
+    config, log = this.config, this.log()
+    _check_model(this, "distil", this.llm())
+    return run_task(
+        distil,
+        "distil",
+        this.console,
+        items=[str(path) for path in log.paths("items")],
+        settings=config.distil,
+        **this.adapted(),
+        noun=log.facts["noun"],
+        workers=first_workers("distil", this.group(), this.console),
+        gpus=this.gpus(),
+        output=this.artifact("distil"),
+        mark=this.marks["distil"],
+    )
+
+
+def _align(this: Run) -> dict[str, Any]:
+    from sellarec.alignment.measures import draw_items, kept_metrics, summary
+    from sellarec.language.distil import SavedVectors
+
+    config, log = this.config, this.log()
+    vectors = SavedVectors(this.artifact("distil").local(), this.marks["distil"])
+    if vectors.width % 4:
+        raise UserError(f"the language model is {vectors.width} wide, but the table kernels need a multiple of 4")
+    origin = this.artifact("collab") if config.align.init == "collab" else None
+    collab = _collab_builder(this, origin, trains="align")
+    measured = draw_items(log.items(["seen"])["seen"].to_numpy(), config.seed)
+    build = partial(
+        _build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align, measured, config.seed
+    )
+    facts = _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
+    valid = {"align": kept_metrics(facts), "collab": None}
+    rows = log.facts["rows"]["valid"]
+    alike = min(rows, config.collab.valid_rows) == min(rows, config.align.valid_rows)
+    if origin is not None and alike and config.collab.select_on in ("auc", "uauc"):
+        valid["collab"] = kept_metrics(this.manifest("collab")["facts"])
+    found = {"items": len(measured), **facts.pop("measured"), "valid": valid}
+    where = this.artifact("align")
+    this.persist(f"writing {where}/alignment.json", partial(where.write_json, "alignment.json", found))
+    this.console.line(f"align     {summary(found)}")
+    return {**facts, "alignment": found}
+
+
+def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
+    from sellarec.alignment.align import build_align
+
+    return build_align(collab(), *arguments)
+
+
+def _fuse(this: Run) -> dict[str, Any]:
+    config = this.config
+    tokens, trained = (" and ".join(names) for names in (config.fuse.tokens, config.fuse.train))
+    what = "learned tokens" if config.fuse.represent == "learned" else "tokens"
+    this.console.line(f"fuse      {what} of {tokens}; trains {trained}")
+    order = _order(this, "train", config.fuse.batch, config.seed)
+    return _train(this, "fuse", _fuse_builder(this, "align"), order, _tables_of_fuse(this))
+
+
+def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
+    """Builds the recommender from what stages before fuse left (align), or as stage fuse left it."""
+    config, of = this.config, _parts_of_fuse(this, stage)
+    collab, tables = _rows_of_fuse(this, stage)
+    aligned = config.fuse.warm_start and config.fuse.represent == "collaborative"
+    start = this.artifact("align").local() / "projection.safetensors" if aligned else None
+    return partial(
+        _build_fuse,
+        collab,
+        tables,
+        **this.adapted(of["adapter"]),
+        titles=_titles(this.log()),
+        prompt=config.prompt,
+        noun=this.log().facts["noun"],
+        hidden=config.align.hidden,
+        projection=start if of.get("projections") == "align" else None,
+        trained=this.artifact("fuse").local() / "projection.safetensors" if of.get("projections") == "fuse" else None,
+        settings=config.fuse,
+        seed=config.seed,
+    )
+
+
+def _parts_of_fuse(this: Run, stage: str) -> dict[str, str]:
+    """The stage that has made each part of what stage fuse starts from (align), or has left."""
+    from sellarec.fusion.fuse import made_by
+
+    settings = this.config.fuse
+    return made_by(settings if stage == "fuse" else dataclasses.replace(settings, train=()))
+
+
+def _rows_of_fuse(this: Run, stage: str) -> tuple[Callable[[], Any], Path]:
+    """Builds what represents users and items in tokens, and the folder of its tables; of no language model more than its width
+    is read."""
+    from sellarec.collab.task import build_collab
+    from sellarec.fusion.fuse import represented, token_rows
+
+    settings, of = this.config.fuse, _parts_of_fuse(this, stage)
+    rows = token_rows(settings, this.config.collab, this.adapted(of["adapter"])["source"])
+    folder = this.artifact(of["tables"]).local()
+    origin = None if settings.represent == "learned" and stage != "fuse" else folder
+    return partial(build_collab, this.log(), rows, origin, represented=represented(settings)), folder / "tables"
+
+
+def _tables_of_fuse(this: Run) -> tuple[Any, ...]:
+    """The tables that stage fuse looks up in."""
+    from sellarec.fusion.fuse import semantic_table, tables_of
+
+    collab, tables = _rows_of_fuse(this, "align")
+    return tables_of(collab(), semantic_table(tables, this.config.fuse), this.config.fuse)
+
+
+def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> Any:
+    from sellarec.fusion.fuse import build_fuse, semantic_table
+
+    return build_fuse(collab=collab(), semantic=semantic_table(tables, arguments["settings"]), **arguments)
+
+
+def _evaluate(this: Run) -> dict[str, Any]:
+    from sellarec.evaluation.baselines import fit_means, item_mean, item_user_mean
+    from sellarec.evaluation.report import BEST_ATTAINABLE
+    from sellarec.evaluation.results import evaluate_scores
+    from sellarec.language.adapt import build_adapted
+    from sellarec.training.scoring import Scoring, score_worker
+
+    log, config = this.log(), this.config
+    _check_model(this, "evaluate", this.llm())
+    build: dict[str, Callable[[], Any]] = {
+        "collab": _collab_builder(this, this.artifact("collab")),
+        "text-only": partial(
+            build_adapted, **this.adapted(), titles=_titles(log), prompt=config.prompt, noun=log.facts["noun"],
+            loss=config.adapt.loss,
+        ),
+        "sella-rec": _fuse_builder(this, "fuse"),
+    }  # fmt: skip
+    order = _order(this, "test", config.evaluate.batch, None)
+    output = this.artifact("evaluate")
+    scoring = Scoring("evaluate", build, config.evaluate, order, output, dtype=config.llm.dtype, storage=config.tables)
+    run_workers(score_worker, {"scoring": scoring}, "evaluate", this.group(), this.console, partial(_track, this))
+    scored = pq.read_table(this.artifact("evaluate").local() / "scores.parquet")
+    test, training = log.split("test"), log.split("train", ["user", "item", "label"])
+    if not np.array_equal(scored["row"].to_numpy(), test["row"].to_numpy()):
+        raise RuntimeError(f"evaluate: {len(scored)} rows were scored, but the test split has {len(test)} others")
+    user, item = test["user"].to_numpy(), test["item"].to_numpy()
+    means = fit_means(*(training[name].to_numpy() for name in ("user", "item", "label")))
+    scores = {"item mean": item_mean(means, item), "item + user mean": item_user_mean(means, user, item)}
+    scores |= {name: scored[name].to_numpy() for name in MODELS}
+    if test["expected"].null_count == 0:
+        scores[BEST_ATTAINABLE] = test["expected"].to_numpy()
+    for name, values in scores.items():
+        if not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).sum())
+            raise StageFailed(f"stage evaluate: {bad} of the {len(test)} scores of {name} are not finite")
+    records = evaluate_scores(
+        test, scores, pairs=[("sella-rec", "collab"), ("sella-rec", "text-only")], seed=config.seed,
+        protocol="pointwise", replicates=config.evaluate.replicates,
+    )  # fmt: skip
+    where = this.artifact("evaluate")
+    this.persist(f"writing {where}/results.json", partial(where.write_json, "results.json", records))
+    found = this.artifact("evaluate").read_json("scoring.json")
+    assert found is not None
+    _tell_shortened(this, "evaluate", found["histories"])
+    return {"rows": len(test), **found}
+
+
+def _train(
+    this: Run, stage: str, build: Callable[[], Any], train_order: Any, tables: Sequence[Any] = (), source: Any = None
+) -> dict[str, Any]:
+    """Train a stage on a worker group; gives the facts that the workers leave.
+
+    Args:
+        tables: the embedding tables that it will make: refused here where they can't be held.
+        source: of the language model that it trains whole; None for the run's own.
+    """
+    from sellarec.training.loop import Training
+
+    settings = getattr(this.config, stage)
+    dtype = this.config.llm.dtype if isinstance(settings, Language) else "float32"
+    in_epochs = settings.epochs * train_order.steps_per_epoch
+    if settings.max_steps is not None and settings.max_steps < in_epochs:
+        done = settings.max_steps / train_order.steps_per_epoch
+        this.console.line(
+            f"{stage:<9} {stage}.max_steps {settings.max_steps} ends it after {done:.2f} of {settings.epochs:g} epochs"
+        )
+    if tables:
+        _check_tables(this, tables, settings)
+    if isinstance(settings, Language):
+        _check_model(this, stage, this.llm() if source is None else source)
+    valid = None
+    if isinstance(settings, Selection):
+        valid = _valid_order(this, stage, settings)
+    training = Training(
+        stage, build, settings, this.config.seed, train_order, valid, this.artifact(stage),
+        dtype=dtype, storage=this.config.tables,
+    )  # fmt: skip
+    training = dataclasses.replace(training, profiled=_profiled(this, stage, training.steps))
+    on_record = this.on_record or partial(_track, this)
+    assert this.cluster is not None
+    try:
+        train(training, this.group(), this.console, on_record, this.stop)
+    except TrainingStopped:
+        this.artifact(stage).delete(*(name for name in this.artifact(stage).names() if name != "lease.json"))
+        raise
+    this.artifact(stage).delete(WORK)
+    found = this.artifact(stage).read_json("training.json")
+    assert found is not None
+    _tell_shortened(this, stage, found.get("histories", {}))
+    return found
+
+
+def _order(this: Run, split: str, batch: int, seed: int | None) -> Any:
+    from sellarec.training.stream import Order, row_groups
+
+    return Order(tuple(row_groups([str(path) for path in this.log().split_paths(split)])), batch, seed)
+
+
+def _titles(log: Log) -> list[str]:
+    return log.items(["title"])["title"].to_pylist()
+
+
+def _valid_order(this: Run, stage: str, settings: Selection) -> Any:
+    """The rows, or queries, by which a stage's state is selected."""
+    from sellarec.training.stream import Order, row_groups
+
+    batch = this.config.evaluate.batch
+    if settings.select_on in ("auc", "uauc"):
+        valid = _order(this, "valid", batch, None)
+        return dataclasses.replace(valid, every=-(-valid.rows // settings.valid_rows))
+    from sellarec.evaluation.queries import write_queries
+
+    place = this.artifact(stage) / WORK
+    with place.writing() as folder:
+        write_queries(this.log(), "valid", folder / "queries.parquet", settings.valid_rows)
+    return Order(tuple(row_groups([str(place.local() / "queries.parquet")])), batch, None)
+
+
+def _profiled(this: Run, stage: str, steps: int) -> Any:
+    from sellarec.training.loop import Profiled
+
+    asked = this.config.profile
+    if stage not in asked.stages:
+        return None
+    if asked.first > steps:
+        raise UserError(f"profile.first is {asked.first}, but stage {stage} takes {steps} steps: lower it")
+    return Profiled(asked.first, asked.steps, this.place / "profile")
+
+
+def _track(this: Run, record: dict[str, Any]) -> None:
+    """The numbers of a progress record, to the run's trackers."""
+    if "step" not in record:
+        return
+    shown = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, float) and name not in ("step", "steps", "seconds left")
+    }
+    shown |= {f"valid {name.upper()}": value for name, value in record.get("valid", {}).items() if value is not None}
+    titles = {name.replace("/s", " per s").replace(" %", " (%)"): value for name, value in shown.items()}
+    for tracker in this.trackers:
+        tracker.scalars(record["stage"], record["step"], titles)
+
+
+def _tell_shortened(this: Run, stage: str, histories: dict[str, dict[str, int]]) -> None:
+    from sellarec.training.stream import counts_in_words
+
+    if any(found["shortened"] for found in histories.values()):
+        this.console.line(f"{stage:<9} histories cut to fit: {counts_in_words(histories)}")
+
+
+def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
+    """Raises UserError where the kernels can't do what is asked of the tables, or this machine's memory can't hold them."""
+    from sellarec.training.plan import check_fits, place
+
+    assert this.cluster is not None
+    workers, storage = this.config.least_workers, this.config.tables
+    optimizer = None if all(table.frozen for table in tables) else settings
+    placements = place(tables, storage, optimizer, workers, "cuda" if this.gpus() else "cpu")
+    if this.cluster.local and not this.gpus():
+        # its workers' own memory was seen to be free before Ray was started
+        at_once = workers * this.cluster.groups
+        whose = f"each of {at_once} workers on this machine"
+        check_fits(placements, storage, optimizer, workers, room_of_worker(at_once), whose)
+
+
+def _check_model(this: Run, stage: str, source: Any) -> None:
+    """Tell what a stage's language model takes of each worker.
+
+    Raises:
+        UserError: the worker's GPU, or this machine's memory, has less free.
+    """
+    from sellarec.language.llm import context_length, read_config
+    from sellarec.language.memory import advice_of, check_model_fits, phases, shape_of, summary, use_of
+
+    assert this.cluster is not None
+    config = this.config
+    shape = shape_of(source, None if stage == "pretrain" or config.adapt.method == "full" else config.adapt)
+    use = use_of(stage, config, context_length(read_config(source.name, source.revision)))
+    if this.gpus():  # what is saved is loaded again into the host's memory
+        use = dataclasses.replace(use, compares=False)
+    found = phases(shape, use)
+    this.console.line(f"{stage:<9} the language model takes about, of each worker, {summary(found)}")
+    advice = advice_of(stage, config)
+    if this.gpus():
+        check_model_fits(found, free_gpu_memory(this.cluster.share), "its share of a GPU", advice)
+    elif this.cluster.local:
+        at_once = config.workers * this.cluster.groups
+        check_model_fits(found, room_of_worker(at_once), f"each of {at_once} workers on this machine", advice)
+
+
+def check_labels(this: Run, stages: Sequence[str]) -> None:
+    """Raises UserError where a stage can't be trained, or selected, for want of rows of one label."""
+    facts = this.log().facts
+    for stage in stages:
+        settings = getattr(this.config, stage, None)
+        if not isinstance(settings, Selection) or settings.select_on not in ("auc", "uauc"):
+            continue
+        for split in ("train", "valid"):
+            count, positives = facts["rows"][split], facts["positives"][split]
+            if positives in (0, count):
+                raise UserError(
+                    f"{positives} of the {count} rows of the {split} split are positives ({facts['label_rule']}): stage {stage} "
+                    f"takes both labels to train and to select by {settings.select_on}; mend the label rule or the split, or "
+                    "rank: --stages prepare,collab --collab.loss softmax --collab.select-on ndcg@10"
+                )
+
+
+def carry_out(this: Run, stage: str) -> dict[str, Any]:
+    """Make a stage's artifact, all but its manifest; gives the facts that stand there."""
+    make: Callable[[Run], dict[str, Any]] = {
+        "prepare": _prepare,
+        "pretrain": _pretrain,
+        "adapt": _adapt,
+        "collab": _collab,
+        "distil": _distil,
+        "align": _align,
+        "fuse": _fuse,
+        "evaluate": _evaluate,
+    }[stage]
+    return make(this)
