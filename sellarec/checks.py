@@ -322,6 +322,12 @@ def _check_fuse(config: Config) -> None:
             f"fuse.collab_score is True, but fuse.loss is {fuse.loss}: the collaborative score is added to the score of the "
             "answers, which a loss over tokens doesn't read; take fuse.loss answer, or leave fuse.collab_score out"
         )
+    weights = fuse.language_weights
+    if not weights or len(set(weights)) < len(weights) or not all(0 <= weight < math.inf for weight in weights):
+        raise UserError(
+            f"fuse.language_weights is {' '.join(map(str, weights)) or 'none'}: name one or more finite numbers from 0 on, "
+            "each once"
+        )
     if fuse.collab_score and learned:
         raise UserError(
             "fuse.collab_score is True, but fuse.represent is learned: what is trained then has no collaborative model; leave "
@@ -335,6 +341,8 @@ def _check_fuse(config: Config) -> None:
         unread |= dict.fromkeys(
             ("projections", "experts", "norm", "warm_start"), "fuse.represent is learned, which projects nothing"
         )
+    if not fuse.collab_score:
+        unread["language_weights"] = "fuse.collab_score is False, so no other score is added to the language model's"
     if "semantic" not in fuse.tokens:
         unread["semantic"] = f"fuse.tokens is {' '.join(fuse.tokens)}, without it"
     if "tables" not in fuse.train:

@@ -521,6 +521,9 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     collab_score: bool = False
     """Add the collaborative model's own score of the row to the language model's, which then learns what that one leaves to be
     told. Not with a loss over tokens."""
+    language_weights: tuple[float, ...] = (1.0,)
+    """With `collab_score`: by what the language model's score may be multiplied before the other is added, once it is trained. Of
+    several, that is kept by which `select_on` is best on the valid rows; with 0 the language model is not heard."""
     unseen_dropout: float = 0.35
     """Share of training rows whose user (and, drawn apart, whose item) is treated as unseen, that is as a row of zeros: the
     dropout of collaborative tokens."""

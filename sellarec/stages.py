@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place
@@ -242,10 +243,48 @@ def _fuse(this: Run) -> dict[str, Any]:
     what = "learned tokens" if config.fuse.represent == "learned" else "tokens"
     this.console.line(f"fuse      {what} of {tokens}; trains {trained}")
     order = _order(this, "train", config.fuse.batch, config.seed)
-    return _train(this, "fuse", _fuse_builder(this, "align"), order, _tables_of_fuse(this))
+    facts = _train(this, "fuse", _fuse_builder(this, "align"), order, _tables_of_fuse(this))
+    return {**facts, **_weigh_language(this)}
 
 
-def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
+def _weigh_language(this: Run) -> dict[str, Any]:
+    """Choose, by the valid rows, what the language model's score is multiplied by before the collaborative one is added; gives
+    the `language_weight`, and by weight the metric that was compared."""
+    from sellarec.evaluation.metrics import auc, uauc
+    from sellarec.training.scoring import Scoring, score_worker
+
+    settings, where = this.config.fuse, this.artifact("fuse") / WORK / "weighing"
+    if len(settings.language_weights) == 1:
+        return {"language_weight": settings.language_weights[0]}
+    collab, _ = _rows_of_fuse(this, "fuse")
+    scoring = Scoring(
+        "fuse", {"collab": collab, "sella-rec": _fuse_builder(this, "fuse")}, this.config.evaluate,
+        _valid_order(this, "fuse", settings), where, dtype=this.config.llm.dtype, storage=this.config.tables,
+    )  # fmt: skip
+    run_workers(score_worker, {"scoring": scoring}, "fuse", this.group(), this.console, partial(_track, this))
+    scored = pq.read_table(where.local() / "scores.parquet")
+    valid = this.log().split("valid", ["row", "user", "label"])
+    valid = valid.filter(pc.is_in(valid["row"], scored["row"].combine_chunks()))
+    users, labels = (valid[name].to_numpy() for name in ("user", "label"))
+    collaborative = scored["collab"].to_numpy().astype(np.float64)
+    language = scored["sella-rec"].to_numpy() - collaborative
+    found = {}
+    for weight in sorted(settings.language_weights):
+        scores = collaborative + weight * language
+        found[weight] = auc(labels, scores) if settings.select_on == "auc" else uauc(users, labels, scores).value
+    chosen = max(found, key=lambda weight: found[weight])  # of equals the smallest
+    told = ", ".join(f"{weight:g}: {value:.4f}" for weight, value in found.items())
+    this.console.line(
+        f"fuse      the language model's score counts {chosen:g} times (valid {settings.select_on.upper()} by weight: {told})"
+    )
+    this.artifact("fuse").delete(WORK)
+    return {
+        "language_weight": chosen,
+        "valid by language weight": {str(weight): value for weight, value in found.items()},
+    }
+
+
+def _fuse_builder(this: Run, stage: str, language_weight: float = 1.0) -> Callable[[], Any]:
     """Builds the recommender from what stages before fuse left (align), or as stage fuse left it."""
     config, of = this.config, _parts_of_fuse(this, stage)
     collab, tables = _rows_of_fuse(this, stage)
@@ -264,6 +303,7 @@ def _fuse_builder(this: Run, stage: str) -> Callable[[], Any]:
         trained=this.artifact("fuse").local() / "projection.safetensors" if of.get("projections") == "fuse" else None,
         settings=config.fuse,
         seed=config.seed,
+        language_weight=language_weight,
     )
 
 
@@ -317,7 +357,7 @@ def _evaluate(this: Run) -> dict[str, Any]:
             build_adapted, **this.adapted(), titles=_titles(log), prompt=config.prompt, noun=log.facts["noun"],
             loss=config.adapt.loss,
         ),
-        "sella-rec": _fuse_builder(this, "fuse"),
+        "sella-rec": _fuse_builder(this, "fuse", this.manifest("fuse")["facts"]["language_weight"]),
     }  # fmt: skip
     order = _order(this, "test", config.evaluate.batch, None)
     output = this.artifact("evaluate")

@@ -41,14 +41,23 @@ class Recommender(nn.Module):
 
     Args:
         adds_to: the token (of the vocabulary) to whose logit the collaborative model's score is added; None for none.
+        language_weight: what the language model's logits are multiplied by before that.
     """
 
-    def __init__(self, llm: nn.Module, projection: HybridProjection, network: CollabModel, adds_to: int | None) -> None:
+    def __init__(
+        self,
+        llm: nn.Module,
+        projection: HybridProjection,
+        network: CollabModel,
+        adds_to: int | None,
+        language_weight: float = 1.0,
+    ) -> None:
         super().__init__()
         self.scorer = PromptScorer(llm)
         self.projection = projection
         self.network = network
         self.adds_to = adds_to
+        self.language_weight = language_weight
 
     def train(self, mode: bool = True) -> "Recommender":
         """What is frozen stays as it is evaluated: dropout in it would only be noise."""
@@ -68,6 +77,8 @@ class Recommender(nn.Module):
         tokens = self.projection({name: made_by[name]() for name in self.projection.tokens})
         slots = {name: batch[f"{name}_position"] for name in tokens}
         found = self.scorer(batch["tokens"], batch["mask"], slots, tokens, batch.get("targets"), prefixes_of(batch))
+        if self.language_weight != 1:
+            found = self.language_weight * found
         if self.adds_to is None:
             return found
         # the score is a difference of two logits, so this adds to it
@@ -176,6 +187,7 @@ def build_fuse(
     trained: Path | None,
     settings: Fuse,
     seed: int,
+    language_weight: float = 1.0,
 ) -> FuseTask:
     """The task of training what `settings.train` names, or (with `trained`) of scoring with trained projections.
 
@@ -186,6 +198,7 @@ def build_fuse(
         hidden: width of the collaborative projection's hidden layer.
         projection: file of the aligned projection to start from; None for random weights.
         trained: file of trained projections.
+        language_weight: of those that `settings` names, the one that was kept.
     """  # fmt: skip
     folder = source.folder()
     model = llms.load_model(folder, source.storage, source.attention)
@@ -218,7 +231,8 @@ def build_fuse(
     # items are represented by their rows alone
     collab.network.requires_grad_("tables" in settings.train and ("user" in tokens or settings.collab_score))
     adds_to = prompts.segments.yes if settings.collab_score else None
-    return FuseTask(Recommender(adapted, hybrid, collab.network, adds_to), collab, semantic, prompts, settings, seed)
+    recommender = Recommender(adapted, hybrid, collab.network, adds_to, language_weight)
+    return FuseTask(recommender, collab, semantic, prompts, settings, seed)
 
 
 def made_by(settings: Fuse) -> dict[str, str]:

@@ -182,6 +182,7 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
         "versions": finished.manifests["evaluate"]["versions"],
         "base_model": base if copied else {**base, "name": source.name},
         "histories": histories,
+        "language_weight": finished.manifests["fuse"]["facts"]["language_weight"],
     }
     card = model_card(facts, config, log.facts, results, finished.manifests)
     (out / "README.md").write_text(card, encoding="utf-8")

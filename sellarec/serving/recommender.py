@@ -37,7 +37,7 @@ TEMPLATE = "template.yaml"
 EXPORT = "export.json"
 """File that says what an export is. It is written last."""
 
-FORMAT = 1
+FORMAT = 2
 """Raised when an export is laid out otherwise."""
 
 CATALOG, HISTORIES, MODEL = "catalog", "histories", "model"
@@ -323,6 +323,7 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         trained=folder / PROJECTION if made == "fuse" else None,
         settings=config.fuse,
         seed=config.seed,
+        language_weight=facts["language_weight"],
     )
     adapted = task.model.scorer.llm
     text = make_prompts(source.folder(), titles, config.prompt, noun, adapted, "text", config.adapt.loss)

@@ -22,6 +22,10 @@ pytestmark = pytest.mark.ray
 THREE = pytest.param(3, marks=pytest.mark.slow)
 """Three workers: a run of its own, which `make test-all` makes."""
 
+WEIGHTS = (0.0, 0.5, 1.0)
+FUSE = {**main_job.TINY["fuse"], "collab_score": True, "language_weights": list(WEIGHTS)}
+SETTINGS = {**main_job.TINY, "fuse": FUSE}
+
 TRAINED = ("pretrain", "adapt", "collab", "align", "fuse")
 FROM_TRAINED = ("adapt", "align", "fuse")
 """Stages that begin with what others have trained."""
@@ -31,7 +35,7 @@ class Runs(dict[int, tuple[Path, str]]):
     """By number of workers: the workspace, and what the job printed. A run is made when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._recipe = folder, main_job.write_recipe(folder)
+        self._folder, self._recipe = folder, main_job.write_recipe(folder, SETTINGS)
 
     def __missing__(self, workers: int) -> tuple[Path, str]:
         workspace = self._folder / f"workers-{workers}"
@@ -65,7 +69,7 @@ def test_same_losses(runs: Runs, stage: str, workers: int, tmp_path: Path) -> No
         workspace = tmp_path / "workspace"
         shutil.copytree(runs[2][0], workspace)
         shutil.rmtree(main_job.artifact(workspace, "run", stage))
-        recipe = main_job.write_recipe(tmp_path)
+        recipe = main_job.write_recipe(tmp_path, SETTINGS)
         arguments = ["demo", recipe, "--workers", str(workers), "--workspace", workspace, "--name", "run"]
         main_job.train(*arguments, "--stages", stage, log=tmp_path / "log")
         assert main_job.read_json(main_job.artifact(workspace, "run", stage) / "training.json")["workers"] == workers
@@ -167,10 +171,23 @@ def test_what_the_run_leaves(runs: Runs) -> None:
     assert all(set(r) == keys for r in records)
 
 
+@pytest.mark.parametrize("workers", [1, 2, THREE])
+def test_the_language_models_weight_is_the_best_one_on_valid_rows(runs: Runs, workers: int) -> None:
+    """Of which 1 is what the training itself has measured of the state it kept, and 0 the collaborative model alone."""
+    workspace, printed = runs[workers]
+    facts = main_job.read_json(main_job.artifact(workspace, "run", "fuse") / "manifest.json")["facts"]
+    found = facts["valid by language weight"]
+    assert list(found) == [str(weight) for weight in WEIGHTS]
+    chosen = facts["language_weight"]
+    assert found[str(chosen)] == max(found.values()) and f"counts {chosen:g} times" in printed
+    assert found["1.0"] == pytest.approx(dict(facts["evaluations"])[facts["kept_step"]]["auc"], abs=1e-6)
+    assert len(set(found.values())) == len(WEIGHTS)
+
+
 def test_standing_artifacts_are_not_made_again(runs: Runs, tmp_path: Path) -> None:
     workspace = runs[2][0]
     before = {path: path.stat().st_mtime_ns for path in (workspace / "artifacts").rglob("manifest.json")}
-    recipe = main_job.write_recipe(tmp_path)
+    recipe = main_job.write_recipe(tmp_path, SETTINGS)
     arguments = ["demo", recipe, "--workspace", workspace, "--name", "run", "--workers", "1"]
     printed = main_job.train(*arguments, log=tmp_path / "log")
     assert printed.count("stands already") == 8
@@ -205,7 +222,7 @@ def test_an_export_scores_as_the_run_did(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_a_name_belongs_to_one_config(runs: Runs, tmp_path: Path) -> None:
-    recipe = main_job.write_recipe(tmp_path)
+    recipe = main_job.write_recipe(tmp_path, SETTINGS)
     arguments = ["demo", recipe, "--workspace", runs[2][0], "--name", "run", "--seed", "2"]
     printed = main_job.train(*arguments, log=tmp_path / "log", status=2)
     assert "seed 1 then, 2 now" in printed

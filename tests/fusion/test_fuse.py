@@ -164,6 +164,9 @@ def test_the_collaborative_score_is_added_to_the_language_models(make, model, to
     item = vectors["item"].values if isinstance(vectors["item"], Jagged) else vectors["item"]
     (gradient,) = torch.autograd.grad((both - alone).sum(), [item])
     assert gradient.abs().max() > 0
+    task.model.language_weight, task.model.adds_to = 0.25, task.prompts.segments.yes
+    weighed = task.score(task.model, batch, vectors)
+    torch.testing.assert_close(weighed, 0.25 * alone + collab, rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_have_the_norm_of_the_models_embeddings(task):

@@ -147,12 +147,14 @@ def make_workspace(
     if fresh.network.has_weights:
         fresh.save(fuse, {name: weight.detach() for name, weight in fresh.network.named_parameters()})
 
+    weight = config.fuse.language_weights[0]
+
     def build(trained: Path | None) -> FuseTask:
         table = Table("semantic", count, WIDTH, ("semantic",), read=lambda start, stop: semantic[start:stop])
         return build_fuse(
             **adapted, titles=titles, prompt=config.prompt, noun=log.facts["noun"],
             collab=build_collab(log, rows_of_tokens, fuse), semantic=None if learned else table, hidden=HIDDEN,
-            projection=None, trained=trained, settings=config.fuse, seed=1,
+            projection=None, trained=trained, settings=config.fuse, seed=1, language_weight=weight,
         )  # fmt: skip
 
     torch.manual_seed(6)
@@ -163,7 +165,8 @@ def make_workspace(
     task = build(None if learned else fuse / "projection.safetensors")
     task.model.eval()
     marked = {"llm": source.identity, "templates": template_mark("compact")}
-    finish("fuse", {"steps": 1, "kept_step": 1, "template": "compact"}, **marked)
+    facts = {"steps": 1, "kept_step": 1, "template": "compact", "language_weight": weight}
+    finish("fuse", facts, **marked)
     workspace = Workspace(folder, log, task, source, config)
     test = workspace.test_rows()
     records = evaluate_scores(
@@ -375,7 +378,7 @@ def test_explanations_are_what_the_score_loses(made, recommender):
 
 
 def test_a_collaborative_score_that_is_added_is_in_the_export_and_its_explanations(made, recommender):
-    workspace, export = made("sasrec", collab_score=True)
+    workspace, export = made("sasrec", collab_score=True, language_weights=(0.5, 1.0))
     rows = workspace.test_rows()
     found, (users, items, histories) = sellarec.load(export), named(workspace, rows)
     np.testing.assert_allclose(found.score(users, items, histories).scores, stage_scores(workspace, rows), atol=1e-5)

@@ -1,10 +1,11 @@
 """Processes that serve many tests, over gloo and without Ray: this file run as a script is one of them.
 
 A test names a function of a module in this folder; each of as many workers as it asks for calls it, and what they return comes
-back by rank. The processes are kept; a test for another number of workers makes new process groups in them.
+back by rank. The processes are kept: for each number of workers there are as many, which stay one process group.
 """
 
 import contextlib
+import faulthandler
 import os
 import pickle
 import subprocess
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PROCESSES = 3
 PATIENCE = 120
 """Seconds that a call may take."""
 HANG = 60
@@ -29,39 +29,59 @@ HANG = 60
 
 
 class Gloo:
-    """PROCESSES processes, of which a call takes the first ones."""
+    """A group of processes for each number of workers, made when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self._folder = folder
+        self._groups: dict[int, Group] = {}
+
+    def call(self, workers: int, function: Callable, *arguments: Any) -> list[Any]:
+        """What `function(*arguments)` returns on each worker, by rank."""
+        if workers not in self._groups:
+            (folder := self._folder / str(workers)).mkdir(exist_ok=True)
+            self._groups[workers] = Group(folder, workers)
+        return self._groups[workers].call(function, *arguments)
+
+    def regroup(self, workers: int) -> None:
+        """Have the next call with so many workers make a new process group in them."""
+        self._groups[workers].generation += 1
+
+    def end(self) -> None:
+        for group in self._groups.values():
+            group.end()
+
+
+class Group:
+    """So many processes."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self.folder, self.workers, self.generation = folder, workers, 0
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
-        self.generation = self.workers = 0
 
     def start(self) -> None:
+        self.generation += 1
         paths = [str(Path(__file__).parent), *sys.path]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
         with open(self.folder / "log", "a") as log:
-            for rank in range(PROCESSES):
+            for rank in range(self.workers):
                 own, theirs = Pipe()
                 with theirs:
-                    command = [sys.executable, __file__, str(theirs.fileno()), str(self.folder), str(rank)]
+                    handed = [str(theirs.fileno()), str(self.folder), str(rank), str(self.workers)]
+                    command = [sys.executable, __file__, *handed]
                     process = subprocess.Popen(
                         command, pass_fds=[theirs.fileno()], stdout=log, stderr=log, env=environment
                     )
                 self.connections.append(own)
                 self.processes.append(process)
 
-    def call(self, workers: int, function: Callable, *arguments: Any) -> list[Any]:
-        """What `function(*arguments)` returns on each worker, by rank."""
+    def call(self, function: Callable, *arguments: Any) -> list[Any]:
         if not self.processes:
             self.start()
-        if workers != self.workers:
-            self.generation, self.workers = self.generation + 1, workers
-        message = (self.generation, workers, function.__module__, function.__name__, arguments)
-        for connection in self.connections[:workers]:
-            connection.send(message)
+        for connection in self.connections:
+            connection.send((self.generation, function.__module__, function.__name__, arguments))
         answers: dict[Connection, Any] = {}
-        while waiting := [connection for connection in self.connections[:workers] if connection not in answers]:
+        while waiting := [connection for connection in self.connections if connection not in answers]:
             for connection in (ready := wait(waiting, PATIENCE)):
                 try:
                     answers[connection] = connection.recv()
@@ -71,12 +91,8 @@ class Gloo:
             if failures or not ready:
                 self.end()  # the others may wait for the one that failed
                 told = "\n".join(failures) or "no answer"
-                raise AssertionError(f"{workers} workers: {told}\n{(self.folder / 'log').read_text()[-3000:]}")
-        return [answers[connection] for connection in self.connections[:workers]]
-
-    def regroup(self) -> None:
-        """Have the next call make new process groups."""
-        self.workers = 0
+                raise AssertionError(f"{self.workers} workers: {told}\n{(self.folder / 'log').read_text()[-6000:]}")
+        return [answers[connection] for connection in self.connections]
 
     def end(self) -> None:
         for process in self.processes:
@@ -84,21 +100,21 @@ class Gloo:
             process.wait()
         for connection in self.connections:
             connection.close()
-        self.processes, self.connections, self.workers = [], [], 0
+        self.processes, self.connections = [], []
 
 
 class Failure(str):
     """What went wrong in a worker."""
 
 
-def serve(pipe: int, folder: str, rank: int) -> None:
+def serve(pipe: int, folder: str, rank: int, workers: int) -> None:
     """One of the processes, until it is ended or the tests are."""
+    faulthandler.enable()
     torch.set_num_threads(1)
-    warm_up(f"{folder}/store-of-{os.getpid()}")
     connection, current = Connection(pipe), 0
     with contextlib.suppress(EOFError):
         while True:
-            generation, workers, module, name, arguments = connection.recv()
+            generation, module, name, arguments = connection.recv()
             try:
                 if generation != current:
                     if dist.is_initialized():
@@ -124,15 +140,6 @@ def join(store: str, rank: int, workers: int) -> None:
     )
 
 
-def warm_up(store: str) -> None:
-    """What TorchRec does once a process, with others; so that processes that took part in other calls are alike in it."""
-    from torchrec.distributed.collective_utils import init_collective_validation
-
-    join(store, 0, 1)
-    init_collective_validation(dist.group.WORLD)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
     # what is pickled names classes of the module, not of the script
-    import_module("gloo_workers").serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    import_module("gloo_workers").serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
