@@ -614,19 +614,18 @@ class Sweep(Config):
 
     stage: Literal["adapt", "collab", "align", "fuse"] = runtime("align")
     """Stage whose trials are compared. What it reads is made once, before them; the test split is not read."""
-    search: str | None = runtime(None)
-    """Settings that are drawn, and from what: a name in sellarec/searches, or a .yaml file in their form; None: the one that is
+    space: str | None = runtime(None)
+    """Settings that are drawn, and from what: a name in sellarec/spaces, or a .yaml file in their form; None: the one that is
     named as the stage."""
+    search: Literal["asha", "random", "optuna"] = runtime("asha")
+    """random: drawn independently, and each trial trains to its end; asha: drawn so too, but after 1, 3, 9, ... evaluations those
+    below the best third of the trials that came as far are stopped (asynchronous successive halving, arXiv 1810.05934); optuna:
+    drawn near what did well so far (a tree-structured Parzen estimator), and each trains to its end."""
     metric: Literal["auc", "uauc"] | None = runtime(None)
     """Metric of the valid split that trials are compared by, and by which each keeps its best state; None: the stage's
     `select_on`."""
     trials: int = runtime(16)
     """Trials."""
-    algorithm: Literal["random", "tpe"] = runtime("random")
-    """random: drawn independently; tpe: drawn near what did well so far (Optuna's tree-structured Parzen estimator)."""
-    scheduler: Literal["none", "asha"] = runtime("asha")
-    """none: each trial trains to its end; asha: after 1, 3, 9, ... evaluations those below the best third of the trials that
-    came as far are stopped (asynchronous successive halving, arXiv 1810.05934)."""
     concurrent: int = runtime(1)
     """Trials that run at a time, of `workers` training processes each."""
     share: float = runtime(1.0)

@@ -47,7 +47,7 @@ class Row:
 
 
 def write_results(place: Place, rows: Sequence[Row], space: Sequence[Domain], stage: str, metric: str) -> None:
-    """Write trials.csv, trials.parquet, plots/SETTING.svg and tensorboard/ into a sweep's folder."""
+    """Write trials.csv, trials.parquet, plots/SETTING.svg and tensorboard/trials/ into the run's folder."""
     with place.writing() as folder:
         _write_tables(folder, rows, space)
         (folder / "plots").mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ def write_results(place: Place, rows: Sequence[Row], space: Sequence[Domain], st
                 plot(rows, domain, stage, metric).savefig(
                     folder / "plots" / f"{domain.name}.svg", metadata={"Date": None}
                 )
-        _write_tensorboard(folder / "tensorboard", rows, stage, metric)
+        _write_tensorboard(folder / "tensorboard" / "trials", rows, stage, metric)
 
 
 def _write_tables(folder: Path, rows: Sequence[Row], space: Sequence[Domain]) -> None:

@@ -84,20 +84,20 @@ class Domain:
         return self.value(math.exp(random.uniform(math.log(low), math.log(high))))
 
 
-def search_folder() -> Path:
-    return Path(str(importlib.resources.files("sellarec") / "searches"))
+def space_folder() -> Path:
+    return Path(str(importlib.resources.files("sellarec") / "spaces"))
 
 
-def read_space(search: str) -> list[Domain]:
+def read_space(space: str) -> list[Domain]:
     """The domains of a search space, from a built-in name or a YAML file.
 
     Raises:
         UserError: no such space, not YAML, empty, a name that is no setting, or values that the setting can't take.
     """
-    path = Path(search) if search.endswith((".yaml", ".yml")) else search_folder() / f"{search}.yaml"
+    path = Path(space) if space.endswith((".yaml", ".yml")) else space_folder() / f"{space}.yaml"
     if not path.is_file():
-        built_in = ", ".join(sorted(file.stem for file in search_folder().glob("*.yaml")))
-        raise UserError(f"there is no search space '{search}': give a .yaml file that exists or one of {built_in}")
+        built_in = ", ".join(sorted(file.stem for file in space_folder().glob("*.yaml")))
+        raise UserError(f"there is no search space '{space}': give a .yaml file that exists or one of {built_in}")
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 REDUCTION = 3
 """Of the trials that come as far, asha lets one of so many go on; the next decision is after so many times the evaluations."""
 
-KEPT = ("stage", "trials", "algorithm", "scheduler", "concurrent", "max_failures")
+KEPT = ("stage", "trials", "search", "concurrent", "max_failures")
 """Settings that Ray Tune goes on with as the sweep was begun."""
+
+STATE = "sweep"
+"""Folder in the run's for what the sweep goes on from."""
 
 
 def sweep(settings: Sweep) -> None:
-    """Run a sweep, or go on with one, and write its folder WORKSPACE/sweeps/NAME.
+    """Run a sweep, or go on with one, and write what it found into WORKSPACE/runs/NAME.
 
     Raises:
         UserError: a mistake in settings, search space, data, model or place.
@@ -43,26 +46,25 @@ def sweep(settings: Sweep) -> None:
             f"min_workers is {settings.min_workers}, but a sweep's trials have {settings.workers} workers each (workers): leave "
             "it out"
         )
-    if settings.algorithm == "tpe" and importlib.util.find_spec("optuna") is None:
-        raise UserError(
-            "algorithm is tpe, which is Optuna's, but optuna is not installed: pip install 'sellarec[tune]'"
-        )
+    if settings.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError("search is optuna, but optuna is not installed: pip install 'sellarec[tune]'")
     if not joins_cluster():
         check_room(settings.concurrent * (settings.workers + 1))  # a trial has a process of its own beside its workers
-    space = read_space(settings.search or stage)
+    space = read_space(settings.space or stage)
     this = Run.of(config)
     this.store.check_writable()
     reads = check_space(space, config, stage, partial(_marks, this, stage))
     this.config = config
     check_stage(this, stage)
-    place = this.store.workspace / "sweeps" / str(config.name)
-    identity = _check_name(place, settings, config, space)
-    with lease(place, console.line):
+    place = this.place
+    state = place / STATE
+    identity = _check_name(state, settings, config, space)
+    with lease(state, console.line):
         marks = _run_stages_before(config, stage, reads, settings)
-        place.write_json("sweep.json", identity)
-        rows = _finished(place)
+        state.write_json("sweep.json", identity)
+        rows = _finished(state)
         if rows is None:
-            rows = _run_trials(settings, config, space, marks, place, console)
+            rows = _run_trials(settings, config, space, marks, state, console)
         else:
             console.line(f"the sweep stands already: {place}")
         finished = sorted((row for row in rows if row.status == "finished"), key=lambda row: -(row.value or 0))
@@ -102,20 +104,20 @@ def _marks(this: Run, stage: str, config: Config) -> dict[str, str]:
     return marks_of(this, stage)
 
 
-def _check_name(place: Place, settings: Sweep, config: Config, space: Sequence[Domain]) -> dict[str, Any]:
+def _check_name(state: Place, settings: Sweep, config: Config, space: Sequence[Domain]) -> dict[str, Any]:
     """A name belongs to one sweep: the same one resumes, another one is refused. Returns what to record of it."""
     mine = {
         **{name: getattr(settings, name) for name in KEPT},
-        "search": {domain.name: {domain.kind: domain.values} for domain in space},
+        "space": {domain.name: {domain.kind: domain.values} for domain in space},
         **result_settings(config),
     }
     mine = json.loads(json.dumps(mine))
-    earlier = place.read_json("sweep.json") or mine
+    earlier = state.read_json("sweep.json") or mine
     names = [name for name in mine if earlier.get(name) != mine[name]]
     if names:
         shown = ", ".join(f"{name} {earlier.get(name)} then, {mine[name]} now" for name in names[:5])
         raise UserError(
-            f"the sweep {place} was begun with other settings ({shown}{', ...' if len(names) > 5 else ''}): choose another "
+            f"the sweep {state} was begun with other settings ({shown}{', ...' if len(names) > 5 else ''}): choose another "
             "--name (trials that stand are not trained again), or delete that folder"
         )
     return mine
@@ -131,7 +133,7 @@ def _run_stages_before(config: Config, stage: str, reads: Sequence[str], setting
 
 
 def _run_trials(
-    settings: Sweep, config: Config, space: Sequence[Domain], marks: Mapping[str, str], place: Place, console: Console
+    settings: Sweep, config: Config, space: Sequence[Domain], marks: Mapping[str, str], state: Place, console: Console
 ) -> list[Row]:
     """Run what is left of the trials; how all of them went."""
     for name, value in {
@@ -148,12 +150,12 @@ def _run_trials(
     from sellarec.tuning.progress import Progress
     from sellarec.tuning.trial import Base, Trial
 
-    base = Base(config, space, settings.stage, marks, cluster, place / "trials")
+    base = Base(config, space, settings.stage, marks, cluster, state / "trials")
     trainable = tune.with_resources(tune.with_parameters(Trial, base=base), {"CPU": 0.01})
-    folder = str(place.folder) if place.is_local else place.uri
+    folder = str(state.folder) if state.is_local else state.uri
     try:
         if tune.Tuner.can_restore(f"{folder}/tune"):
-            console.line(f"the sweep goes on: {place}")
+            console.line(f"the sweep goes on: {state}")
             tuner = tune.Tuner.restore(f"{folder}/tune", trainable, resume_unfinished=True, restart_errored=True)
         else:
             tuner = tune.Tuner(
@@ -170,7 +172,7 @@ def _run_trials(
                     storage_path=folder,
                     failure_config=tune.FailureConfig(max_failures=settings.max_failures),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stage keeps its own
-                    callbacks=[Progress(console, space, settings.trials, place / "trials")],
+                    callbacks=[Progress(console, space, settings.trials, state / "trials")],
                     verbose=0,
                 ),
             )
@@ -181,8 +183,8 @@ def _run_trials(
     # what failed is tried again when the command is given again; where nothing was finished, everything is
     if not results.errors:
         if any(row.status == "finished" for row in rows):
-            place.write_json("trials.json", [dataclasses.asdict(row) for row in rows])
-        place.delete("tune", "trials")
+            state.write_json("trials.json", [dataclasses.asdict(row) for row in rows])
+        state.delete("tune", "trials")
     return rows
 
 
@@ -202,7 +204,7 @@ def _domains(space: Sequence[Domain]) -> dict[str, Any]:
 
 
 def _searcher(settings: Sweep) -> Any:
-    if settings.algorithm == "random":
+    if settings.search != "optuna":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
         return BasicVariantGenerator(random_state=settings.seed, max_concurrent=settings.concurrent)
@@ -214,7 +216,7 @@ def _searcher(settings: Sweep) -> Any:
 def _scheduler(settings: Sweep) -> Any:
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-    if settings.scheduler == "none":
+    if settings.search != "asha":
         return FIFOScheduler()
     # no trial comes to max_t: the end of a trial is its own
     return ASHAScheduler(time_attr=EVALUATION, metric=VALUE, mode="max", max_t=10**6, reduction_factor=REDUCTION)
@@ -238,7 +240,7 @@ def _row(number: int, result: Any, base: "Base") -> Row:
     )
 
 
-def _finished(place: Place) -> list[Row] | None:
+def _finished(state: Place) -> list[Row] | None:
     """The trials of a sweep that came to its end."""
-    rows = place.read_json("trials.json")
+    rows = state.read_json("trials.json")
     return None if rows is None else [Row(**row) for row in rows]

@@ -59,12 +59,12 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def arguments(folder: Path, *flags: str, space: dict = SPACE) -> list[str]:
-    files = [str(main_job.write_recipe(folder)), "--search", str(write_space(folder, space))]
+    files = [str(main_job.write_recipe(folder)), "--space", str(write_space(folder, space))]
     return ["demo", *files, "--workspace", str(folder / "w"), *FLAGS, *flags]
 
 
 def table(folder: Path) -> list[dict]:
-    return pq.read_table(folder / "w/sweeps/demo-tiny-collab/trials.parquet").to_pylist()
+    return pq.read_table(folder / "w/runs/demo-tiny-collab/trials.parquet").to_pylist()
 
 
 def test_trials_that_are_stopped_leave_no_cpu_held_and_the_winner_is_a_recipe(tmp_path: Path, held: list) -> None:
@@ -82,7 +82,7 @@ def test_trials_that_are_stopped_leave_no_cpu_held_and_the_winner_is_a_recipe(tm
     assert sorted(set(stages)) == ["collab", "prepare"], "the test split was not scored, nothing else was made"
     assert {name for name in artifacts if name.startswith("collab")} == {row["artifact"] for row in rows} - {None}
 
-    best = tmp_path / "w/sweeps/demo-tiny-collab/best.yaml"
+    best = tmp_path / "w/runs/demo-tiny-collab/best.yaml"
     again = Run.of(parse([str(best), "--stages", "prepare,collab"]))
     run(again)
     assert again.seconds == {"prepare": None, "collab": None}, "both stood already"
@@ -108,7 +108,7 @@ def test_a_trial_whose_process_is_lost_is_taken_up_again(tmp_path: Path, held: l
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     space = {"collab.l2": {"choice": [0.01, 0.1]}}
-    flags = ("--trials", "2", "--collab.epochs", "40", "--collab.patience", "40", "--scheduler", "none")
+    flags = ("--trials", "2", "--collab.epochs", "40", "--collab.patience", "40", "--search", "random")
     sweep(parse_sweep(arguments(tmp_path, *flags, space=space)))
     assert killed.is_set() and "lost, and taken up again" in capsys.readouterr().out
     assert held[-1] == 0
@@ -124,10 +124,10 @@ def test_trials_that_all_fail_end_the_sweep_with_their_cause(tmp_path: Path, hel
     assert [row["status"] for row in rows] == ["failed", "failed"] and all(row["cause"] for row in rows)
 
 
-@pytest.mark.parametrize("algorithm", ["random", "tpe"])
-def test_a_sweep_goes_on_after_its_driver_was_killed(algorithm: str, tmp_path: Path) -> None:
-    flags = ("--scheduler", "none", "--algorithm", algorithm)
-    if algorithm == "tpe":
+@pytest.mark.parametrize("search", ["random", "optuna"])
+def test_a_sweep_goes_on_after_its_driver_was_killed(search: str, tmp_path: Path) -> None:
+    flags = ("--search", search)
+    if search == "optuna":
         pytest.importorskip("optuna")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, str(main_job.ROOT / "jobs/tune.py"), *arguments(tmp_path, *flags)]

@@ -13,9 +13,9 @@ from sellarec.errors import UserError
 from sellarec.pipeline import marks_of
 from sellarec.run import Run
 from sellarec.training.progress import Console
-from sellarec.tuning.space import Domain, check_space, read_space, samples, search_folder, with_settings
+from sellarec.tuning.space import Domain, check_space, read_space, samples, space_folder, with_settings
 
-BUILT_IN = sorted(path.stem for path in search_folder().glob("*.yaml"))
+BUILT_IN = sorted(path.stem for path in space_folder().glob("*.yaml"))
 
 
 def space_of(folder: Path, content: object) -> list[Domain]:

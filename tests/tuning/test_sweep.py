@@ -41,10 +41,10 @@ def test_flags_that_are_refused(flags: list[str], words: list[str]) -> None:
     assert all(word in str(refusal.value) for word in words), refusal.value
 
 
-def test_tpe_without_optuna(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_optuna_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="optuna is not installed"):
-        sweep(parse_sweep(["demo", "--algorithm", "tpe", "--workspace", str(tmp_path / "w")]))
+        sweep(parse_sweep(["demo", "--search", "optuna", "--workspace", str(tmp_path / "w")]))
     assert not (tmp_path / "w").exists()
 
 
@@ -58,7 +58,7 @@ def test_a_refused_space_makes_nothing(tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text("align.temprature: {uniform: [0.1, 1.0]}")
     with pytest.raises(UserError, match=r"did you mean align\.temperature"):
-        sweep(parse_sweep(["demo", "--search", str(space), "--workspace", str(tmp_path / "w")]))
+        sweep(parse_sweep(["demo", "--space", str(space), "--workspace", str(tmp_path / "w")]))
     assert not (tmp_path / "w").exists()
 
 
