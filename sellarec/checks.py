@@ -142,11 +142,15 @@ def _check_attention(config: Config) -> None:
 
 def _check_align(config: Config) -> None:
     align, defaults = config.align, Align()
+    of_pairs = ("info-nce", "rince", "rlmrec-con", "rlmrec-gen")
     for name, readers in (
+        ("temperature", of_pairs),
+        ("mask_equal", of_pairs),
         ("rince_q", ("rince",)),
         ("rince_lambda", ("rince",)),
         ("direction", ("info-nce", "rince")),
         ("mask_share", ("rlmrec-gen",)),
+        ("centers", ("darec",)),
     ):
         value = getattr(align, name)
         if value != getattr(defaults, name) and align.contrastive not in readers:
@@ -167,10 +171,15 @@ def _check_align(config: Config) -> None:
             "align.contrastive rlmrec-con"
         )
     projects = config.fuse.represent == "collaborative" and config.fuse.tokens != ("semantic",)
-    if align.contrastive == "rlmrec-con" and config.fuse.warm_start and projects:
+    elsewhere = {
+        "rlmrec-con": "distilled vectors to the width of rows",
+        "darec": "rows and distilled vectors into a space of its own",
+    }
+    if align.contrastive in elsewhere and config.fuse.warm_start and projects:
         raise UserError(
-            "align.contrastive is rlmrec-con, which projects distilled vectors to the width of rows, but fuse.warm_start is "
-            "True, which starts from a projection of rows: take --fuse.warm-start False, or another align.contrastive"
+            f"align.contrastive is {align.contrastive}, which projects {elsewhere[align.contrastive]}, but fuse.warm_start is "
+            "True, which starts from a projection of rows to distilled vectors: take --fuse.warm-start False, or another "
+            "align.contrastive"
         )
     if align.history != defaults.history and align.side == "items":
         raise UserError(
@@ -573,7 +582,7 @@ _LOWEST: dict[str, float] = {
         1,
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
-    **dict.fromkeys(("negatives_per_row", "block", "experts"), 1),
+    **dict.fromkeys(("negatives_per_row", "block", "experts", "centers"), 1),
     **dict.fromkeys(("trials", "concurrent", "rows"), 1),
     "layer": -MAX_INTEGER,
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),

@@ -442,30 +442,34 @@ class Distil(Language):
 
 @dataclass(frozen=True, kw_only=True)
 class Align(Steps, Selection, Dense, Sparse):
-    """Collaborative training with bidirectional contrastive alignment to the distilled vectors."""
+    """Collaborative training with alignment to the distilled vectors."""
 
     init: Literal["scratch", "collab"] = "collab"
     """Start from fresh tables (as published) or from the trained collaborative model."""
     weight: float = 0.3
     """Weight of the contrastive loss beside the collaborative one."""
     temperature: float = 0.2
-    """Temperature of the contrastive loss (cosines are divided by it)."""
-    contrastive: Literal["info-nce", "rince", "rlmrec-con", "rlmrec-gen"] = "info-nce"
+    """Temperature of the contrastive loss (cosines are divided by it); darec has none."""
+    contrastive: Literal["info-nce", "rince", "rlmrec-con", "rlmrec-gen", "darec"] = "info-nce"
     """info-nce: cross-entropy of a row's own vector among those of the global batch; rince: the loss of the published code,
     which for small `rince_q` is close to it. RLMRec's: rlmrec-con finds by a row its distilled vector, projected down to the
     width of rows; rlmrec-gen (lightgcn) masks rows before they are smoothed, and finds by what their neighbours make of them the
-    distilled vector."""
+    distilled vector. darec: projects a shared and a specific part out of either, and aligns how the shared parts of the batch
+    lie to each other."""
     rince_q: float = 0.01
     """The power q of rince."""
     rince_lambda: float = 0.1
     """What rince multiplies the sum over positive and negatives by."""
     mask_share: float = 0.15
     """Share of users and items whose rows rlmrec-gen masks at a step."""
+    centers: int = 4
+    """Centres that darec clusters the shared parts of the global batch around, on either side."""
     direction: Literal["both", "semantic-to-collab"] = "both"
     """Of info-nce and rince. both: the mean of finding the distilled vector by the projected row, and the other way round;
     semantic-to-collab: a distilled vector finds its projected row (as published)."""
     mask_equal: bool = True
-    """Whether rows of the same item (or user) are left out of each other's negatives; false counts them, as published."""
+    """Whether rows of the same item (or user) are left out of each other's negatives; false counts them, as published. For
+    darec an item (or user) of the batch always counts once."""
     semantic: Literal["trained", "frozen"] = "trained"
     """Whether the distilled vectors are trained too (as published), or stay as they are."""
     side: Literal["items", "users", "both"] = "items"
@@ -474,7 +478,7 @@ class Align(Steps, Selection, Dense, Sparse):
     history: int = 50
     """Most recent positives of whose distilled vectors the mean is taken for users (items)."""
     block: int = runtime(1024)
-    """Rows of the global batch that the contrastive loss compares at once with a worker's own: more take more memory."""
+    """Rows of the global batch that the loss of alignment compares at once with a worker's own: more take more memory."""
     hidden: int = 128
     """Width of the projection's hidden layer."""
     epochs: float = 10.0

@@ -177,6 +177,16 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             "--align.contrastive rlmrec-con --fuse.warm-start False --align.direction semantic-to-collab",
             ["align.direction is semantic-to-collab", "align.contrastive is rlmrec-con"],
         ),
+        ("--align.contrastive darec", ["align.contrastive is darec", "fuse.warm_start is True"]),
+        ("--align.centers 3", ["align.centers is 3", "align.contrastive is info-nce"]),
+        (
+            "--align.contrastive darec --fuse.warm-start False --align.temperature 0.1",
+            ["align.temperature is 0.1", "align.contrastive is darec"],
+        ),
+        (
+            "--align.contrastive darec --fuse.warm-start False --align.mask-equal False",
+            ["align.mask_equal is False", "align.contrastive is darec"],
+        ),
         ("--align.contrastive rlmrec-gen", ["align.contrastive is rlmrec-gen", "collab.model is mf", "lightgcn"]),
         ("--align.contrastive rlmrec-gen --collab sasrec", ["rlmrec-gen", "collab.model is sasrec"]),
         ("--distil.prompt {text}", ["distil.prompt is '{text}'", "no token"]),
@@ -301,6 +311,7 @@ def test_a_revision_of_a_local_folder_is_refused(tmp_path):
         "--align.temperature 0",
         "--align.weight inf",
         "--align.block 0",
+        "--align.centers 0 --align.contrastive darec --fuse.warm-start False",
         "--align.rince-q 0 --align.contrastive rince",
         "--align.rince-lambda 1.5 --align.contrastive rince",
         "--align.mask-share 1 --align.contrastive rlmrec-gen --collab lightgcn",
@@ -583,6 +594,8 @@ def test_settings_of_alignment_that_go_together_are_taken():
     contrast = ["--align.contrastive", "rlmrec-con"]
     assert parse([*contrast, "--fuse.warm-start", "False"]).align.contrastive == "rlmrec-con"
     assert parse([*contrast, "--fuse.tokens", "semantic"]).fuse.warm_start, "no token is made of a row"
+    parts = parse(["--align.contrastive", "darec", "--align.centers", "8", "--fuse.warm-start", "False"])
+    assert (parts.align.contrastive, parts.align.centers) == ("darec", 8)
     masked = ["--align.contrastive", "rlmrec-gen", "--align.mask-share", "0.3", "--collab", "lightgcn"]
     assert parse(masked).fuse.warm_start, "it leaves a projection of rows"
 

@@ -3,7 +3,8 @@
 The projection of an item's collaborative row is drawn to the item's distilled vector and away from other items' vectors, and the
 other way round (SeLLa-Rec, arXiv 2504.10107, section on semantic alignment). A user's vector may be drawn to the mean of the
 distilled vectors of what the user liked, as RLMRec (arXiv 2310.15950) does with profiles of users. Of that, `rlmrec-con` projects
-the distilled vector, and `rlmrec-gen` takes rows away before a graph smooths them, to have them told by their neighbours.
+the distilled vector, and `rlmrec-gen` takes rows away before a graph smooths them, to have them told by their neighbours. `darec`
+aligns the structure of what both sides share (`disentangled.py`).
 
 Shapes: b rows of one worker, D columns of a collaborative row, H columns of a distilled vector, K of both once one of them is
 projected to the width of the other.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sellarec.alignment.contrastive import Views, contrastive_loss
+from sellarec.alignment.disentangled import Disentangling, Parts, disentangled_loss
 from sellarec.alignment.measures import compare_views
 from sellarec.alignment.rows import LIKED, prepare
 from sellarec.collab.model import CollabModel
@@ -37,31 +39,39 @@ PROJECTION = "projection.safetensors"
 MASKED = "masked "
 """Which rows' items, or users, are masked is found in a batch under this and the side: float [b], 1 or 0."""
 
+DRAWN = "drawn "
+"""Under this and the side, a number that is drawn for each row's item, or user, at the step: float64 [b]."""
+
 
 class Aligned(nn.Module):
-    """The collaborative model, and a projection that brings it and the distilled vectors together: D -> hidden -> H of its items'
-    rows and its users' vectors (which are also what fusion makes tokens of), or H -> hidden -> D of distilled vectors."""
+    """The collaborative model, and what brings its items' rows and its users' vectors together with distilled vectors: a
+    projection D -> hidden -> H of the former (of which fusion also makes tokens), with rlmrec-con one H -> hidden -> D of the
+    latter, with darec a shared and a specific part of either."""
 
-    def __init__(self, network: CollabModel, projection: Projection, projects_semantic: bool) -> None:
+    def __init__(self, network: CollabModel, projection: Projection | Disentangling, contrastive: str) -> None:
         super().__init__()
-        self.network, self.projection, self.projects_semantic = network, projection, projects_semantic
+        self.network, self.projection, self._contrastive = network, projection, contrastive
 
     def forward(
         self, semantic: Mapping[str, Tensor], batch: Batch, vectors: Vectors, *candidates: Tensor
-    ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
-        """What the collaborative model gives, and by side what is projected of what is aligned, [b, K].
+    ) -> tuple[Tensor, list[Tensor], dict[str, tuple[Tensor, ...]]]:
+        """What the collaborative model gives, and by side what is aligned.
 
         Args:
             semantic: by side (items, users) the semantic vectors [b, H] of the rows; none to score.
         """
         users, scores = self.network(batch, vectors, *candidates)
         rows = {"items": vectors["item"], "users": users}
-        sources = semantic if self.projects_semantic else rows
-        return users, scores, {side: self.projection(sources[side]) for side in semantic}
+        found = {side: views(self.projection, self._contrastive, rows[side], semantic[side]) for side in semantic}
+        return users, scores, found
 
-    def views(self, rows: Tensor, semantic: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Collaborative vectors [b, D], semantic ones [b, H], and what is projected of them -> the two in one space, [b, K]."""
-        return (rows, projected) if self.projects_semantic else (projected, semantic)
+
+def views(projection: nn.Module, contrastive: str, rows: Tensor, semantic: Tensor) -> tuple[Tensor, ...]:
+    """Collaborative vectors [b, D] and semantic ones [b, H] -> what is drawn together of them in one space, [b, K] each; with
+    darec that is their shared parts, and after them come the specific ones."""
+    if contrastive == "darec":
+        return projection(rows, semantic)
+    return (rows, projection(semantic)) if contrastive == "rlmrec-con" else (projection(rows), semantic)
 
 
 class AlignTask(Task):
@@ -73,6 +83,7 @@ class AlignTask(Task):
     With rlmrec-gen a share of users and items is masked at each step: their rows are zeros before they are smoothed over the
     graph (in its code a learned token, which starts as zeros), for the collaborative loss too. Only rows of masked items, or
     users, have the contrastive loss, whose mean over them is taken; the code's is over all masked nodes, whatever the batch has.
+    With darec the term is one of the whole batch too.
     """
 
     measured_features = ("item", "semantic")
@@ -81,7 +92,7 @@ class AlignTask(Task):
         self,
         collab: CollabTask,
         semantic: Table,
-        projection: Projection,
+        make_projection: Callable[[], Projection | Disentangling],
         settings: Align,
         measured: np.ndarray,
         seed: int,
@@ -93,8 +104,8 @@ class AlignTask(Task):
             self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
             self.prepare = partial(prepare, settings.history, collab.prepare, "history" in collab.columns)
         self.tables, self.whole, self.graph = (*collab.tables, semantic), collab.whole, collab.graph
-        self.model = Aligned(collab.network, projection, settings.contrastive == "rlmrec-con")
-        self._settings = settings
+        self.model = Aligned(collab.network, make_projection(), settings.contrastive)
+        self._make_projection, self._settings = make_projection, settings
 
     @property
     def prepare_to_score(self) -> Prepare | None:
@@ -121,6 +132,11 @@ class AlignTask(Task):
             batch[LIKED] = Jagged.of(rows[LIKED])
         if "items" in self._sides:
             batch["semantic"] = batch["item"]
+        if self._settings.contrastive == "darec":
+            ids = {"items": batch["item"], "users": batch["user"]}
+            batch |= {
+                DRAWN + side: torch.from_numpy(uniform(ids[side].numpy(), self._seed, step)) for side in self._sides
+            }
         if self._settings.contrastive == "rlmrec-gen":
             assert self.graph is not None
             nodes = {"items": self.graph.users + batch["item"], "users": batch["user"]}
@@ -140,28 +156,32 @@ class AlignTask(Task):
         if "users" in self._sides:
             liked = vectors[LIKED]
             semantic["users"] = liked.sum() / liked.lengths.clamp(min=1)[:, None]
-        aligned: dict[str, tuple[Tensor, Tensor]] = {}
+        aligned: dict[str, tuple[Tensor, ...]] = {}
 
         def network(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-            users, scores, projected = model(semantic, *arguments)
-            rows = {"items": vectors["item"], "users": users}
-            aligned.update({side: self.model.views(rows[side], semantic[side], projected[side]) for side in semantic})
+            users, scores, found = model(semantic, *arguments)
+            aligned.update(found)
             return users, scores
 
         collab_vectors = {name: found for name, found in vectors.items() if name not in ("semantic", LIKED)}
-        total = self._collab.loss(network, batch, collab_vectors, peers)
+        total, kind = self._collab.loss(network, batch, collab_vectors, peers), self._settings.contrastive
         for side, found in aligned.items():
             weights = self._collab.row_weights(batch)
             if side == "users":  # without a history there is nothing to be drawn to
                 weights = weights * (vectors[LIKED].lengths > 0)
-            scale: float | Tensor = self._settings.weight
-            if self._settings.contrastive == "rlmrec-gen":
+            if kind == "rlmrec-gen":
                 weights = weights * batch[MASKED + side]
-                # the loop divides by all targets, here the mean is of those that are masked
+            scale: float | Tensor = self._settings.weight
+            if kind in ("rlmrec-gen", "darec"):
+                # the loop divides by all targets, here the mean is of those that have the term
                 scale = scale * peers.add(self.targets(batch)) / peers.add(weights.sum()).clamp(min=1)
             ids = batch["item" if side == "items" else "user"]
-            views = Views.gather(*found, ids, weights, peers)
-            total = total + scale * (contrastive_loss(views, self._settings) * weights).sum()
+            if kind == "darec":
+                losses = disentangled_loss(Parts(*found), ids, weights, batch[DRAWN + side], peers, self._settings)
+            else:
+                left, right = found
+                losses = contrastive_loss(Views.gather(left, right, ids, weights, peers), self._settings)
+            total = total + scale * (losses * weights).sum()
         return total
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
@@ -171,19 +191,17 @@ class AlignTask(Task):
         save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})
 
     def measure(self, weights: dict[str, Tensor], vectors: dict[str, Tensor]) -> dict[str, Any]:
-        """How the items' rows and distilled vectors lie to each other, of which one is projected."""
+        """How the items' rows and distilled vectors lie to each other, as they are aligned."""
         part = {
             name.removeprefix("projection."): value.to(vectors["item"].device)
             for name, value in weights.items()
             if name.startswith("projection.")
         }
-        first, last = part["layers.0.weight"], part["layers.2.weight"]
         with torch.device("meta"):
-            projection = Projection(first.shape[1], len(first), len(last))
+            projection = self._make_projection()
         projection.load_state_dict(part, assign=True)
-        item, semantic = vectors["item"], vectors["semantic"]
-        projected = projection(semantic if self.model.projects_semantic else item)
-        return compare_views(*self.model.views(item, semantic, projected))
+        found = views(projection, self._settings.contrastive, vectors["item"], vectors["semantic"])
+        return compare_views(*found[:2])
 
     def facts(self) -> dict[str, Any]:
         return self._collab.facts()
@@ -199,11 +217,11 @@ def build_align(
         vectors: reads the distilled vectors.
         dim: D, columns of the collaborative rows.
         measured: int64 [n], the items by which the two spaces are compared before and after training.
-        seed: of the masked users and items.
+        seed: of the masked users and items, and of those that centres start as.
     """
     items = next(table.rows for table in collab.tables if table.name == "item")
     features = ("semantic",) if settings.side == "items" else ("semantic", LIKED)
     semantic = Table("semantic", items, width, features, read=vectors, frozen=settings.semantic == "frozen")
     ends = (width, dim) if settings.contrastive == "rlmrec-con" else (dim, width)
-    projection = Projection(ends[0], settings.hidden, ends[1])
-    return AlignTask(collab, semantic, projection, settings, measured, seed)
+    kind = Disentangling if settings.contrastive == "darec" else Projection
+    return AlignTask(collab, semantic, partial(kind, ends[0], settings.hidden, ends[1]), settings, measured, seed)

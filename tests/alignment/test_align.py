@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sellarec.alignment.align import PROJECTION, AlignTask, build_align
 from sellarec.alignment.contrastive import Views, contrastive_loss
+from sellarec.alignment.disentangled import disentangled_loss
 from sellarec.alignment.measures import compare_views
 from sellarec.alignment.rows import LIKED
 from sellarec.collab.task import WEIGHTS
@@ -180,6 +181,39 @@ def test_a_masked_node_is_a_row_of_zeros_the_same_on_any_worker(tmp_path):
     assert aligned(tmp_path, model="lightgcn").mask(rows, nodes, 3) is rows
 
 
+DISENTANGLED = Align(contrastive="darec", weight=0.4, hidden=6, centers=2)
+
+
+@pytest.mark.parametrize(("name", "loss"), [("mf", "bce"), ("sasrec", "bpr")])
+def test_darecs_term_is_once_that_of_the_rows_that_have_it(name, loss, tmp_path):
+    """Of items and of users, whose semantic vectors are the mean of what they liked; k-means starts by item, user and step."""
+    task = aligned(tmp_path, replace(DISENTANGLED, side="both"), model=name, loss=loss)
+    rows = train_rows().set_column(1, "user", [[0, 4, 2, 0, 1, 3]]).set_column(2, "item", [[6, 1, 3, 0, 2, 5]])
+    liked = {0: [6, 1, 2], 2: [3], 3: [6, 1, 2], 5: [3]}
+    for step in (0, 1):
+        batch = batch_of(task, rows, step)
+        vectors = vectors_of(task, batch)
+        without = {feature: found for feature, found in vectors.items() if feature not in ("semantic", LIKED)}
+        total = task._collab.loss(task.model.network, batch, without, Alone())
+        weights = {"items": task._collab.row_weights(batch)}
+        weights["users"] = weights["items"] * torch.tensor([float(row in liked) for row in range(6)])
+        users, _ = task.model.network(batch, without, task.model.network.item(batch, without)[:, None])
+        sides = {
+            "items": (vectors["item"], vectors["semantic"], batch["item"]),
+            "users": (users, np.stack([VECTORS[liked.get(row, [0])].mean(0) for row in range(6)]), batch["user"]),
+        }
+        for side, (left, right, ids) in sides.items():
+            found = task.model.projection(left, torch.as_tensor(right))
+            drawn = torch.from_numpy(uniform(ids.numpy(), SEED, step))
+            value = disentangled_loss(found, ids, weights[side], drawn, Alone(), DISENTANGLED)
+            total = total + 0.4 * task.targets(batch) * value
+        found = task.loss(task.model, batch, vectors, Alone())
+        assert found.item() == pytest.approx(total.item(), rel=1e-5)
+    found.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in task.model.projection.parameters())
+    assert (leaves(vectors)["semantic"].grad.abs().sum(1) > 0).all() or loss == "bpr", "both views are drawn"
+
+
 def test_with_both_sides_the_losses_add_up(tmp_path):
     found = {}
     for side in ("items", "users", "both"):
@@ -232,7 +266,7 @@ def test_a_frozen_semantic_table_is_declared_so(tmp_path):
         assert [table.frozen for table in task.tables] == [False, False, semantic == "frozen"]
 
 
-@pytest.mark.parametrize("contrastive", ["info-nce", "rlmrec-con"])
+@pytest.mark.parametrize("contrastive", ["info-nce", "rlmrec-con", "darec"])
 @pytest.mark.parametrize("side", ["items", "users"])
 def test_what_is_measured_is_what_is_aligned(side, contrastive, tmp_path):
     """The projected rows and the semantic ones of the items that are looked up; with whole weights, as the loop has them."""
@@ -241,7 +275,10 @@ def test_what_is_measured_is_what_is_aligned(side, contrastive, tmp_path):
     assert set(vectors) == {"item", "semantic"}
     weights = {name: weight.detach().clone() for name, weight in task.model.named_parameters()}
     with torch.no_grad():
-        if contrastive == "rlmrec-con":
+        if contrastive == "darec":
+            parts = task.model.projection
+            views = parts.collab_shared(vectors["item"]), parts.semantic_shared(vectors["semantic"])
+        elif contrastive == "rlmrec-con":
             views = vectors["item"], task.model.projection(vectors["semantic"])
         else:
             views = task.model.projection(vectors["item"]), vectors["semantic"]
@@ -263,7 +300,8 @@ def test_it_scores_as_the_collaborative_model_does(name, tmp_path):
     [(name, loss, {}) for name, loss in LOSSES]
     + [(name, loss, {"side": "both", "contrastive": "rince", "mask_equal": False}) for name, loss in SIDES]
     + [(name, loss, {"side": "both", "contrastive": "rlmrec-con"}) for name, loss in SIDES[:4]]
-    + [("lightgcn", loss, {"side": "both", "contrastive": "rlmrec-gen", "mask_share": 0.6}) for loss in ("bce", "bpr")],
+    + [("lightgcn", loss, {"side": "both", "contrastive": "rlmrec-gen", "mask_share": 0.6}) for loss in ("bce", "bpr")]
+    + [(name, loss, {"side": "both", "contrastive": "darec", "centers": 2, "block": 3}) for name, loss in SIDES],
 )
 def test_it_doesnt_depend_on_how_rows_lie_on_workers(name, loss, options, tmp_path):
     task = aligned(tmp_path, replace(SETTINGS, **options), model=name, loss=loss)

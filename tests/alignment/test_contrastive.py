@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import Largest
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sellarec.alignment.contrastive import Views, contrastive_loss
 from sellarec.config import Align
@@ -108,21 +108,6 @@ def test_gradients_are_those_of_finite_differences(kind, direction, mask_equal):
         return (loss(left, right, ids, weight, block=2, **options) * weight).sum()
 
     assert torch.autograd.gradcheck(of, (left, right))
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor has which an operation gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), more=None):
-        found = function(*arguments, **(more or {}))
-        for value in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return found
 
 
 @pytest.mark.parametrize("kind", ["info-nce", "rince"])

@@ -134,6 +134,9 @@ class Alone:
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         return rows
 
+    def own(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
     def add(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
@@ -188,6 +191,8 @@ class Twin:
     @torch.no_grad()
     def measure(self, task: AlignTask, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
         item, semantic = self.smoothed(rows, None)["item"][MEASURED], rows["semantic"][MEASURED]
+        if self.run.settings.contrastive == "darec":
+            return compare_views(*task.model.projection(item, semantic)[:2])
         if self.run.settings.contrastive == "rlmrec-con":
             return compare_views(item, task.model.projection(semantic))
         return compare_views(task.model.projection(item), semantic)

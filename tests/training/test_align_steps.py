@@ -55,6 +55,8 @@ CASES: dict[str, dict[str, Any]] = {
     "rlmrec-gen, frozen": {
         "contrastive": "rlmrec-gen", "semantic": "frozen", "mask_equal": False, "mask_share": 0.4, "table_optimizer": "adam",
     },
+    "darec": {"contrastive": "darec", "side": "both", "block": 5, "centers": 3},
+    "darec, frozen": {"contrastive": "darec", "semantic": "frozen", "centers": 2, "table_optimizer": "adam"},
 }  # fmt: skip
 RUNS = [
     *[(case, "row-wise", workers) for case in CASES for workers in (1, 3)],
@@ -65,9 +67,10 @@ RUNS = [
 
 
 def run_of(log: Path, case: str, sharding: Any = "row-wise", **changes: Any) -> Run:
-    usual: dict[str, Any] = {"learning_rate": 0.01, "table_learning_rate": 0.05, "hidden": 6, "temperature": 0.3}
+    usual: dict[str, Any] = {"learning_rate": 0.01, "table_learning_rate": 0.05, "hidden": 6}
+    usual |= {} if case.startswith("darec") else {"temperature": 0.3}
     graph = {"model": "lightgcn", "layers": 2} if case.startswith("rlmrec-gen") else {}
-    dim = 4 if case.startswith("rlmrec") else align_cases.WIDTH
+    dim = 4 if case.startswith(("rlmrec", "darec")) else align_cases.WIDTH
     collab = Collab(dim=dim, init_std=0.4, l2=0.05, **graph)
     return Run(Align(**usual | CASES[case]), collab, log, Tables(sharding=sharding), **changes)
 
