@@ -6,7 +6,7 @@ What stands is not run again, so an interrupted table goes on where it was. The 
 
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Table:
 
     Attributes:
         evaluation: of `jobs/evaluate.py`, for a collaborative model alone; None for the whole main job.
-        variants: further runs of each seed, by the name that their SeLLa-Rec gets: flags that are laid over the recipes.
+        variants: the runs of each seed, by the name that their SeLLa-Rec gets: recipes and flags that are laid over `recipes`.
         published: what others report, by model: AUC / UAUC on all rows.
     """
 
@@ -39,6 +39,9 @@ RANKING = {"ranking": "full", "batch": 1024}
 
 COLLM = {"mf": ".6482 / .6361", "lightgcn": ".5959 / .6499", "sasrec": ".7078 / .6884", "din": ".7166 / .6459"}
 """AUC / UAUC on MovieLens-1M in CoLLM's table (arXiv 2310.19488)."""
+
+ALONE = ("--fuse.collab-score", "False", "--fuse.language-weights", "1")
+"""Without the score of the collaborative model."""
 
 TABLES = {
     "world": Table(recipes=("demo", "longer"), seeds=(1, 2, 3)),
@@ -65,10 +68,33 @@ TABLES = {
         variants={
             MAIN: (),
             "three tokens": ("--fuse.tokens", "user", "item", "semantic"),
-            "three tokens alone": ("--fuse.tokens", "user", "item", "semantic", "--fuse.collab-score", "False"),
-            "user and item alone": ("--fuse.tokens", "user", "item", "--fuse.collab-score", "False"),
+            "three tokens alone": ("--fuse.tokens", "user", "item", "semantic", *ALONE),
+            "user and item alone": ("--fuse.tokens", "user", "item", *ALONE),
         },
         published={MAIN: ".7606 / .7464"},  # with Qwen2-7B
+    ),
+    "small-ml-1m": Table(
+        recipes=("collm-ml-1m",),
+        seeds=(1, 2, 3),
+        variants={
+            "sella-robust": ("sella-robust",),
+            "CoLLM style": (
+                "--collab.model",
+                "mf",
+                "--align.weight",
+                "0",
+                "--fuse.tokens",
+                "user",
+                "item",
+                "--fuse.train",
+                "projections",
+                "--fuse.norm",
+                "none",
+                "--fuse.warm-start",
+                "False",
+            ),
+            "sella-official": ("sella-official",),
+        },
     ),
     **{
         name: Table(("log", name), (1,), RANKING)
@@ -107,6 +133,7 @@ def main(arguments: list[str]) -> None:
 
     sections, records = [], []
     for seed in table.seeds:
+        standing: dict[str, str] = {}
         for variant, own_flags in table.variants.items():
             short = "" if variant == MAIN else "-" + variant.replace(" ", "-")
             run_flags = [*own_flags, *flags, "--seed", str(seed), "--name", f"{name}{short}-seed-{seed}"]
@@ -122,8 +149,9 @@ def main(arguments: list[str]) -> None:
                 if found is None:
                     found = evaluated(this, table.evaluation)
                     this.place.write_json(file, found)
-            if variant != MAIN:  # the others are the main run's
-                found = [{**r, "model": variant} for r in found if r["model"] == MAIN]
+            if table.evaluation is None:
+                differs = {stage for stage, mark in this.marks.items() if standing.setdefault(stage, mark) != mark}
+                found = of_variant(found, variant, differs)
             records += found
             sections.append(f"Seed {seed}{', ' + variant if short else ''}\n\n{format_table(found)}")
     summary = over_seeds(records) if table.evaluation is not None else summarise(records)
@@ -136,6 +164,26 @@ def main(arguments: list[str]) -> None:
     if into is not None:
         put_between(into, name, markdown(records, table.published))
         print(f"written into {into}")
+
+
+def of_variant(records: list[dict], variant: str, differs: Collection[str]) -> list[dict]:
+    """The records of a variant's run that no variant before it has: SeLLa-Rec under the variant's name, what it is compared
+    with, and the models of stages that differ from those of the seed's first variant.
+
+    Args:
+        differs: the stages whose artifacts are others.
+    """
+    from sellarec.evaluation.results import PAIR_SEPARATOR
+
+    made_by = {"collab": "collab", "text-only": "adapt"}
+    names = {MAIN: variant} | {model: f"{model} ({variant})" for model, stage in made_by.items() if stage in differs}
+    found = []
+    for record in records:
+        parts = record["model"].split(PAIR_SEPARATOR)
+        if differs and not set(parts) & set(names):
+            continue  # the first variant's
+        found.append({**record, "model": PAIR_SEPARATOR.join(names.get(part, part) for part in parts)})
+    return found
 
 
 def markdown(records: list[dict], published: Mapping[str, str]) -> str:

@@ -34,6 +34,20 @@ def test_means_and_deviations_are_over_the_seeds_of_all_rows() -> None:
     assert uauc.split() == ["mf", "uauc", "0.6000", "n/a", "1"]
 
 
+def test_of_a_later_variant_what_it_has_itself_is_kept_under_its_name() -> None:
+    models = ("item mean", "collab", "text-only", "sella-rec", "sella-rec - collab", "sella-rec - text-only")
+    records = [{**record(1, "auc", 0.7), "model": model} for model in models]
+
+    def named(variant: str, differs: set[str]) -> list[str]:
+        return [found["model"] for found in reproduce.of_variant(records, variant, differs)]
+
+    assert named("first", set()) == ["item mean", "collab", "text-only", "first", "first - collab", "first - text-only"]
+    assert named("other", {"fuse"}) == ["other", "other - collab", "other - text-only"]
+    assert named("other", {"collab", "align", "fuse"}) == [
+        "collab (other)", "other", "other - collab (other)", "other - text-only"
+    ]  # fmt: skip
+
+
 def test_a_table_has_means_and_the_outermost_bounds_and_replaces_itself_in_a_file(tmp_path: Path) -> None:
     records = [{**record(1, "auc", 0.7), "low": 0.6, "high": 0.75}, {**record(2, "auc", 0.8), "low": 0.7, "high": 0.85}]
     records.append({**record(1, "uauc", None), "low": None, "high": None})
