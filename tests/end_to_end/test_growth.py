@@ -103,6 +103,7 @@ def test_rows_that_no_gradient_reached_are_the_earlier_models_and_new_ones_fresh
         assert (start[:old] != fresh[:old]).any(1).sum() > old // 2, "the first model learnt"
 
 
+@pytest.mark.slow  # tests/collab/test_vectors.py has the rows
 def test_rows_start_from_vectors_of_a_file_and_another_file_is_another_run(grown: SimpleNamespace) -> None:
     """Items' rows that no gradient reached are the file's; another file, or none, under the same name is refused."""
     folder, log = grown.folder, read_log(grown.logs[1])

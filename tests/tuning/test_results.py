@@ -67,8 +67,8 @@ def test_a_plot_for_each_setting(tmp_path: Path) -> None:
 def test_tensorboard_has_curves_and_hyperparameters_of_the_last_writing(tmp_path: Path) -> None:
     for rows in ([ROWS[1]], ROWS):
         write_results(Place.of(str(tmp_path)), rows, SPACE, "align", "auc")
-    assert {path.name for path in (tmp_path / "tensorboard").iterdir()} == {"trial-001", "trial-002"}
-    events = EventAccumulator(str(tmp_path / "tensorboard/trial-001"))
+    assert {path.name for path in (tmp_path / "tensorboard/trials").iterdir()} == {"trial-001", "trial-002"}
+    events = EventAccumulator(str(tmp_path / "tensorboard/trials/trial-001"))
     events.Reload()
     assert [round(event.value, 4) for event in events.Scalars("align/valid AUC")] == [0.6, 0.72]
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
