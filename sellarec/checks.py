@@ -33,6 +33,7 @@ from sellarec.config import (
     leaves,
 )
 from sellarec.errors import UserError
+from sellarec.language.prompts import CODE_BITS
 from sellarec.language.templates import read_templates
 from sellarec.tracking import check_trackers
 
@@ -301,12 +302,14 @@ def _check_fuse(config: Config) -> None:
             f"fuse.train is {' '.join(fuse.train)}, but fuse.tokens is semantic and fuse.semantic frozen: no table is left to "
             "train; leave tables out, or fuse.semantic"
         )
-    learned = fuse.represent == "learned"
-    if learned and "semantic" in fuse.tokens:
+    learned, coded = fuse.represent == "learned", fuse.represent == "codes"
+    if (learned or coded) and "semantic" in fuse.tokens:
         raise UserError(
-            f"fuse.represent is learned, but fuse.tokens is {' '.join(fuse.tokens)}: only users and items have rows of their "
-            "own; take --fuse.tokens user item, or one of them"
+            f"fuse.represent is {fuse.represent}, but fuse.tokens is {' '.join(fuse.tokens)}: only users and items have "
+            f"{'codes' if coded else 'rows of their own'}; take --fuse.tokens user item, or one of them"
         )
+    if coded:
+        _check_codes(config)
     if learned and ("projections" in fuse.train or "tables" not in fuse.train):
         raise UserError(
             f"fuse.represent is learned, but fuse.train is {' '.join(fuse.train)}: the tokens are rows of tables, which start at "
@@ -328,21 +331,24 @@ def _check_fuse(config: Config) -> None:
             f"fuse.language_weights is {' '.join(map(str, weights)) or 'none'}: name one or more finite numbers from 0 on, "
             "each once"
         )
-    if fuse.collab_score and learned:
+    if fuse.collab_score and (learned or coded):
         raise UserError(
-            "fuse.collab_score is True, but fuse.represent is learned: what is trained then has no collaborative model; leave "
-            "out one of the two"
+            f"fuse.collab_score is True, but fuse.represent is {fuse.represent}: what is trained then has no collaborative "
+            "model; leave out one of the two"
         )
     unread: dict[str, str] = {}
     if fuse.tokens == ("semantic",):
         of_rows = ("experts", "warm_start", *(() if fuse.collab_score else ("unseen_dropout",)))
         unread |= dict.fromkeys(of_rows, "fuse.tokens is semantic, which takes no collaborative row")
-    if learned:
+    if learned or coded:
         unread |= dict.fromkeys(
-            ("projections", "experts", "norm", "warm_start"), "fuse.represent is learned, which projects nothing"
+            ("projections", "experts", "norm", "warm_start"),
+            f"fuse.represent is {fuse.represent}, which projects nothing",
         )
     if not fuse.collab_score:
         unread["language_weights"] = "fuse.collab_score is False, so no other score is added to the language model's"
+    if not coded:
+        unread["code"] = f"fuse.represent is {fuse.represent}, without codes"
     if "semantic" not in fuse.tokens:
         unread["semantic"] = f"fuse.tokens is {' '.join(fuse.tokens)}, without it"
     if "tables" not in fuse.train:
@@ -373,6 +379,25 @@ def _check_fuse(config: Config) -> None:
                 "align doesn't leave would stay as they were drawn, and two projections be one; add projections to fuse.train, "
                 "or take one collaborative projection from align"
             )
+
+
+def _check_codes(config: Config) -> None:
+    fuse, collab = config.fuse, config.collab
+    if fuse.train != ("adapter",):
+        raise UserError(
+            f"fuse.represent is codes, but fuse.train is {' '.join(fuse.train)}: codes are text, of rows that stay as stage "
+            "collab left them, and are not projected; take --fuse.train adapter"
+        )
+    if not _model(collab).is_binary:
+        raise UserError(
+            f"fuse.represent is codes, but collab.model is {collab.model}, whose rows are more than their signs: take "
+            "collab.model binary_mf, or another fuse.represent"
+        )
+    if collab.dim % CODE_BITS:
+        raise UserError(
+            f"fuse.represent is codes, but collab.dim is {collab.dim}: codes are written {CODE_BITS} bits at a time, so a "
+            f"multiple of {CODE_BITS} is needed"
+        )
 
 
 def _has_dense_weights(collab: Collab) -> bool:

@@ -359,8 +359,8 @@ class Collab(Steps, Selection, Dense, Sparse):
     model: Annotated[CollabName, alias("--collab")] = "mf"
     """mf: matrix factorisation; svdpp: in which the items of a user's history add to the user's row (SVD++); lightgcn: rows
     smoothed over the graph of train positives; sasrec: a transformer over the history; din: the history weighed by how it
-    matches the candidate; fism: history and item by vectors that are learnt from who consumes what. Each is a file in
-    sellarec/collab/models."""
+    matches the candidate; fism: history and item by vectors that are learnt from who consumes what; binary_mf: the product of
+    rows' signs, which stage fuse can write as codes. Each is a file in sellarec/collab/models."""
     loss: Literal["bce", "bpr", "softmax", "full-softmax"] = "bce"
     """bce: logistic loss of the labels; the others rank positives above other items: bpr and softmax above drawn negatives
     (softmax corrects for how likely each was drawn), full-softmax above the whole catalog. Those tell nothing of how users
@@ -488,9 +488,13 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     tokens: tuple[Literal["user", "item", "semantic"], ...] = ("user", "item", "semantic")
     """Soft tokens of the prompt: the user's row, the item's row, the item's distilled vector (user item is CoLLM's set). The
     text speaks of no other; tables that none takes are not read."""
-    represent: Literal["collaborative", "learned"] = "collaborative"
-    """What the tokens of user and item are: their projected rows of the collaborative model, or rows of their own, as wide as
-    the model's input embeddings, that start from small random numbers and know no collaborative model (PersonPrompt)."""
+    represent: Literal["collaborative", "learned", "codes"] = "collaborative"
+    """What stands for user and item: their projected rows of the collaborative model; learned: tokens that are rows of their own,
+    as wide as the model's input embeddings, that start from small random numbers and know no collaborative model (PersonPrompt);
+    codes: no soft tokens, but the signs of their rows in stage collab's model, written as text (BinLLM)."""
+    code: Literal["binary", "dotted"] = "binary"
+    """Of codes how they are written: binary: a digit a bit; dotted, which is shorter: eight bits as a number from 0 to 255, with
+    dots between."""
     train: tuple[Literal["tables", "projections", "adapter"], ...] = ("tables", "projections")
     """What is trained: the tables (with the collaborative model's dense weights), the projections with their gains, the LoRA
     weights that adapt left. The rest stays as it is read; CoLLM trains the projections alone."""
@@ -525,8 +529,8 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
     """With `collab_score`: by what the language model's score may be multiplied before the other is added, once it is trained. Of
     several, that is kept by which `select_on` is best on the valid rows; with 0 the language model is not heard."""
     unseen_dropout: float = 0.35
-    """Share of training rows whose user (and, drawn apart, whose item) is treated as unseen, that is as a row of zeros: the
-    dropout of collaborative tokens."""
+    """Share of training rows whose user (and, drawn apart, whose item) is treated as unseen, that is as a row of zeros, or
+    without a code: the dropout of collaborative tokens."""
     semantic: Literal["trained", "frozen"] = "trained"
     """Whether the items' distilled vectors, as align left them, are trained with the tables, or stay as they are."""
 

@@ -38,7 +38,7 @@ def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
     """The stages whose artifacts a stage reads."""
     pretrained = ("pretrain",) if config.pretrains else ()
     collab = ("collab",) if config.align.init == "collab" else ()
-    aligned = ("align",) if config.fuse.represent == "collaborative" else ()
+    rows = {"collaborative": ("align",), "learned": (), "codes": ("collab",)}[config.fuse.represent]
     return {
         "prepare": (),
         "pretrain": ("prepare",),
@@ -46,8 +46,8 @@ def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
         "collab": ("prepare",),
         "distil": ("prepare", *pretrained, "adapt"),
         "align": ("prepare", *collab, "distil"),
-        "fuse": ("prepare", *pretrained, "adapt", *aligned),
-        "evaluate": ("prepare", *pretrained, "adapt", "collab", *aligned, "fuse"),
+        "fuse": ("prepare", *pretrained, "adapt", *rows),
+        "evaluate": ("prepare", *pretrained, "adapt", *dict.fromkeys(("collab", *rows)), "fuse"),
     }[stage]
 
 

@@ -84,13 +84,17 @@ def _pretrain(this: Run) -> dict[str, Any]:
 
 def _check_prompts(this: Run, folder: Path) -> None:
     """Raises UserError where prompts don't fit the context of the model that is about to be pre-trained."""
+    from sellarec.fusion.codes import coded_as
     from sellarec.language.llm import context_length, load_tokenizer, read_config
     from sellarec.language.prompts import Prompts
 
     log, config = this.log(), this.config
     answers = {config.adapt.loss, config.fuse.loss} != {"answer"}
     tokenizer, context = load_tokenizer(folder), context_length(read_config(folder))
-    Prompts(tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers)
+    Prompts(
+        tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers,
+        soft=config.fuse.tokens, coded=coded_as(config.fuse, config.collab.dim),
+    )  # fmt: skip
 
 
 def _build_pretrain(start: Callable[[], Path], settings: Any, attention: str) -> Any:
@@ -240,7 +244,8 @@ def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
 def _fuse(this: Run) -> dict[str, Any]:
     config = this.config
     tokens, trained = (" and ".join(names) for names in (config.fuse.tokens, config.fuse.train))
-    what = "learned tokens" if config.fuse.represent == "learned" else "tokens"
+    written = f"codes in text ({config.fuse.code})"
+    what = {"collaborative": "tokens", "learned": "learned tokens", "codes": written}[config.fuse.represent]
     this.console.line(f"fuse      {what} of {tokens}; trains {trained}")
     order = _order(this, "train", config.fuse.batch, config.seed)
     facts = _train(this, "fuse", _fuse_builder(this, "align"), order, _tables_of_fuse(this))

@@ -20,6 +20,7 @@ from sellarec.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 NAMES = [name for name, _, _ in leaves(Config())]
+CODES = "--fuse.represent codes --fuse.tokens user item --fuse.train adapter --collab binary_mf"
 
 
 @pytest.fixture
@@ -212,6 +213,16 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             "--fuse.represent learned --fuse.tokens user --fuse.train tables --collab sasrec --fuse.learning-rate 1",
             ["fuse.learning_rate is 1", "fuse.train is tables"],
         ),
+        ("--fuse.code dotted", ["fuse.code is dotted", "fuse.represent is collaborative"]),
+        (CODES.replace(" user item", " item semantic"), ["fuse.represent is codes", "fuse.tokens is item semantic"]),
+        (f"{CODES} --fuse.train tables adapter", ["fuse.represent is codes", "fuse.train is tables adapter"]),
+        (f"{CODES} --fuse.train projections", ["fuse.represent is codes", "fuse.train is projections"]),
+        (CODES.replace("binary_mf", "mf"), ["fuse.represent is codes", "collab.model is mf", "binary_mf"]),
+        (f"{CODES} --collab.dim 20", ["fuse.represent is codes", "collab.dim is 20", "multiple of 8"]),
+        (f"{CODES} --fuse.collab-score True", ["fuse.collab_score is True", "fuse.represent is codes"]),
+        (f"{CODES} --fuse.norm none", ["fuse.norm is none", "fuse.represent is codes"]),
+        (f"{CODES} --fuse.table-learning-rate 1", ["table_learning_rate is 1", "fuse.train is adapter"]),
+        (f"{CODES} --adapt.method full", ["fuse.train is adapter", "adapt.method is full"]),
         ("--fuse.train tables tables", ["fuse.train", "tables tables"]),
         ("--fuse.tokens semantic item --fuse.projections separate", ["projections is separate", "semantic item"]),
         ("--fuse.tokens semantic --fuse.experts 2", ["fuse.experts is 2", "fuse.tokens is semantic"]),
@@ -263,6 +274,7 @@ def test_fusing_no_token_is_refused_with_where_that_model_is():
         "--fuse.train adapter tables projections --fuse.warm-start False",
         "--fuse.represent learned --fuse.tokens user item --fuse.train tables",
         "--fuse.represent learned --fuse.tokens item --fuse.train tables adapter --fuse.learning-rate 0.001",
+        f"{CODES} --fuse.code dotted --collab.dim 64",
     ],
 )
 def test_choices_of_fuse_that_go_together_are_taken(arguments):
@@ -555,7 +567,7 @@ def test_collaborative_settings_are_flags():
     flags = "--collab din --collab.loss bpr --collab.negatives popularity --collab.hidden 8 4 --collab.biases False"
     collab = parse(f"{flags} --collab.select-on uauc --align.select-on uauc".split()).collab
     assert (collab.model, collab.loss, collab.negatives, collab.hidden) == ("din", "bpr", "popularity", (8, 4))
-    assert not collab.biases and set(COLLAB_MODELS) == {"mf", "svdpp", "lightgcn", "sasrec", "din", "fism"}
+    assert not collab.biases and set(COLLAB_MODELS) == {"mf", "svdpp", "lightgcn", "sasrec", "din", "fism", "binary_mf"}
 
 
 def test_every_setting_of_some_models_is_read_by_one():

@@ -46,6 +46,7 @@ class CollabModel(nn.Module):
         losses: kinds of `collab.loss` that it can be trained with.
         reads_catalog: whether its `auxiliary_loss` takes the rows of the whole catalog, and how many train rows each item has.
         uses_graph: whether rows are smoothed over the graph of train positives (`propagate`).
+        is_binary: whether the signs of rows are all that represents users and items, so that they can be written as codes.
         unseen: what a user, item or item of a history without a train row counts as, in words.
         init_from_vectors: whose rows may start from vectors of a file (`collab.init_users`, `init_items`).
         dim: D, columns of what represents a user or an item.
@@ -58,6 +59,7 @@ class CollabModel(nn.Module):
     losses: ClassVar[tuple[str, ...]] = ("bce", "bpr", "softmax", "full-softmax")
     reads_catalog: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = False
+    is_binary: ClassVar[bool] = False
     unseen: ClassVar[str] = "masked: a row of zeros"
     init_from_vectors: ClassVar[tuple[str, ...]] = ("users", "items")
     history: int = 0

@@ -1,10 +1,11 @@
 """Stage fuse: soft tokens in the prompt of the adapted language model, projected (SeLLa-Rec's third stage; CoLLM's second), or
-learnt for each user and item (PersonPrompt: Li et al., "Personalized Prompt Learning", arXiv 2202.07371).
+learnt for each user and item (PersonPrompt: Li et al., "Personalized Prompt Learning", arXiv 2202.07371); or, without any, codes.
 
 Shapes: b rows, D columns of a collaborative row, H width of the language model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from sellarec.collab.task import WEIGHTS, CollabTask, save_parts
 from sellarec.config import Collab, Fuse, Prompt
 from sellarec.data.keys import uniform
 from sellarec.errors import UserError
+from sellarec.fusion.codes import CodesTask, build_codes
 from sellarec.fusion.projection import HybridProjection, MixtureProjection, Projection
 from sellarec.fusion.rows import prepare
 from sellarec.language import llm as llms
@@ -113,6 +115,7 @@ class FuseTask(Task):
         self.tables = tables_of(collab, semantic, settings)
         self.graph = collab.graph if collab.tables else None
         self.prompts = prompts
+        self.tokens = recommender.projection.tokens
         self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
         self.prepare = partial(prepare, prompts, collab.prepare_to_score, answers=settings.loss != "answer")
         self._settings, self._seed = settings, seed
@@ -131,7 +134,7 @@ class FuseTask(Task):
 
     def lookups(self, batch: Batch) -> Batch:
         found = self.collab.lookups(batch)
-        return {**found, "semantic": batch["item"]} if "semantic" in self.model.projection.tokens else found
+        return {**found, "semantic": batch["item"]} if "semantic" in self.tokens else found
 
     def targets(self, batch: Batch) -> Tensor:
         return count_targets(batch)
@@ -155,6 +158,29 @@ class FuseTask(Task):
             rows = rows.set_column(rows.column_names.index("prefix_tokens"), "prefix_tokens", before)
         return share_prefixes(self.model.scorer, rows, size, told_by)
 
+    @contextmanager
+    def without(self, token: str) -> Iterator[None]:
+        """Scores in it have the token that a row of zeros gives in the place of one."""
+
+        def zeros(module: nn.Module, given: tuple[dict[str, Tensor]]) -> tuple[dict[str, Tensor]]:
+            (rows,) = given
+            return ({**rows, token: torch.zeros_like(rows[token])},)
+
+        handle = self.model.projection.register_forward_pre_hook(zeros)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def without_collab_score(self) -> Iterator[None]:
+        """Scores in it leave out the collaborative model's."""
+        kept, self.model.adds_to = self.model.adds_to, None
+        try:
+            yield
+        finally:
+            self.model.adds_to = kept
+
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})
         prefix = "scorer.llm."
@@ -164,10 +190,9 @@ class FuseTask(Task):
 
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
-        tokens = list(self.model.projection.tokens)
         return {
             **self.prompts.facts(),
-            "tokens": tokens,
+            "tokens": list(self.tokens),
             "trained": list(self._settings.train),
             "collab_score": self._settings.collab_score,
             "trained_weights": trained,
@@ -188,7 +213,7 @@ def build_fuse(
     settings: Fuse,
     seed: int,
     language_weight: float = 1.0,
-) -> FuseTask:
+) -> FuseTask | CodesTask:
     """The task of training what `settings.train` names, or (with `trained`) of scoring with trained projections.
 
     Args:
@@ -200,6 +225,8 @@ def build_fuse(
         trained: file of trained projections.
         language_weight: of those that `settings` names, the one that was kept.
     """  # fmt: skip
+    if settings.represent == "codes":
+        return build_codes(source, titles, prompt, noun, adapter, collab.network, settings, seed)
     folder = source.folder()
     model = llms.load_model(folder, source.storage, source.attention)
     tokens = soft_tokens(settings)
@@ -241,17 +268,19 @@ def made_by(settings: Fuse) -> dict[str, str]:
     before = {"tables": "align", "projections": "align", "adapter": "adapt"}
     if settings.represent == "learned":  # from nothing, and without projections
         before = {"tables": "fuse", "adapter": "adapt"}
+    elif settings.represent == "codes":
+        before = {"tables": "collab", "adapter": "adapt"}
     return {part: "fuse" if part in settings.train else stage for part, stage in before.items()}
 
 
 def token_rows(settings: Fuse, collab: Collab, source: llms.LlmSource) -> Collab:
-    """Settings of the model that represents users and items in tokens: those of stage collab, or (learned) of plain rows as wide
-    as the language model.
+    """Settings of the model that represents users and items: those of stage collab, or (learned) of plain rows as wide as the
+    language model.
 
     Raises:
         UserError: tables can't have rows of that width.
     """
-    if settings.represent == "collaborative":
+    if settings.represent != "learned":
         return replace(collab, train_on="rows")
     width = llms.hidden_width(source)
     if width % 4:
@@ -260,7 +289,9 @@ def token_rows(settings: Fuse, collab: Collab, source: llms.LlmSource) -> Collab
 
 
 def tables_of(collab: CollabTask, semantic: Table | None, settings: Fuse) -> tuple[Table, ...]:
-    """The tables of a fused model, of which those are frozen that stage fuse doesn't train."""
+    """The tables that a fused model looks up in, of which those are frozen that stage fuse doesn't train."""
+    if settings.represent == "codes":
+        return ()
     frozen = "tables" not in settings.train
     tables = tuple(replace(table, frozen=frozen) for table in collab.tables)
     if semantic is not None:

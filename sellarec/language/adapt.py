@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sellarec.config import ALL_LINEAR, Adapt, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
-from sellarec.language.prompts import SOFT, Prompts
+from sellarec.language.prompts import SOFT, Coded, Prompts
 from sellarec.language.scorer import (
     NO_TARGET,
     PromptScorer,
@@ -43,14 +43,14 @@ class TextTask(Task):
         loss: what it is trained by, see `Adapt.loss`.
     """
 
-    columns = ("row", "item", "label", "history")
+    columns: Sequence[str] = ("row", "item", "label", "history")
 
     def __init__(self, source: llms.LlmSource, model: nn.Module, prompts: Prompts, loss: str = "answer") -> None:
         self.source = source
         self.model = PromptScorer(model)
         self.blocks = self.model.blocks
         self.prompts = prompts
-        self.prepare = partial(prompts.prepare, answers=loss != "answer")
+        self.prepare: Prepare = partial(prompts.prepare, answers=loss != "answer")
         self._loss = loss
         self._has_adapter = base_model(model) is not model
 
@@ -173,6 +173,7 @@ def make_prompts(
     kind: str,
     loss: str = "answer",
     soft: Sequence[str] = SOFT,
+    coded: Coded | None = None,
 ) -> Prompts:
     """The prompts that a model reads; a loss over tokens wants room for the answer, when scoring too.
 
@@ -180,7 +181,7 @@ def make_prompts(
         UserError: they can't be made for it.
     """
     context, tokenizer = llms.context_length(model.config), llms.load_tokenizer(folder)
-    return Prompts(tokenizer, titles, settings, noun, context, kind, answers=loss != "answer", soft=soft)
+    return Prompts(tokenizer, titles, settings, noun, context, kind, answers=loss != "answer", soft=soft, coded=coded)
 
 
 def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, settings: Adapt) -> TextTask:

@@ -237,9 +237,8 @@ def use_of(stage: str, config: Any, context: int) -> Use:
     if stage == "adapt" and settings.method == "full":
         trains, common["storage"] = "model", "float32"
     logits = "answer" if settings.loss == "answer" else "tokens"
-    return Use(
-        **common, tokens=tokens, trains=trains, backward=True, logits=logits, compares=stage == "adapt", validates=True
-    )
+    compares = stage == "adapt" or settings.represent == "codes"
+    return Use(**common, tokens=tokens, trains=trains, backward=True, logits=logits, compares=compares, validates=True)
 
 
 def advice_of(stage: str, config: Any) -> dict[str, str]:

@@ -4,7 +4,7 @@ They are built in the tasks that read rows, which load neither torch nor transfo
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,32 @@ class Written:
 
     pattern: str
     spaced: bool
+
+
+CODE_BITS = 8
+"""Bits of a code that are written, and tokenised, together."""
+
+CODES = {"binary": (" {:08b}", "{:08b}"), "dotted": (" {}", ".{}")}
+"""By `fuse.code` how the first bits of a code are written, and how those are that follow."""
+
+CODED = ("user", "item")
+"""Slots that may hold a code."""
+
+NO_CODE = -1
+"""Stands in the place of a group of bits where there is no code to be written."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """That the slots of users and items hold codes, which are text.
+
+    Attributes:
+        form: of CODES.
+        groups: G, groups of CODE_BITS bits of a code.
+    """
+
+    form: str
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,7 @@ class Segments:
 
     @property
     def fixed(self) -> int:
-        """Tokens beside history and title."""
+        """Tokens beside history and title, of each slot one."""
         return sum(1 if part in SOFT else len(part) for part in self.parts if part not in ("history", "title"))
 
 
@@ -151,13 +177,20 @@ class SegmentTokenizer:
 
 
 def compile_template(
-    segmenter: SegmentTokenizer, template: Template, kind: str, noun: str, chat: str, soft: Sequence[str] = SOFT
+    segmenter: SegmentTokenizer,
+    template: Template,
+    kind: str,
+    noun: str,
+    chat: str,
+    soft: Sequence[str] = SOFT,
+    coded: Sequence[str] = (),
 ) -> Segments:
     """A template (`text` or `fused`) in tokens.
 
     Args:
         chat: prompt.chat.
         soft: of `fused`, the soft tokens that are injected.
+        coded: those of them that are codes, before each of which is a space.
 
     Raises:
         UserError: the tokenizer doesn't tell the two answers apart, or can't wrap the turns.
@@ -184,8 +217,8 @@ def compile_template(
     names.pop()
     spaced = {}
     for at, name in enumerate(names):
-        if name not in SOFT:
-            # the space before a title is tokenised with it
+        if name not in SOFT or name in coded:
+            # the space before a title or a code is tokenised with it
             spaced[name] = texts[at].endswith(" ")
             texts[at] = texts[at].removesuffix(" ")
     answers = [answer.lstrip() if wraps else answer for answer in template.answers]
@@ -277,9 +310,11 @@ class Prompts:
         context: the model's, in tokens.
         kind: `text`, or `fused` with the soft tokens `soft`.
         answers: whether the context must hold an answer behind the prompt too.
+        coded: how the slots of users and items are filled with codes; None where they are left for soft tokens.
 
     Raises:
-        UserError: not even the compact template fits the model's context; a template that can't be read or wrapped.
+        UserError: not even the compact template fits the model's context; a template that can't be read or wrapped; the
+            tokenizer doesn't tell codes apart.
     """
 
     def __init__(
@@ -292,8 +327,10 @@ class Prompts:
         kind: str,
         answers: bool = False,
         soft: Sequence[str] = SOFT,
+        coded: Coded | None = None,
     ) -> None:
         segmenter = SegmentTokenizer(tokenizer)
+        self._coded = () if coded is None or kind == "text" else tuple(name for name in CODED if name in soft)
         templates = read_templates(settings.template)
         choice = {
             name: {k: compile_template(segmenter, template, k, noun, settings.chat) for k in ("text", "fused")}
@@ -313,16 +350,24 @@ class Prompts:
         if settings.template == "auto":
             room = self._limit - widest["full"] - longest["full"]
             self.template = "full" if room >= MIN_HISTORY * (longest["full"] + 1) else "compact"
-        self.segments = compile_template(segmenter, templates[self.template], kind, noun, settings.chat, soft)
+        self.segments = compile_template(
+            segmenter, templates[self.template], kind, noun, settings.chat, soft, self._coded
+        )
         if answers:
             self._limit = min(self._limit, context - max(map(len, self.segments.answers)))
-        needed, title = widest[self.template] + len(self.segments.none), longest[self.template]
+        groups: list[list[tuple[int, ...]]] = []
+        needed, title, advice = widest[self.template] + len(self.segments.none), longest[self.template], ""
+        if coded is not None and self._coded:
+            groups = _code_tokens(segmenter, coded)
+            # instead of one for the slot
+            needed += len(self._coded) * (sum(max(map(len, group)) for group in groups) - 1)
+            advice = "take fuse.code dotted, " if coded.form == "binary" else ""
         if needed + title > self._limit:
+            advice += "" if self.template == "compact" else "take prompt.template compact, "
             raise UserError(
                 f"the {self.template} prompt needs {needed} tokens, and the longest title {title}, but there "
                 f"is room for {self._limit} (prompt.max_tokens {settings.max_tokens}, the model's context {context}): "
-                f"{'' if self.template == 'compact' else 'take prompt.template compact, '}lower prompt.title_tokens, raise "
-                "prompt.max_tokens, or take a model with a longer context"
+                f"{advice}lower prompt.title_tokens, raise prompt.max_tokens, or take a model with a longer context"
             )
         # one array of all tokens that a prompt may be made of: those of the template, then the titles
         constants = [(0,) if isinstance(part, str) else part for part in self.segments.parts]
@@ -337,32 +382,48 @@ class Prompts:
                 found = catalogs[written]
                 shown[written] = (sum(map(len, pieces)) + found.starts, found.lengths)
                 pieces.append(found.tokens)
-        self._tokens = np.concatenate(pieces)
         self._title, self._first, self._others = (
             shown[written] for written in (self.segments.title, self.segments.first, self.segments.others)
         )
+        # of each group of a code's bits, where the tokens of its values lie, and how many they are
+        self._groups: list[tuple[np.ndarray, np.ndarray]] = []
+        for group in groups:
+            of_values = np.array([len(tokens) for tokens in group])
+            self._groups.append((sum(map(len, pieces)) + np.cumsum(of_values) - of_values, of_values))
+            pieces.append(np.array([token for tokens in group for token in tokens], np.int32))
+        self._tokens = np.concatenate(pieces)
         self._titles_cut = catalogs[self.segments.title].shortened
 
     def facts(self) -> dict[str, Any]:
         """What a manifest should say: the template, and how many titles are cut to prompt.title_tokens."""
         return {"template": self.template, "titles_cut": self._titles_cut}
 
-    def build(self, items: np.ndarray, histories: pa.ListArray, labels: np.ndarray | None = None) -> pa.Table:
+    def build(
+        self,
+        items: np.ndarray,
+        histories: pa.ListArray,
+        labels: np.ndarray | None = None,
+        codes: Mapping[str, np.ndarray] = {},
+    ) -> pa.Table:
         """Prompts of b rows.
 
         Args:
             items: int64 [b], the candidates.
             histories: b lists of item ids, the most recent last. The longest run of most recent ones that fits is shown.
             labels: [b]: the prompts go on with the answer of these labels; None ends them at the deciding position.
+            codes: by slot that is filled with codes int64 [b, G], the values of their groups of bits; NO_CODE throughout leaves
+                the slot empty.
 
         Returns:
             tokens list<int32> (0 in slots), shown int64 (titles of the history), titles_left_out int64 (those of the last
             prompt.history that don't fit), answer int64 (tokens of the answer, from the deciding position on; left out without
             labels), prefix_tokens int64 (tokens before the first part that the candidate fills), and for the slots user, item
-            and semantic, where the template has them, `{slot}_position` int64: where it stands, counted from the prompt's
-            first token.
+            and semantic, where the template has them and no codes fill them, `{slot}_position` int64: where it stands, counted
+            from the prompt's first token.
         """
-        history, asked, chosen = self._fitting(items, histories)
+        written = {slot: self._written(codes[slot]) for slot in self._coded}
+        of_codes = sum((lengths for found in written.values() for _, lengths in found), np.zeros(len(items), np.int64))
+        history, asked, chosen = self._fitting(items, histories, of_codes)
         shown = chosen.sum(1)
         # each row's prompt as a sequence of pieces: where they start in the array of tokens, and how long they are
         pieces: list[tuple[np.ndarray | int, np.ndarray | int]] = []
@@ -386,6 +447,8 @@ class Prompts:
                         for first, other in zip(self._first, self._others, strict=True)
                     )
                     pieces.append((title_starts, np.where(chosen[:, k], title_lengths, 0)))
+            elif part in written:
+                pieces += written[part]
             else:
                 if isinstance(part, str):
                     slots[part] = len(pieces)
@@ -411,28 +474,63 @@ class Prompts:
             }
         )
 
-    def _fitting(self, items: np.ndarray, histories: pa.ListArray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _written(self, codes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each group of the codes' bits, int64 [b, G], where its tokens start, and how many they are."""
+        groups = zip(codes.T, self._groups, strict=True)
+        return [
+            (starts[values], np.where(values == NO_CODE, 0, lengths[values])) for values, (starts, lengths) in groups
+        ]
+
+    def _fitting(
+        self, items: np.ndarray, histories: pa.ListArray, of_codes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The most recent items of each history, most recent first, int64 [b, H], how many they are, int64 [b], and which of them
-        fit, bool [b, H]."""
+        fit beside the tokens of codes, int64 [b]: bool [b, H]."""
         offsets, values = histories.offsets.to_numpy(), histories.values.to_numpy()
         recent = np.arange(min(self._history, int(np.diff(offsets).max(initial=0))))
         valid = recent < np.diff(offsets)[:, None]
         history = np.zeros(valid.shape, np.int64)
         history[valid] = values[(offsets[1:, None] - 1 - recent)[valid]]
-        room = self._limit - self.segments.fixed - self._title[1][items]
+        fixed = self.segments.fixed - len(self._coded)
+        room = self._limit - fixed - of_codes - self._title[1][items]
         behind = self._others[1][history] + len(self.segments.separator)
         cost = np.cumsum(behind, axis=1) - behind + self._first[1][history]
         return history, valid.sum(1), np.logical_and.accumulate(valid & (cost <= room[:, None]), axis=1)
 
     def prepare(
-        self, rows: pa.Table, epoch: int, step: np.ndarray, keep_history: bool = False, answers: bool = False
+        self,
+        rows: pa.Table,
+        epoch: int,
+        step: np.ndarray,
+        keep_history: bool = False,
+        answers: bool = False,
+        codes: Mapping[str, np.ndarray] = {},
     ) -> pa.Table:
         """The rows with their prompts' tokens and slots, with `answers` those of their labels' answers too; see `build`."""
         labels = rows["label"].to_numpy() if answers else None
-        built = self.build(rows["item"].to_numpy(), rows["history"].combine_chunks(), labels).drop_columns(["shown"])
+        built = self.build(rows["item"].to_numpy(), rows["history"].combine_chunks(), labels, codes)
+        built = built.drop_columns(["shown"])
         for name in built.column_names:
             rows = rows.append_column(name, built[name])
         return rows if keep_history else rows.drop_columns(["history"])
+
+
+def _code_tokens(segmenter: SegmentTokenizer, coded: Coded) -> list[list[tuple[int, ...]]]:
+    """Of each group of a code's bits the tokens of each value that it may have.
+
+    Raises:
+        UserError: two values have the same tokens, as where the tokenizer has none for digits.
+    """
+    first, others = (
+        [segmenter.segment(pattern.format(value)) for value in range(1 << CODE_BITS)] for pattern in CODES[coded.form]
+    )
+    for found in (first, others):
+        if len(set(found)) < len(found):
+            raise UserError(
+                f"the tokenizer doesn't tell codes apart: of the {len(found)} values of {CODE_BITS} bits only {len(set(found))} "
+                f"differ in their tokens, written {coded.form} (fuse.code); take another language model, or soft tokens"
+            )
+    return [first, *[others] * (coded.groups - 1)]
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ TEMPLATE = """\
 # {run}
 
 A [SeLLa-Rec](https://arxiv.org/abs/2504.10107) recommender: a language model {tuned}, and {rows}
-that it reads as soft tokens beside {noun} titles. It scores pairs of a user and an item.
+that it reads as {read_as} beside {noun} titles. It scores pairs of a user and an item.
 
     import sellarec
     recommender = sellarec.load("PATH/OF/THIS/FOLDER")
@@ -66,7 +66,8 @@ def model_card(
         manifests: of the run's artifacts, by stage.
     """
     base = facts["base_model"]
-    is_tuned, learned = config.adapt.method == "full", config.fuse.represent == "learned"
+    is_tuned, represent = config.adapt.method == "full", config.fuse.represent
+    learned = represent == "learned"
     if base["copied"]:
         tuned = ", pre-trained further on the catalog's texts" if config.pretrain.continued else ""
         tuned += ", all weights tuned" if is_tuned else ""
@@ -88,6 +89,7 @@ def model_card(
     return TEMPLATE.format(
         run=facts["run"],
         rows="a row of each user and item" if learned else "a collaborative model's rows of users and items",
+        read_as=f"codes in text ({config.fuse.code})" if represent == "codes" else "soft tokens",
         tuned="whose weights were all tuned" if is_tuned else "with an adapter",
         made="tuned model" if is_tuned else "adapter",
         noun=data["noun"],

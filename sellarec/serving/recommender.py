@@ -27,6 +27,7 @@ from sellarec.command_line import parse
 from sellarec.data.keys import keys_of
 from sellarec.data.log import Log, read_log
 from sellarec.errors import UserError
+from sellarec.fusion.codes import CodesTask
 from sellarec.fusion.fuse import FuseTask, build_fuse, made_by, represented, semantic_table, token_rows
 from sellarec.language.adapt import TextTask, make_prompts
 from sellarec.language.llm import LlmSource, find_llm
@@ -100,7 +101,7 @@ class Recommender:
         self,
         folder: Path,
         log: Log,
-        task: FuseTask,
+        task: FuseTask | CodesTask,
         text_task: TextTask,
         chunk: int,
         micro_batch: int,
@@ -150,38 +151,26 @@ class Recommender:
         return self._score(self._task, user, item, histories)
 
     def explain(self, user: Id, item: Id, history: Sequence[Id] | None = None) -> dict[str, Any]:
-        """How much each soft token carried the score of a pair.
+        """How much each soft token, or code, carried the score of a pair.
 
-        A token is replaced by the one that a row of zeros gives, which is what stands for a user or item without a row; what
-        the score loses by that is the token's part. The parts of tokens that tell the same don't add up to the score.
+        A token is replaced by the one that a row of zeros gives, a code by none, which is what stands for a user or item without
+        a row; what the score loses by that is its part. The parts of tokens that tell the same don't add up to the score.
 
         Returns:
-            score: the log-odds; tokens: by name (of those injected), what the score loses without it; collab: the
+            score: the log-odds; tokens: by name (of those in the prompt), what the score loses without it; collab: the
             collaborative model's score in it (`fuse.collab_score`), or None; text_only: the score
             of the adapted language model on the prompt without soft tokens; unknown_user and unknown_item.
         """
         users, items, found = self._find([user], [item], None if history is None else [history])
         shown = lists(*found)
-        score = float(self.score_rows(users, items, shown)[0])
+        score, collab = float(self.score_rows(users, items, shown)[0]), None
         parts = {}
-        for name in self._task.model.projection.tokens:
-
-            def without(module: Any, given: tuple[dict[str, Tensor]], name: str = name) -> tuple[dict[str, Tensor]]:
-                (rows,) = given
-                return ({**rows, name: torch.zeros_like(rows[name])},)
-
-            handle = self._task.model.projection.register_forward_pre_hook(without)
-            try:
+        for name in self._task.tokens:
+            with self._task.without(name):
                 parts[name] = score - float(self.score_rows(users, items, shown)[0])
-            finally:
-                handle.remove()
-        collab, model = None, self._task.model
-        if model.adds_to is not None:
-            kept, model.adds_to = model.adds_to, None
-            try:
+        if isinstance(self._task, FuseTask) and self._task.model.adds_to is not None:
+            with self._task.without_collab_score():
                 collab = score - float(self.score_rows(users, items, shown)[0])
-            finally:
-                model.adds_to = kept
         return {
             "score": score,
             "tokens": parts,
@@ -325,7 +314,7 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         seed=config.seed,
         language_weight=facts["language_weight"],
     )
-    adapted = task.model.scorer.llm
+    adapted = (task.model.scorer if isinstance(task, FuseTask) else task.model).llm
     text = make_prompts(source.folder(), titles, config.prompt, noun, adapted, "text", config.adapt.loss)
     text_task = TextTask(source, adapted, text)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

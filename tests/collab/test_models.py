@@ -27,7 +27,7 @@ from small import (
 from torch import Tensor
 
 from sellarec.collab.model import CollabModel, Sizes, padded, places
-from sellarec.collab.models import din, fism, lightgcn, mf, sasrec, svdpp
+from sellarec.collab.models import binary_mf, din, fism, lightgcn, mf, sasrec, svdpp
 from sellarec.collab.task import build_collab
 from sellarec.config import COLLAB_MODELS, DENSE_SETTINGS, MODEL_SETTINGS, Collab
 from sellarec.training.table import Jagged
@@ -37,8 +37,8 @@ torch.set_num_threads(1)
 
 SIZES = Sizes(5, ITEMS, RATE)
 LOG_ODDS = math.log(RATE / (1 - RATE))
-MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din", "fism")
-WITHOUT_HISTORY = {"mf", "lightgcn"}
+MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din", "fism", "binary_mf")
+WITHOUT_HISTORY = {"mf", "lightgcn", "binary_mf"}
 SWITCHES = pytest.mark.parametrize(
     ("biases", "global_mean"), [(True, True), (True, False), (False, True), (False, False)]
 )
@@ -127,6 +127,29 @@ def test_a_score_is_a_product_and_unseen_ones_are_rows_of_zeros(name, biases, gl
         assert score[row].item() == pytest.approx(product(user, item, biases, global_mean), rel=1e-5, abs=1e-6)
     neither = batch_of(task, some_rows(user_seen=[False] * 3, item_seen=[False] * 3), None)
     np.testing.assert_allclose(task.score(None, neither, vectors).detach(), LOG_ODDS if global_mean else 0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_binary_mf_counts_the_signs_that_are_equal(temperature, tmp_path):
+    """Less those that are not; with a temperature, their share over it. Gradients are those of tanh, and an unseen user or item
+    has no signs."""
+    task = make(tmp_path, model="binary_mf", temperature=temperature)
+    batch = batch_of(task, some_rows(), None)
+    vectors = vectors_of(task, batch)
+    user, item = represent(task, batch, vectors)
+    assert [row.tolist() for row in (user[2], item[1])] == [[0] * 4] * 2
+    for made, rows, at in ((user, vectors["user"], 0), (item, vectors["item"], 0), (item, vectors["item"], 2)):
+        assert made[at].tolist() == [1.0 if value > 0 else -1.0 for value in rows[at].tolist()]
+    score = task.score(None, batch, vectors)
+    equal = sum((user[0] == item[0]).tolist()) - sum((user[0] != item[0]).tolist())
+    scale = 1 if temperature is None else 1 / (4 * temperature)
+    assert score.tolist() == pytest.approx([LOG_ODDS + equal * scale, LOG_ODDS, LOG_ODDS])
+    score[0].backward()
+    expected = (1 - vectors["user"][0].detach().tanh() ** 2) * item[0] * scale
+    torch.testing.assert_close(vectors["user"].grad[0], expected.detach())
+    torch.testing.assert_close(
+        vectors["item"].grad[0], ((1 - vectors["item"][0].detach().tanh() ** 2) * user[0] * scale).detach()
+    )
 
 
 @SWITCHES
@@ -481,7 +504,7 @@ def test_lists_are_padded_with_zeros_after_their_ends(lengths):
 
 def test_only_known_settings_are_read():
     """What a model says that it reads is a setting, and the others build without it."""
-    for kind in (mf, svdpp, lightgcn, sasrec, din, fism):
+    for kind in (mf, svdpp, lightgcn, sasrec, din, fism, binary_mf):
         assert set(kind.Model.reads) <= set(MODEL_SETTINGS)
         assert kind.Model(SIZES, Collab(dim=4)).has_weights == (set(DENSE_SETTINGS) <= set(kind.Model.reads))
         assert (kind.Model(SIZES, Collab(dim=4)).history > 0) == ("history" in kind.Model.reads)

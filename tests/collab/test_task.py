@@ -45,7 +45,7 @@ from sellarec.training.task import INITIAL, WHOLE
 torch.set_num_threads(1)
 
 L2 = 0.1
-MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din", "fism")
+MODELS = ("mf", "svdpp", "lightgcn", "sasrec", "din", "fism", "binary_mf")
 RANKED = ("mf", "svdpp", "lightgcn", "sasrec", "din")
 """Models that take a ranking loss."""
 DENSE = ("sasrec", "din", "fism")
@@ -351,7 +351,7 @@ def test_drawn_negatives_are_scored_for_their_own_user(loss, tmp_path):
     assert task.loss(None, batch, vectors, Alone()).item() == pytest.approx(losses.sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mf", "svdpp", "sasrec", "lightgcn"])
+@pytest.mark.parametrize("name", ["mf", "svdpp", "sasrec", "lightgcn", "binary_mf"])
 def test_the_full_softmax_is_cross_entropy_over_the_seen_items(name, tmp_path):
     task = make(tmp_path, model=name, loss="full-softmax", l2=0.0)
     assert task.whole == ("item",) and any(WHOLE + "item" in table.features for table in task.tables)
@@ -428,7 +428,7 @@ def test_a_model_of_sequences_scores_rows(tmp_path):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("name", ["mf", "svdpp", "lightgcn", "sasrec", "fism"])
+@pytest.mark.parametrize("name", ["mf", "svdpp", "lightgcn", "sasrec", "fism", "binary_mf"])
 def test_the_catalog_is_ranked_by_the_scores_of_rows(name, tmp_path):
     """`users`, `catalog` and `products` against `score`, item by item; an item without a train row counts as zeros."""
     task = make(tmp_path, model=name)

@@ -1,5 +1,7 @@
 """Prompts: the tokens of readable text, slots where they belong, histories that are shortened and never the instruction."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
 
@@ -12,7 +14,17 @@ from hypothesis import strategies as st
 from sellarec.config import Prompt
 from sellarec.errors import UserError
 from sellarec.language.llm import load_tokenizer
-from sellarec.language.prompts import MIN_HISTORY, SOFT, Catalog, Prompts, SegmentTokenizer, Written, compile_template
+from sellarec.language.prompts import (
+    MIN_HISTORY,
+    NO_CODE,
+    SOFT,
+    Catalog,
+    Coded,
+    Prompts,
+    SegmentTokenizer,
+    Written,
+    compile_template,
+)
 from sellarec.language.scorer import left_padded
 from sellarec.language.templates import Template, read_template
 from sellarec.training.stream import LEFT_OUT
@@ -35,15 +47,17 @@ def embedded(decoder):
     return load_tokenizer(decoder)
 
 
-def make(tokenizer, titles, kind="text", context=PLENTY, soft=SOFT, **changes) -> Prompts:
+def make(tokenizer, titles, kind="text", context=PLENTY, soft=SOFT, coded=None, **changes) -> Prompts:
     settings = Prompt(**{"template": "compact", "max_tokens": PLENTY} | changes)
-    return Prompts(tokenizer, titles, settings, "movie", context, kind, soft=soft)
+    return Prompts(tokenizer, titles, settings, "movie", context, kind, soft=soft, coded=coded)
 
 
-def build(prompts: Prompts, rows: list[tuple[int, list[int]]]) -> dict[str, np.ndarray]:
+def build(
+    prompts: Prompts, rows: list[tuple[int, list[int]]], codes: Mapping[str, np.ndarray] = {}
+) -> dict[str, np.ndarray]:
     """The prompts of (candidate, history) rows."""
     items, histories = zip(*rows, strict=True)
-    found = prompts.build(np.asarray(items), pa.array(histories, pa.list_(pa.int64())))
+    found = prompts.build(np.asarray(items), pa.array(histories, pa.list_(pa.int64())), codes=codes)
     counts = {name: found[name].to_numpy() for name in ("shown", LEFT_OUT)}
     return {**counts, **{name: value.numpy() for name, value in left_padded(found).items()}}
 
@@ -193,6 +207,121 @@ def test_what_the_fused_templates_say():
     )
     assert "last, and a target {noun} with a vector that describes it. " in said(full, ("semantic",))
     assert "two vectors" not in said(full, ("user", "item"))
+
+
+NONE = [NO_CODE] * 3
+CODES = {
+    "user": np.array([[1, 128, 255], [0, 7, 10], NONE, [99, 99, 99]]),
+    "item": np.array([[254, 0, 1], NONE, NONE, [99, 99, 99]]),
+}
+"""Of ROWS."""
+
+
+def with_codes(text: str, written: dict[str, str]) -> str:
+    """A fused text with codes, each behind a space, or nothing, in its slots."""
+    for slot, code in written.items():
+        before, _, after = text.partition(f"{{{slot}}}")
+        text = before.removesuffix(" ") + (f" {code}" if code else "") + after
+    return text
+
+
+def coded_text(values: list[int], form: str) -> str:
+    """By words, as one would write it."""
+    if NO_CODE in values:
+        return ""
+    return "".join(bin(256 + value)[3:] for value in values) if form == "binary" else ".".join(map(str, values))
+
+
+@pytest.mark.parametrize("form", ["binary", "dotted"])
+@pytest.mark.parametrize("template", ["full", "compact"])
+@pytest.mark.parametrize("soft", [("user",), ("item",), ("user", "item")], ids=" ".join)
+def test_codes_are_text_in_the_places_of_soft_tokens(tokenizer, titles, template, soft, form):
+    """One that isn't there leaves nothing; the prefix that candidates share holds the user's and ends before the item's."""
+    prompts = make(tokenizer, titles, "fused", template=template, soft=soft, coded=Coded(form, 3))
+    found = build(prompts, ROWS, CODES)
+    assert set(found) == {"tokens", "mask", "shown", LEFT_OUT}
+    words = read_template(template)
+    (turn,) = words.turns("fused", soft)
+    read = 0
+    for row, (item, history) in enumerate(ROWS):
+        tokens = tokens_of(found, row)
+        if tokenizer.unk_token_id in tokens:
+            continue
+        text = with_codes(turn.text, {slot: coded_text(CODES[slot][row].tolist(), form) for slot in soft})
+        history = words.separator.join(titles[i] for i in history) if history else words.none
+        text = text.format(noun="movie", history=history, title=titles[item])
+        assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == text
+        read += 1
+    assert read > 1
+    histories = pa.array([[1, 2]] * 4, pa.list_(pa.int64()))
+    begin, codes = np.full(4, 3), {"user": CODES["user"][[0, 0, 1, 2]], "item": CODES["item"]}
+    built = prompts.build(begin, histories, codes=codes)
+    parts = [
+        tokens[:length]
+        for tokens, length in zip(built["tokens"].to_pylist(), built["prefix_tokens"].to_pylist(), strict=True)
+    ]
+    assert parts[0] == parts[1] and (parts[0] == parts[2]) == ("user" not in soft)
+    for part, values in zip(parts, CODES["item"].tolist(), strict=True):
+        written = coded_text(values, form)
+        assert not written or "item" not in soft or written not in tokenizer.decode(part)
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_histories_make_room_for_codes_as_long_as_they_are(embedded, titles, data):
+    form, limit = data.draw(st.sampled_from(["binary", "dotted"])), data.draw(st.integers(60, 260))
+    try:
+        prompts, plenty = (
+            make(embedded, titles, "fused", soft=("user", "item"), coded=Coded(form, 3), max_tokens=most)
+            for most in (limit, PLENTY)
+        )
+    except UserError as error:
+        assert str(limit) in str(error)
+        assume(False)
+    item = st.integers(0, len(titles) - 1)
+    rows = data.draw(st.lists(st.tuples(item, st.lists(item, max_size=8)), min_size=4, max_size=4))
+    found = build(prompts, rows, CODES)
+    for row, (candidate, history) in enumerate(rows):
+        tokens, shown = tokens_of(found, row), int(found["shown"][row])
+        assert len(tokens) <= limit
+        codes = {slot: values[row : row + 1] for slot, values in CODES.items()}
+        assert tokens == tokens_of(build(plenty, [(candidate, history[len(history) - shown :])], codes), 0)
+        if 0 < shown < len(history):
+            longer = build(plenty, [(candidate, history[len(history) - shown - 1 :])], codes)
+            assert len(longer["tokens"][0]) > limit, "one more title would have fitted"
+
+
+def test_a_context_too_short_for_codes_is_refused(embedded, titles):
+    """A dotted code takes less, and is named where a binary one doesn't fit; what is said to be needed is enough, just so."""
+    needed = {}
+    for form in (None, "dotted", "binary"):
+        coded = None if form is None else Coded(form, 4)
+        with pytest.raises(UserError, match="room for 20 ") as caught:
+            make(embedded, titles, "fused", context=20, soft=("user", "item"), coded=coded)
+        assert ("take fuse.code dotted" in str(caught.value)) == (form == "binary")
+        needed[form] = sum(
+            int(found) for found in re.findall(r"needs (\d+) tokens, and the longest title (\d+)", str(caught.value))[0]
+        )
+        with pytest.raises(UserError, match=f"room for {needed[form] - 1} "):
+            make(embedded, titles, "fused", context=needed[form] - 1, soft=("user", "item"), coded=coded)
+        longest = max(range(len(titles)), key=lambda i: len(embedded(titles[i])["input_ids"]))
+        prompts = make(embedded, titles, "fused", context=needed[form], soft=("user", "item"), coded=coded)
+        codes = {slot: np.array([[255, 199, 102, 250]]) for slot in ("user", "item")}
+        assert build(prompts, [(longest, [])], codes)["tokens"].shape[1] <= needed[form]
+    assert needed[None] + 8 < needed["dotted"] < needed["binary"]
+
+
+def test_a_tokenizer_that_tells_no_codes_apart_is_refused(titles):
+    """One without tokens for digits."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "Yes": 1, "No": 2, "a": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    make(tokenizer, titles, "fused")
+    with pytest.raises(UserError, match=r"of the 256 values of 8 bits only 1 differ in their tokens, written binary"):
+        make(tokenizer, titles, "fused", soft=("item",), coded=Coded("binary", 2))
 
 
 def test_text_prompts_have_no_slots(embedded, titles):

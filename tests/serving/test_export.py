@@ -24,6 +24,7 @@ from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.evaluation.artifact import evaluate_artifact
 from sellarec.evaluation.results import evaluate_scores
+from sellarec.fusion.codes import CodesTask
 from sellarec.fusion.fuse import FuseTask, build_fuse, token_rows
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt, build_adapted
@@ -37,6 +38,7 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
 USERS, DIM, WIDTH, HIDDEN = 12, 4, 16, 6
 MODELS = ("mf", "svdpp", "sasrec", "din", "lightgcn")
+CODES: dict[str, Any] = {"represent": "codes", "tokens": ("user", "item"), "train": ("adapter",), "code": "dotted"}
 
 
 @dataclasses.dataclass
@@ -45,7 +47,7 @@ class Workspace:
 
     folder: Path
     log: Log
-    task: FuseTask
+    task: FuseTask | CodesTask
     source: llms.LlmSource
     config: Config
 
@@ -81,7 +83,8 @@ def interactions(titles: list[str]) -> pa.Table:
 def make_workspace(
     folder: Path, model: str, decoder: Path, titles: list[str], method: str = "lora", **fuse_settings: Any
 ) -> Workspace:
-    learned = fuse_settings.get("represent") == "learned"
+    projects = fuse_settings.get("represent", "collaborative") == "collaborative"
+    coded = fuse_settings.get("represent") == "codes"
     titles = [*titles[:-1], ""]  # the last item, which has no train row, has no title either
     items = pa.table({"item": [f"i{number}" for number in range(len(titles))], "title": titles})
     store = Store(Place.of(str(folder)))
@@ -111,7 +114,11 @@ def make_workspace(
         llm=Llm(model=str(decoder)),
         prompt=Prompt(template="compact", history=3),
         adapt=Adapt(method="full") if method == "full" else Adapt(rank=2),
-        collab=Collab(model=model, dim=DIM, **{} if model in ("mf", "lightgcn") else {"history": 3}),
+        collab=Collab(
+            model=model,
+            dim=8 if coded else DIM,
+            **{} if model in ("mf", "lightgcn", "binary_mf") else {"history": 3},
+        ),
         align=Align(hidden=HIDDEN),
         fuse=Fuse(**{"max_steps": 1} | fuse_settings),
         evaluate=Evaluate(batch=16, micro_batch=4, replicates=20),
@@ -133,36 +140,43 @@ def make_workspace(
     finish("adapt", {"steps": 3, "kept_step": 2})
 
     fuse, generator = place("fuse"), np.random.default_rng(3)
+    tables = place("collab") if coded else fuse
     rows_of_tokens = token_rows(config.fuse, config.collab, source)
     fresh = build_collab(log, rows_of_tokens, None)
     count = len(titles)
     last_item = rows["external_id"].to_pylist().index(f"i{count - 1}")
     semantic = generator.standard_normal((count, WIDTH)).astype(np.float32)
     semantic[last_item] = 0
-    small.save_table(fuse / "tables", "semantic", semantic, (4,))
+    small.save_table(tables / "tables", "semantic", semantic, (4,))
     for table in fresh.tables:
         small.save_table(
-            fuse / "tables", table.name, generator.standard_normal((table.rows, table.dim)).astype(np.float32), (3,)
+            tables / "tables", table.name, generator.standard_normal((table.rows, table.dim)).astype(np.float32), (3,)
         )
     if fresh.network.has_weights:
         fresh.save(fuse, {name: weight.detach() for name, weight in fresh.network.named_parameters()})
 
     weight = config.fuse.language_weights[0]
 
-    def build(trained: Path | None) -> FuseTask:
+    def build(trained: Path | None) -> FuseTask | CodesTask:
         table = Table("semantic", count, WIDTH, ("semantic",), read=lambda start, stop: semantic[start:stop])
         return build_fuse(
             **adapted, titles=titles, prompt=config.prompt, noun=log.facts["noun"],
-            collab=build_collab(log, rows_of_tokens, fuse), semantic=None if learned else table, hidden=HIDDEN,
+            collab=build_collab(log, rows_of_tokens, tables), semantic=table if projects else None, hidden=HIDDEN,
             projection=None, trained=trained, settings=config.fuse, seed=1, language_weight=weight,
         )  # fmt: skip
 
     torch.manual_seed(6)
     task = build(None)
-    task.save(
-        fuse, {f"projection.{name}": weight.detach() for name, weight in task.model.projection.named_parameters()}
-    )
-    task = build(None if learned else fuse / "projection.safetensors")
+    if coded:
+        finish("collab", {"steps": 2, "kept_step": 2})
+        trained = {name: weight.detach() for name, weight in task.model.named_parameters() if weight.requires_grad}
+        task.save(fuse, {name: weight + 0.05 * torch.randn_like(weight) for name, weight in trained.items()})
+        adapted["adapter"] = fuse / "adapter"
+    else:
+        task.save(
+            fuse, {f"projection.{name}": weight.detach() for name, weight in task.model.projection.named_parameters()}
+        )
+    task = build(fuse / "projection.safetensors" if projects else None)
     task.model.eval()
     marked = {"llm": source.identity, "templates": template_mark("compact")}
     facts = {"steps": 1, "kept_step": 1, "template": "compact", "language_weight": weight}
@@ -509,6 +523,32 @@ def test_learned_tokens_are_exported(decoder, titles, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     explained = recommender.explain(users[0], items[0], histories[0])
     assert set(explained["tokens"]) == {"user", "item"} and explained["tokens"]["item"] != 0
+
+
+def test_codes_are_exported(decoder, titles, tmp_path):
+    """With the rows whose signs they are, of stage collab; an unseen user or item, and an unknown one, has none."""
+    workspace = make_workspace(tmp_path / "workspace", "binary_mf", decoder, titles, **CODES)
+    export_run(str(workspace.run), tmp_path / "export", histories=True, with_model=False)
+    assert {file.stem for file in (tmp_path / "export/tables").glob("*.json")} == {"user", "item"}
+    assert not (tmp_path / "export/projection.safetensors").exists()
+    adapter = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "export" / adapter).read_bytes() == (workspace.artifact("fuse") / adapter).read_bytes()
+    card = (tmp_path / "export/README.md").read_text()
+    assert "that it reads as codes in text (dotted)" in card and "Collaborative model: binary_mf." in card
+    rows, recommender = workspace.test_rows(), sellarec.load(tmp_path / "export")
+    users, items, histories = named(workspace, rows)
+    found, expected = recommender.score(users, items, histories).scores, stage_scores(workspace, rows)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    unseen = f"{USERS - 1}"
+    explained = {user: recommender.explain(user, "i2", ["i1", "i4"]) for user in ("1", unseen, "nobody")}
+    for user, parts in explained.items():
+        assert set(parts["tokens"]) == {"user", "item"} and parts["collab"] is None
+        assert (abs(parts["tokens"]["user"]) > 1e-4) == (user == "1") and abs(parts["tokens"]["item"]) > 1e-4
+    without = explained["1"]["score"] - explained["1"]["tokens"]["user"]
+    assert explained[unseen]["score"] == pytest.approx(without, abs=1e-5)
+    assert explained["nobody"]["score"] == pytest.approx(without, abs=1e-5)
+    # nothing is left on the task
+    assert recommender.score(["1"], ["i2"], [["i1", "i4"]]).scores == pytest.approx([explained["1"]["score"]], abs=1e-5)
 
 
 def test_another_base_model_is_refused(made, tmp_path, decoder):

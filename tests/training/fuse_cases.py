@@ -14,6 +14,7 @@ from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Collab, Evaluate, Fuse, Prompt, Tables
 from sellarec.data.log import read_log
+from sellarec.fusion.codes import CodesTask
 from sellarec.fusion.fuse import FuseTask, build_fuse, represented, semantic_table, token_rows
 from sellarec.language.llm import find_llm
 from sellarec.training.engine import Engine
@@ -45,7 +46,7 @@ def titles_of(inputs: Path) -> list[str]:
     return [f"the {words[i % 7]} {words[i % 5]}" for i in range(items)]
 
 
-def task_of(case: Case, trained: bool) -> FuseTask:
+def task_of(case: Case, trained: bool) -> FuseTask | CodesTask:
     """As the pipeline builds it: to train, or with what a training left."""
     torch.manual_seed(SEED)
     left = case.settings.train if trained else ()

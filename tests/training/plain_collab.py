@@ -129,6 +129,8 @@ class PlainCollab:
         return self._products(self.user(rows, target), found)
 
     def _products(self, user: Tensor, items: Tensor) -> Tensor:
+        if self.settings.model == "binary_mf":
+            return self.constant + signs(items) @ signs(user)
         if self.settings.model == "fism":
             return self.constant + unit(items[:, :-2].detach()) @ user[:-1] + user[-1] + items[:, -1]
         if self.settings.temperature is not None:
@@ -276,6 +278,11 @@ class PlainCollab:
 def unit(rows: Tensor) -> Tensor:
     """Rows of length 1, or 0."""
     return rows / rows.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def signs(rows: Tensor) -> Tensor:
+    """Signs, with the gradient of tanh."""
+    return rows.tanh() + (rows.sign() - rows.tanh()).detach()
 
 
 def normal(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -30,8 +30,15 @@ DIM, WIDTH = 8, 16
 SASREC = Collab(model="sasrec", dim=DIM, layers=1, history=4, init_std=0.4)
 LIGHTGCN = Collab(model="lightgcn", dim=DIM, layers=2, init_std=0.4)
 MF = Collab(dim=DIM, init_std=0.4)
+BINARY = Collab(model="binary_mf", dim=DIM, init_std=0.4)
 ADAPTED: dict[str, Any] = {"train": ("projections", "adapter"), "tokens": ("user", "item"), "learning_rate": 0.003}
 LEARNED: dict[str, Any] = {"represent": "learned", "tokens": ("user", "item"), "table_learning_rate": 0.02}
+CODES: dict[str, Any] = {
+    "represent": "codes",
+    "tokens": ("user", "item"),
+    "train": ("adapter",),
+    "learning_rate": 0.003,
+}
 CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "as it is": (MF, {}),
     "collm": (MF, {"tokens": ("item", "user"), "train": ("projections",), "norm": "none"}),
@@ -44,8 +51,10 @@ CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "with the collaborative score": (MF, {"tokens": ("semantic",), "collab_score": True}),
     "learned": (SASREC, LEARNED | {"train": ("tables",), "tokens": ("item",), "table_optimizer": "adam"}),
     "learned, adapter": (LIGHTGCN, LEARNED | {"train": ("tables", "adapter"), "learning_rate": 0.003}),
+    "codes": (BINARY, CODES),
+    "codes, sequence": (BINARY, CODES | {"code": "dotted", "loss": "sequence", "tokens": ("user",)}),
 }
-QUICK = ("collm", "all", "tables alone", "frozen lightgcn", "with the collaborative score", "learned, adapter")
+QUICK = ("collm", "all", "tables alone", "frozen lightgcn", "with the collaborative score", "learned, adapter", "codes")
 LEFT: dict[str, tuple[set[str], set[str]]] = {
     "as it is": ({"user", "item", "semantic"}, {"projection.safetensors"}),
     "collm": (set(), {"projection.safetensors"}),
@@ -61,6 +70,8 @@ LEFT: dict[str, tuple[set[str], set[str]]] = {
     "with the collaborative score": ({"user", "item", "semantic"}, {"projection.safetensors"}),
     "learned": ({"item"}, set()),
     "learned, adapter": ({"user", "item"}, {"adapter/adapter_model.safetensors"}),
+    "codes": (set(), {"adapter/adapter_model.safetensors"}),
+    "codes, sequence": (set(), {"adapter/adapter_model.safetensors"}),
 }
 """Tables, and files of dense weights: what is trained, and nothing else."""
 
@@ -69,7 +80,7 @@ LEFT: dict[str, tuple[set[str], set[str]]] = {
 def inputs(decoder, tmp_path_factory) -> dict[str, Path]:
     """By collaborative model, what the stages before fuse leave; the adapter isn't fresh."""
     made = {}
-    for collab in (MF, SASREC, LIGHTGCN):
+    for collab in (MF, SASREC, LIGHTGCN, BINARY):
         folder = made[collab.model] = tmp_path_factory.mktemp(collab.model)
         (folder / "decoder").symlink_to(decoder)
         generator = np.random.default_rng(4)

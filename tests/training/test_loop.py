@@ -69,16 +69,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "sasrec": SASREC,
     "din": DIN,
     "fism": {"model": "fism", "history": 4},
+    "binary_mf": {"model": "binary_mf"},
 }
 # In a ranking loss a column of the users' biases is without effect: its gradient is rounding, which Adam makes whole steps of.
 # So is what din adds to all scores of a batch (`idle_weights`); small steps keep its effect on other batches small.
 RANKED = {"sasrec": SASREC | {"biases": False}, "din": DIN | {"learning_rate": 0.001}}
+SOME_LOSSES: dict[str, tuple[str, ...]] = {"fism": (), "din": ("bpr", "softmax"), "binary_mf": ("softmax shared",)}
+"""Ranking losses that a model takes, or is tried with, where these are not all."""
 CASES: dict[str, dict[str, Any]] = {f"{model}, bce": settings for model, settings in MODELS.items()}
 CASES |= {
     f"{model}, {loss}": RANKED.get(model, settings) | chosen
     for model, settings in MODELS.items()
     for loss, chosen in RANKING.items()
-    if model != "fism" and (model != "din" or loss in ("bpr", "softmax"))
+    if loss in SOME_LOSSES.get(model, RANKING)
 }
 CASES |= {
     f"sequences, {loss}": SEQUENCES | {"biases": False} | RANKING[loss] for loss in ("bpr", "softmax", "full-softmax")
@@ -108,6 +111,8 @@ QUICK = {
     ("mf, sgd", "column-wise", 2),
     ("svdpp, softmax", "table-wise", 2),
     ("svdpp, bce", "row-wise", 3),
+    ("binary_mf, bce", "row-wise", 3),
+    ("binary_mf, softmax shared", "row-wise", 2),
     ("lightgcn, bce", "row-wise", 3),
     ("lightgcn, full-softmax", "row-wise", 2),
     ("lightgcn, softmax shared", "row-wise", 3),
