@@ -83,7 +83,7 @@ def _pretrain(this: Run) -> dict[str, Any]:
 
 
 def _check_prompts(this: Run, folder: Path) -> None:
-    """Raises UserError where prompts don't fit the context of the model that is about to be pre-trained."""
+    """Raises UserError where prompts don't fit the context of a model that is about to be trained."""
     from sellarec.fusion.codes import coded_as
     from sellarec.language.llm import context_length, load_tokenizer, read_config
     from sellarec.language.prompts import Prompts
@@ -107,6 +107,9 @@ def _adapt(this: Run) -> dict[str, Any]:
     from sellarec.language.adapt import build_adapt
 
     log, config = this.log(), this.config
+    if config.fuse.represent == "codes" and this.llm().revision is None:
+        # adapt's own prompts have no codes, so that a context too short for them would only be told by stage fuse
+        _check_prompts(this, this.llm().folder())
     build = partial(build_adapt, this.llm(), _titles(log), config.prompt, log.facts["noun"], config.adapt)
     return _train(this, "adapt", build, _order(this, "train", config.adapt.batch, config.seed))
 

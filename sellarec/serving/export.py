@@ -7,9 +7,9 @@ template.yaml               the prompt template, where it is the user's own
 adapter/                    PEFT's format; none where all weights of the base model were tuned
 tokenizer/                  the base model's
 model/                      the base model: one whose weights stages pretrain or adapt made, or where it was asked for
-projection.safetensors      the projections; where stage fuse didn't train them, the aligned one; none where tokens are learned
+projection.safetensors      the projections; where stage fuse left them, the aligned one; none where tokens are learned, or codes
 collab.safetensors          the collaborative model's dense weights, where it has some
-tables/                     rows of users, items and distilled vectors, of those that the soft tokens take
+tables/                     rows of users, items and distilled vectors, of those that the soft tokens (or codes) take
 catalog/                    a log of users and items alone: manifest.json (the facts), items/, users/
 histories/part-N.parquet    user int64 (dense), item list<int64>: the last positives, the most recent one last
 

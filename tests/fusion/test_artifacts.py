@@ -21,7 +21,7 @@ from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
 from sellarec.pipeline import _check_sharding
 from sellarec.run import Run, inputs_of
-from sellarec.stages import _fuse, _fuse_builder
+from sellarec.stages import _fuse, _fuse_builder, _tables_of_fuse
 from sellarec.training.launch import Cluster
 
 DIM, HIDDEN, WIDTH = 4, 6, 16
@@ -122,6 +122,31 @@ def test_learned_tokens_read_nothing_of_align(workspace, train):
     assert all((table.read(0, table.rows) == 2).all() for table in task.tables)
     found = dict(task.model.named_parameters())
     assert all(torch.equal(found[name], weight) for name, weight in trained.items())
+
+
+def test_codes_are_read_of_stage_collab(workspace):
+    """Nothing of align, nor of fuse but its adapter; and no table is sharded for them."""
+    fuse = Fuse(represent="codes", tokens=("user", "item"), train=("adapter",))
+    config = Config(
+        workspace=str(workspace), collab=Collab(model="binary_mf", dim=8), fuse=fuse, prompt=Prompt(template="compact")
+    )
+    for stage in ("fuse", "evaluate"):
+        inputs = inputs_of(stage, config)
+        assert "align" not in inputs and "distil" not in inputs and inputs.count("collab") == 1
+    run = Run.of(config)
+    run.marks = dict.fromkeys(("prepare", "pretrain", "adapt", "collab"), "x") | {"fuse": "codes"}
+    facts, signs = run.log().facts, np.array([1, -1, -1, 1, 1, 1, -1, 1], np.float32)
+    for name, count in (("user", facts["users"]), ("item", facts["items"])):
+        save_table(run.artifact("collab").local() / "tables", name, np.tile(signs, (count, 1)))
+    start = _fuse_builder(run, "align")()
+    assert start.tables == () and _tables_of_fuse(run) == ()
+    for name, codes in start.prepare.__self__.codes.items():
+        assert (codes == 0b10011101).all() and len(codes) == facts[f"{name}s"]
+    trained = {n: w.detach() + 0.5 for n, w in start.model.named_parameters() if w.requires_grad}
+    run.artifact("fuse").local().mkdir()
+    start.save(run.artifact("fuse").local(), trained)
+    found = dict(_fuse_builder(run, "fuse")().model.named_parameters())
+    assert trained and all(torch.equal(found[name], weight) for name, weight in trained.items())
 
 
 def test_a_wholly_tuned_model_is_what_all_later_stages_read(workspace):
