@@ -35,3 +35,11 @@ SELLA: dict[str, dict[str, Any]] = {
         "table_weight_decay": 0.01,
     },
 }  # fmt: skip
+
+# SASRec as CoLLM's script baseline_train_sasrec.py trains it on MovieLens-1M, settings of stage collab.
+COLLM_SASREC: dict[str, Any] = {
+    "model": "sasrec", "loss": "bce", "user_rows": False, "layers": 2, "heads": 1, "dropout": 0.2, "history": 25,
+    "dim": 64, "batch": 2048, "select_on": "auc", "schedule": "constant", "l2": 0.0,
+    "optimizer": "adam", "learning_rate": 1e-2, "weight_decay": 1e-2,
+    "table_optimizer": "adam", "table_learning_rate": 1e-2, "table_weight_decay": 1e-2,
+}  # fmt: skip
