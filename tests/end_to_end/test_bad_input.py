@@ -197,6 +197,7 @@ def test_disk_that_gets_full_in_a_stage_with_workers(small_disk: Path, tmp_path:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_loss_that_is_not_finite(tmp_path: Path) -> None:
     recipe = main_job.write_recipe(tmp_path)
     arguments = ["demo", recipe, "--workspace", tmp_path / "w", "--stages", "prepare,collab"]

@@ -132,7 +132,8 @@ def test_a_worker_that_hangs_is_lost_in_the_stated_time(
     main_job.assert_same(stage, undisturbed, tmp_path / "w")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(number: int, undisturbed: Path, tmp_path: Path) -> None:
     """And the same command goes on from there, to the result of an undisturbed run."""
     common = ["demo", main_job.write_recipe(tmp_path), *COLLAB, "--workspace", tmp_path / "w"]
@@ -153,6 +154,7 @@ def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(number: int, undisturb
     main_job.assert_same("collab", undisturbed, tmp_path / "w")
 
 
+@pytest.mark.slow  # tests/training/test_rows_seen.py has it for the rows that are read
 def test_killed_job_goes_on_with_more_workers(undisturbed: Path, tmp_path: Path) -> None:
     """Trained on 2 workers, killed, gone on with on 3: the curve, the state that is kept and its rows are those of 2 alone."""
     common = ["demo", main_job.write_recipe(tmp_path), *COLLAB, "--workspace", tmp_path / "w"]

@@ -19,8 +19,9 @@ from sellarec.serving.export import export_run
 
 pytestmark = pytest.mark.ray
 
-THREE = pytest.param(3, marks=pytest.mark.slow)
-"""Three workers: a run of its own, which `make test-all` makes."""
+ONE, THREE = (pytest.param(workers, marks=pytest.mark.slow) for workers in (1, 3))
+"""One and three workers: runs of their own, which `make test-all` makes. Without Ray, tests/training compares 1 to 3 workers in each
+run of the tests."""
 
 WEIGHTS = (0.0, 0.5, 1.0)
 FUSE = {**main_job.TINY["fuse"], "collab_score": True, "language_weights": list(WEIGHTS)}
@@ -54,10 +55,11 @@ def first_losses(workspace: Path, stage: str) -> list[float]:
     return main_job.read_json(main_job.artifact(workspace, "run", stage) / "training.json")["first_losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "workers"),
     [
-        pytest.param(stage, workers, marks=[pytest.mark.slow] if workers == 3 or stage in FROM_TRAINED else [])
+        (stage, workers)
         for stage in TRAINED
         for workers in (1, 3)
     ],
@@ -100,7 +102,7 @@ def test_same_losses_of_ranking_models(settings: tuple[str, str, str], tmp_path:
     np.testing.assert_allclose(found[3], found[1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [1, THREE])
+@pytest.mark.parametrize("workers", [ONE, THREE])
 def test_same_results(runs: Runs, workers: int) -> None:
     expected, found = (main_job.read_json(runs[n][0] / "runs/run/results.json") for n in (2, workers))
     assert [(r["model"], r["rows"], r["metric"], r["count"]) for r in expected] == [
@@ -111,7 +113,7 @@ def test_same_results(runs: Runs, workers: int) -> None:
             assert other["value"] == pytest.approx(one["value"], abs=1e-3), one
 
 
-@pytest.mark.parametrize("workers", [1, 2, THREE])
+@pytest.mark.parametrize("workers", [ONE, 2, THREE])
 def test_every_test_row_is_scored_once(runs: Runs, workers: int) -> None:
     workspace = runs[workers][0]
     rows = pq.read_table(main_job.artifact(workspace, "run", "prepare") / "interactions/test")["row"]
@@ -119,7 +121,7 @@ def test_every_test_row_is_scored_once(runs: Runs, workers: int) -> None:
     assert scores["row"].to_pylist() == rows.to_pylist()
 
 
-@pytest.mark.parametrize("workers", [1, 2, THREE])
+@pytest.mark.parametrize("workers", [ONE, 2, THREE])
 def test_histories_that_were_cut_are_counted_alike(runs: Runs, workers: int) -> None:
     """By the manifests, what is printed and the report; of the test split as many as there are rows."""
     workspace, printed = runs[workers]
@@ -171,7 +173,7 @@ def test_what_the_run_leaves(runs: Runs) -> None:
     assert all(set(r) == keys for r in records)
 
 
-@pytest.mark.parametrize("workers", [1, 2, THREE])
+@pytest.mark.parametrize("workers", [ONE, 2, THREE])
 def test_the_language_models_weight_is_the_best_one_on_valid_rows(runs: Runs, workers: int) -> None:
     """Of which 1 is what the training itself has measured of the state it kept, and 0 the collaborative model alone."""
     workspace, printed = runs[workers]
