@@ -26,6 +26,8 @@ PATIENCE = 120
 """Seconds that a call may take."""
 HANG = 60
 """Seconds that a worker waits for the others."""
+CALLS = 40
+"""Calls of a group of processes, before others take their place: groups that a call makes, with their threads and sockets, stay."""
 
 
 class Gloo:
@@ -55,7 +57,7 @@ class Group:
     """So many processes."""
 
     def __init__(self, folder: Path, workers: int) -> None:
-        self.folder, self.workers, self.generation = folder, workers, 0
+        self.folder, self.workers, self.generation, self.calls = folder, workers, 0, 0
         self.processes: list[subprocess.Popen] = []
         self.connections: list[Connection] = []
 
@@ -76,8 +78,11 @@ class Group:
                 self.processes.append(process)
 
     def call(self, function: Callable, *arguments: Any) -> list[Any]:
+        if self.calls == CALLS:
+            self.end()
         if not self.processes:
             self.start()
+        self.calls += 1
         for connection in self.connections:
             connection.send((self.generation, function.__module__, function.__name__, arguments))
         answers: dict[Connection, Any] = {}
@@ -100,7 +105,7 @@ class Group:
             process.wait()
         for connection in self.connections:
             connection.close()
-        self.processes, self.connections = [], []
+        self.processes, self.connections, self.calls = [], [], 0
 
 
 class Failure(str):
