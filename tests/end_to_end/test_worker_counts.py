@@ -20,8 +20,8 @@ from sellarec.serving.export import export_run
 pytestmark = pytest.mark.ray
 
 ONE, THREE = (pytest.param(workers, marks=pytest.mark.slow) for workers in (1, 3))
-"""One and three workers: runs of their own, which `make test-all` makes. Without Ray, tests/training compares 1 to 3 workers in each
-run of the tests."""
+"""One and three workers: runs of their own, which `make test-all` makes. Without Ray, tests/training compares 1 to 3 workers in
+each run of the tests."""
 
 WEIGHTS = (0.0, 0.5, 1.0)
 FUSE = {**main_job.TINY["fuse"], "collab_score": True, "language_weights": list(WEIGHTS)}
@@ -58,11 +58,7 @@ def first_losses(workspace: Path, stage: str) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "workers"),
-    [
-        (stage, workers)
-        for stage in TRAINED
-        for workers in (1, 3)
-    ],
+    [(stage, workers) for stage in TRAINED for workers in (1, 3)],
 )
 def test_same_losses(runs: Runs, stage: str, workers: int, tmp_path: Path) -> None:
     """The stage's first 20 losses from the same artifacts: what earlier stages differ by would add up in later ones."""

@@ -27,7 +27,7 @@ PATIENCE = 120
 HANG = 60
 """Seconds that a worker waits for the others."""
 CALLS = 40
-"""Calls of a group of processes, before others take their place: groups that a call makes, with their threads and sockets, stay."""
+"""Calls before other processes take the place of a group's: the process groups that each call makes keep threads and sockets."""
 
 
 class Gloo:
