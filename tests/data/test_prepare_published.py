@@ -112,6 +112,7 @@ def test_collm_labels_are_reproduced_exactly_from_the_ratings_that_are_known(pub
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_rays_processes_prepare_the_same_log(sellarec_data, tmp_path, monkeypatch):
     import ray
 

@@ -20,7 +20,7 @@ from sellarec.evaluation.queries import queries, write_candidates
 from sellarec.training.stream import Order, prepared, row_groups
 from sellarec.training.table import SavedTable, Table, initial_rows
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SEED, BATCH, STEPS = 3, 16, 2
 USERS, ITEMS = 40, 60
@@ -103,7 +103,6 @@ def test_rows_that_no_gradient_reached_are_the_earlier_models_and_new_ones_fresh
         assert (start[:old] != fresh[:old]).any(1).sum() > old // 2, "the first model learnt"
 
 
-@pytest.mark.slow  # tests/collab/test_vectors.py has the rows
 def test_rows_start_from_vectors_of_a_file_and_another_file_is_another_run(grown: SimpleNamespace) -> None:
     """Items' rows that no gradient reached are the file's; another file, or none, under the same name is refused."""
     folder, log = grown.folder, read_log(grown.logs[1])
@@ -185,7 +184,7 @@ def best_first(scores: np.ndarray, items: list[int]) -> list[int]:
 RANKINGS = ["full", "candidates:20"]
 
 
-@pytest.mark.parametrize("ranking", ["full", pytest.param("candidates:20", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranking", RANKINGS)
 def test_rankings_are_those_of_the_exported_tables(grown: SimpleNamespace, evaluated: Any, ranking: str) -> None:
     log = read_log(grown.logs[1])
     whom = queries(log, "test").to_pylist()
@@ -207,7 +206,6 @@ def test_rankings_are_those_of_the_exported_tables(grown: SimpleNamespace, evalu
     assert {r["metric"] for r in records if r["protocol"] == "pointwise"} == {"auc", "uauc"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranking", RANKINGS)
 def test_the_number_of_workers_changes_no_ranking(evaluated: Any, ranking: str) -> None:
     one, other = (
