@@ -81,7 +81,10 @@ if [ -n "$index" ]; then
 fi
 pip install -qq --no-compile --progress-bar off -r "$requirements" || fail "pip could not install $requirements (its message is above)"
 # Compiled here, on all cores: pip compiles on one core, and processes told not to write bytecode would compile at every start.
-"$python" -m compileall -q -j 0 "$PWD/.venv/lib" >/dev/null 2>&1 || true # some packages carry templates that are no Python
+# It ends with 1 in any case, as some packages carry templates that are no Python: what tells is torch's own bytecode.
+"$python" -m compileall -q -j 0 "$PWD/.venv/lib" >/dev/null 2>&1 ||
+    [ -n "$(find .venv/lib -path '*/torch/__pycache__/__init__.*.pyc' -print -quit)" ] ||
+    fail "the packages could not be compiled: python -m compileall .venv/lib tells why (a full disk?)"
 pip check >/dev/null || fail "the installed packages contradict each other: $(pip check | head -1)"
 
 if [ $device = cpu ]; then

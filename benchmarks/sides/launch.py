@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def train(given: dict[str, Any], rank: int) -> None:
     config, workers = parse(given["flags"]), given["workers"]
     torch.set_num_threads(1)
     store = dist.FileStore(f"{given['out']}/store", workers)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers, timeout=timedelta(minutes=2))
     joined = Workers(rank, workers, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
     log = read_log(Path(config.data.path))
     seed_everything(config.seed, "collab")
