@@ -1,10 +1,13 @@
 """Run a function in several processes of one gloo group, for the benchmarks beside this file."""
 
+import faulthandler
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,9 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks share their helper
 import machine
 
 from sellarec.training.launch import KEEP_FREED_MEMORY
+
+HANG = 300
+"""Seconds that a worker waits for the others."""
 
 
 def measure(
@@ -45,16 +51,22 @@ def measure(
             process.start()
         os.environ.clear()
         os.environ.update(before)
-        for process in processes:
-            process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(f"{function.__name__} failed on {workers} workers")
+        running = {process.sentinel: process for process in processes}
+        while running:
+            for sentinel in wait(list(running)):
+                if (ended := running.pop(sentinel)).exitcode:
+                    for process in running.values():  # they may wait for the one that failed
+                        process.kill()
+                    raise SystemExit(f"{function.__name__} failed on {workers} workers: status {ended.exitcode}")
     return answers.get()
 
 
 def _run(rank: int, workers: int, meeting: str, function: Callable, arguments: tuple, answers: mp.Queue) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers, timeout=timedelta(seconds=HANG)
+    )
     answer = function(rank, workers, *arguments)
     if rank == 0:
         answers.put(answer)

@@ -1,17 +1,12 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from scripts import BENCHMARKS, command
 
 
 @pytest.mark.distributed
 def test_a_step_costs_what_it_did():
     """Operators, FLOPs, tokens, collectives and bytes of a step of each stage, on one and two workers."""
-    found = subprocess.run([sys.executable, BENCHMARKS / "guard.py"], capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr[-3000:]
+    found = command("guard")
+    assert found.returncode == 0, found.stdout + found.stderr[-6000:]
 
 
 def test_a_slip_is_told_by_its_case_with_both_values(monkeypatch):

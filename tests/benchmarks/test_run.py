@@ -1,22 +1,12 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from scripts import BENCHMARKS, command
 
 CASES = sorted(path.stem for path in (BENCHMARKS / "cases").glob("*.yaml"))
 
 QUICK = ("infonce",)
 """Cases whose sides start soon and are few; the others import what language models and tables take, in a process a side."""
-
-
-def command(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, BENCHMARKS / f"{script}.py", *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 @pytest.mark.distributed
