@@ -436,12 +436,18 @@ def _check_collab(config: Config) -> None:
         ("negatives", collab.loss not in SAMPLED),
         ("negatives_per_row", collab.loss not in SAMPLED or collab.negatives == "in-batch"),
         ("shared_negatives", collab.loss not in SAMPLED or collab.negatives == "in-batch"),
+        ("log_q", collab.loss != "softmax"),
     ):
         if unread and getattr(collab, name) != getattr(defaults, name):
             raise UserError(
                 f"collab.{name} is {getattr(collab, name)}, but collab.loss is {collab.loss} and collab.negatives "
                 f"{collab.negatives}, for which it means nothing: leave out one of them"
             )
+    if collab.plain_score and collab.temperature is None:
+        raise UserError(
+            "collab.plain_score is True, but collab.temperature is None, with which the loss takes plain products too: leave it "
+            "out, or give a temperature"
+        )
     if not collab.hidden or min(collab.hidden) < 1:
         raise UserError(f"collab.hidden is {collab.hidden}: one width or more, each at least 1, are needed")
     if not 0 <= collab.dropout < 1:

@@ -393,6 +393,12 @@ class Collab(Steps, Selection, Dense, Sparse):
     """Whether the log-odds of the training positives are added to every score."""
     temperature: float | None = None
     """What cosines of a user's and an item's vector are divided by to make the score; None: their plain product."""
+    plain_score: bool = False
+    """Whether the temperature's cosines are for the loss alone, and candidates are scored by the plain product of the vectors,
+    whose lengths the loss leaves free."""
+    log_q: bool = True
+    """Whether softmax takes off a negative's score the logarithm of how likely it was drawn, as an estimate of the softmax over
+    the whole catalog needs; without that, what is drawn often is pushed down."""
     user_rows: bool = True
     """Whether sasrec adds a row of the user's own to what it makes of the history."""
     layers: int = 2

@@ -506,6 +506,8 @@ SEQUENCES = {"model": "sasrec", "train_on": "sequences"}
         ),
         ({"shared_negatives": True}, ["collab.shared_negatives is True", "collab.loss is bce"]),
         ({"loss": "bpr", "negatives": "in-batch", "shared_negatives": True}, ["collab.shared_negatives is True"]),
+        ({"loss": "bpr", "log_q": False}, ["collab.log_q is False", "collab.loss is bpr"]),
+        ({"loss": "softmax", "plain_score": True}, ["collab.plain_score is True", "collab.temperature is None"]),
         ({"init_from": "a", "init_items": "b"}, ["collab.init_items is b", "collab.init_from a"]),
         ({"model": "sasrec", "dropout": 1.0}, ["collab.dropout is 1", "below 1"]),
         ({"model": "mf", "dropout": 0.1}, ["collab.dropout is 0.1", "collab.model is mf", "doesn't read it"]),

@@ -50,6 +50,20 @@ def sampled_softmax(
     return torch.logaddexp(positive, torch.logsumexp(corrected, dim=1)) - positive
 
 
+def softmax_among(positive: Tensor, negative: Tensor, counts: Tensor) -> Tensor:
+    """Cross-entropy of the target among itself and its negatives, however likely each was drawn.
+
+    Args:
+        positive: float [n], scores of the targets.
+        negative: float [n, N], scores of negatives.
+        counts: bool [n, N], which negatives count.
+
+    Returns:
+        float [n].
+    """
+    return torch.logaddexp(positive, negative.masked_fill(~counts, -torch.inf).logsumexp(1)) - positive
+
+
 def full_softmax(
     users: Tensor, positive: Tensor, scores: Callable[[Tensor], Tensor], allowed: Tensor, peers: Peers
 ) -> Tensor:

@@ -96,22 +96,22 @@ class CollabModel(nn.Module):
         user = self.user(batch, vectors)
         return user, [self.product(user[:, None], items) for items in candidates]
 
-    def product(self, user: Tensor, item: Tensor) -> Tensor:
-        """constant + <u, i> + b_u + b_i: float [...] from rows [..., D]; with a temperature, <u, i> is their cosine
-        divided by it."""
-        (u, user_bias), (i, item_bias) = self._parts(user), self._parts(item)
+    def product(self, user: Tensor, item: Tensor, plain: bool = False) -> Tensor:
+        """constant + <u, i> + b_u + b_i: float [...] from rows [..., D]; with a temperature, and unless it shall be the `plain`
+        product, <u, i> is their cosine divided by it."""
+        (u, user_bias), (i, item_bias) = self._parts(user, plain), self._parts(item, plain)
         return self.constant + (u * i).sum(-1) + user_bias + item_bias
 
-    def products(self, users: Tensor, items: Tensor) -> Tensor:
+    def products(self, users: Tensor, items: Tensor, plain: bool = False) -> Tensor:
         """The same of all pairs, without an array of three dimensions: [n, D] and [m, D] -> [n, m]."""
-        (u, user_bias), (i, item_bias) = self._parts(users), self._parts(items)
+        (u, user_bias), (i, item_bias) = self._parts(users, plain), self._parts(items, plain)
         # in place: at a whole catalog's width, each copy would cost as much as the product
         return torch.addmm(item_bias, u, i.T).add_(user_bias[:, None] + self.constant)
 
-    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, rows: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
         """What of rows [..., D] is multiplied, with a temperature brought to one length, and the biases [...]."""
         vectors, bias = (rows[..., :-1], rows[..., -1]) if self.has_biases else (rows, rows.new_zeros(rows.shape[:-1]))
-        return vectors if self._scale is None else F.normalize(vectors, dim=-1) * self._scale, bias
+        return vectors if plain or self._scale is None else F.normalize(vectors, dim=-1) * self._scale, bias
 
     def represent_user(self, batch: Batch, vectors: Vectors) -> Tensor:
         """A row's user as a vector, [b, D]: what fusion takes. Where a score is no product, it is that for the row's item."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sellarec.collab.losses import bpr, full_softmax, sampled_softmax
+from sellarec.collab.losses import bpr, full_softmax, sampled_softmax, softmax_among
 from sellarec.collab.model import CollabModel, Sizes, values
 from sellarec.collab.negatives import Negatives
 from sellarec.collab.rows import Rows
@@ -151,6 +151,8 @@ class CollabTask(Task):
                 negative_log_q = peers.gather(log_q).expand_as(others)
             if kind == "bpr":
                 losses = bpr(score, others, counts)
+            elif not self._settings.log_q:
+                losses = softmax_among(score, others, counts)
             else:
                 losses = sampled_softmax(score, others, counts, log_q, negative_log_q)
         if self._settings.l2:
@@ -164,7 +166,10 @@ class CollabTask(Task):
         return total + (auxiliary * batch["weight"]).sum()
 
     def score(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
-        _, (score,) = (model or self.network)(batch, vectors, self.network.item(batch, vectors)[:, None])
+        items = self.network.item(batch, vectors)
+        if self._settings.plain_score:
+            return self.network.product(self.users(model, batch, vectors), items, plain=True)
+        _, (score,) = (model or self.network)(batch, vectors, items[:, None])
         return score[:, 0]
 
     def users(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
@@ -179,7 +184,7 @@ class CollabTask(Task):
         return self._seen[ids]
 
     def products(self, users: Tensor, items: Tensor) -> Tensor:
-        return self.network.products(users, items)
+        return self.network.products(users, items, self._settings.plain_score)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_file(weights, folder / WEIGHTS)

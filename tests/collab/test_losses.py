@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small import Alone, together
 from torch.nn import functional as F
 
-from sellarec.collab.losses import bpr, full_softmax, sampled_softmax
+from sellarec.collab.losses import bpr, full_softmax, sampled_softmax, softmax_among
 from sellarec.collab.negatives import Negatives
 
 NUMBERS = st.floats(-5, 5, width=32)
@@ -50,6 +50,15 @@ def test_softmax_is_the_cross_entropy_of_corrected_scores(case):
         assert loss == pytest.approx(
             math.log(math.exp(positive[row]) + others.sum()) - positive[row], rel=1e-5, abs=1e-6
         )
+
+
+@given(cases())
+def test_softmax_among_is_the_cross_entropy_of_the_target_and_the_negatives_that_count(case):
+    positive, negative, counts, _, _ = case
+    found = softmax_among(*(torch.from_numpy(x) for x in (positive, negative, counts)))
+    for row, loss in enumerate(found.tolist()):
+        logits = torch.tensor([positive[row], *negative[row][counts[row]]])
+        assert loss == pytest.approx(F.cross_entropy(logits, torch.tensor(0)).item(), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity"])
@@ -157,7 +166,8 @@ def test_large_scores_dont_overflow_the_full_softmax():
 def test_a_target_without_negatives_has_a_loss_of_zero():
     positive, none, counts = torch.tensor([2.0]), torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2, dtype=torch.bool)
     log_q = torch.full((1, 2), torch.inf)
-    for found in (bpr(positive, none, counts), sampled_softmax(positive, none, counts, torch.tensor([-1.0]), log_q)):
+    sampled = sampled_softmax(positive, none, counts, torch.tensor([-1.0]), log_q)
+    for found in (bpr(positive, none, counts), softmax_among(positive, none, counts), sampled):
         assert found.tolist() == [0]
     # a negative that doesn't count has an infinite log_q, and still no part in the gradient
     score = torch.tensor([[1.0, 3.0]], requires_grad=True)

@@ -337,6 +337,33 @@ def test_in_batch_negatives_are_other_users_other_positives(tmp_path):
     assert task.loss(None, batch, vectors, Alone()).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["mf", "sasrec", "lightgcn", "binary_mf"])
+def test_cosines_of_the_loss_and_plain_products_of_scores(name, tmp_path):
+    """`plain_score`: the loss is that of cosines, scores and rankings are those without a temperature; no logQ is taken off."""
+    settings = {"model": name, "loss": "softmax", "negatives": "in-batch", "l2": 0.0, "biases": False, "log_q": False}
+    task = make(tmp_path, temperature=0.2, plain_score=True, **settings)
+    plain = make(tmp_path, **settings)
+    if plain.model is not None:
+        plain.model.load_state_dict(task.model.state_dict())
+    table = some_rows(
+        user=[0, 3, 2], item=[6, 1, 2], label=pa.array([1, 1, 1], pa.int8()), user_seen=[True] * 3, item_seen=[True] * 3
+    )
+    batch = batch_of(task, table)
+    vectors = vectors_of(task, batch)
+    users, items = task.users(None, batch, vectors), task.network.item(batch, vectors)
+    score = task.score(None, batch, vectors)
+    torch.testing.assert_close(score, plain.score(None, batch, vectors))
+    torch.testing.assert_close(task.products(users, items), plain.products(users, items))
+    torch.testing.assert_close(task.products(users, items).diagonal(), score)
+    if name != "binary_mf":
+        torch.testing.assert_close(score, (users * items).sum(1) + task.network.constant)
+    else:
+        users, items = users.sign(), items.sign()
+    cosines = F.normalize(users, dim=1) @ F.normalize(items, dim=1).T / 0.2
+    expected = F.cross_entropy(cosines, torch.arange(3), reduction="sum")
+    torch.testing.assert_close(task.loss(None, batch, vectors, Alone()), expected)
+
+
 @pytest.mark.parametrize("loss", ["bpr", "softmax"])
 def test_drawn_negatives_are_scored_for_their_own_user(loss, tmp_path):
     task = make(tmp_path, loss=loss, l2=0.0)

@@ -121,19 +121,21 @@ class PlainCollab:
         smooth = torch.cat([sum(layers[1:], layers[0]) / len(layers), both[:, last:]], dim=1)
         return {"user": smooth[: self.world.users], "item": smooth[self.world.users :]}
 
-    def scores(self, rows: dict[str, Tensor], target: Target, items: list[int], seen: list[bool]) -> Tensor:
+    def scores(
+        self, rows: dict[str, Tensor], target: Target, items: list[int], seen: list[bool], plain: bool = False
+    ) -> Tensor:
         """Of some items for a target's user."""
         found = torch.stack([rows["item"][item] * is_seen for item, is_seen in zip(items, seen, strict=True)])
         if self.settings.model == "din":
             return torch.stack([self._din(rows, target, item) for item in found])
-        return self._products(self.user(rows, target), found)
+        return self._products(self.user(rows, target), found, plain)
 
-    def _products(self, user: Tensor, items: Tensor) -> Tensor:
+    def _products(self, user: Tensor, items: Tensor, plain: bool) -> Tensor:
         if self.settings.model == "binary_mf":
             return self.constant + signs(items) @ signs(user)
         if self.settings.model == "fism":
             return self.constant + unit(items[:, :-2].detach()) @ user[:-1] + user[-1] + items[:, -1]
-        if self.settings.temperature is not None:
+        if self.settings.temperature is not None and not plain:
             columns = self.settings.dim - self.settings.biases
             cosines = unit(items[:, :columns]) @ unit(user[:columns])
             biases = items[:, columns:].sum(1) + user[columns:].sum()
@@ -205,7 +207,8 @@ class PlainCollab:
     def score(self, targets: list[Target]) -> np.ndarray:
         with torch.no_grad():
             rows = self.rows()
-            return np.array([float(self.scores(rows, t, [t.item], [t.is_item_seen])[0]) for t in targets])
+            plain = self.settings.plain_score
+            return np.array([float(self.scores(rows, t, [t.item], [t.is_item_seen], plain)[0]) for t in targets])
 
     # Losses
 
@@ -253,6 +256,8 @@ class PlainCollab:
                 return F.softplus(-score if label else score)
             case "bpr":
                 return F.softplus(others - score).mean() if len(others) else 0 * score
+            case "softmax" if not self.settings.log_q:
+                return torch.log(1 + (others - score).exp().sum())
             case "softmax":
                 return torch.log(1 + ((others - score).exp() / expected).sum())
             case "full-softmax":

@@ -89,6 +89,14 @@ CASES |= {
 CASES |= {
     "mf without biases": {"biases": False, "global_mean": False, "table_optimizer": "adagrad"},
     "mf, temperature": {"temperature": 0.5, "loss": "softmax"},
+    "lightgcn, cosines in the loss": {
+        "model": "lightgcn",
+        "biases": False,
+        "temperature": 0.5,
+        "plain_score": True,
+        "log_q": False,
+        **RANKING["softmax in-batch"],
+    },
     "fism, adam": {"model": "fism", "history": 2, "table_optimizer": "adam", "clip": 0.05, "l2": 0.0},
     "mf, sgd": {"table_optimizer": "sgd", "loss": "softmax"},
     "lightgcn, adam": {"model": "lightgcn", "table_optimizer": "adam", "loss": "bpr"},
@@ -104,6 +112,7 @@ QUICK = {
     ("mf, full-softmax", "row-wise", 3),
     ("mf, full-softmax", "table-wise", 2),
     ("mf, temperature", "row-wise", 2),
+    ("lightgcn, cosines in the loss", "row-wise", 3),
     ("mf, sgd", "row-wise", 3),
     ("mf without biases", "table-wise", 2),
     ("mf without biases", "column-wise", 3),

@@ -28,9 +28,9 @@ class Model(CollabModel):
     def represent_item(self, batch: Batch, vectors: Vectors) -> Tensor:
         return _signs(super().represent_item(batch, vectors))
 
-    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _parts(self, rows: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
         # all have one length, by which they are divided as a number: it has no part in the gradient
-        scale = 1.0 if self._scale is None else self._scale / self.dim**0.5
+        scale = 1.0 if plain or self._scale is None else self._scale / self.dim**0.5
         return _signs(rows) * scale, rows.new_zeros(rows.shape[:-1])
 
 

@@ -48,11 +48,11 @@ class Model(CollabModel):
         bias = super().user(batch, vectors)[:, -1:]
         return torch.cat([mean + self.liking, torch.zeros_like(bias), bias], dim=1)
 
-    def product(self, user: Tensor, item: Tensor) -> Tensor:
-        return super().product(user, _of_score(item))
+    def product(self, user: Tensor, item: Tensor, plain: bool = False) -> Tensor:
+        return super().product(user, _of_score(item), plain)
 
-    def products(self, users: Tensor, items: Tensor) -> Tensor:
-        return super().products(users, _of_score(items))
+    def products(self, users: Tensor, items: Tensor, plain: bool = False) -> Tensor:
+        return super().products(users, _of_score(items), plain)
 
     def represent_item(self, batch: Batch, vectors: Vectors) -> Tensor:
         return _of_score(super().represent_item(batch, vectors))
