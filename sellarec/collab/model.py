@@ -39,6 +39,7 @@ class CollabModel(nn.Module):
     Attributes:
         reads: settings of `collab` that it reads beside those that every model reads.
         ignores: those that the other models read and it doesn't, so that another value than the default is refused.
+        plain_score: whether scores are plain products where the loss takes cosines.
         is_product: whether a score is the product of a user's and an item's vector, which full ranking, in-batch
             negatives and the full softmax take.
         has_positions: whether it scores the next item at every position of a sequence (`collab.train_on sequences`).
@@ -69,6 +70,7 @@ class CollabModel(nn.Module):
         self.dim = settings.dim
         self.has_biases = settings.biases
         self._scale = None if settings.temperature is None else settings.temperature**-0.5
+        self.plain_score = settings.plain_score
         rate = sizes.positive_rate
         # without a row of either label the log-odds say nothing, and a constant has no part in any ranking
         self.constant = math.log(rate / (1 - rate)) if settings.global_mean and 0 < rate < 1 else 0.0
@@ -95,6 +97,14 @@ class CollabModel(nn.Module):
         """The users' vectors [n, D], and for candidates [n, N, D] each their scores [n, N]."""
         user = self.user(batch, vectors)
         return user, [self.product(user[:, None], items) for items in candidates]
+
+    def score(
+        self, batch: Batch, vectors: Vectors, model: Callable[..., tuple[Tensor, list[Tensor]]] | None = None
+    ) -> Tensor:
+        """The score of each row's item, [b]; `model` is called in the place of this one, where it stands for it."""
+        item = self.item(batch, vectors)
+        user, (score,) = (model or self)(batch, vectors, item[:, None])
+        return self.product(user, item, plain=True) if self.plain_score else score[:, 0]
 
     def product(self, user: Tensor, item: Tensor, plain: bool = False) -> Tensor:
         """constant + <u, i> + b_u + b_i: float [...] from rows [..., D]; with a temperature, and unless it shall be the `plain`

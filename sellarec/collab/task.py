@@ -166,11 +166,7 @@ class CollabTask(Task):
         return total + (auxiliary * batch["weight"]).sum()
 
     def score(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
-        items = self.network.item(batch, vectors)
-        if self._settings.plain_score:
-            return self.network.product(self.users(model, batch, vectors), items, plain=True)
-        _, (score,) = (model or self.network)(batch, vectors, items[:, None])
-        return score[:, 0]
+        return self.network.score(batch, vectors, model)
 
     def users(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
         return (model or self.network)(batch, vectors)[0]
@@ -184,7 +180,7 @@ class CollabTask(Task):
         return self._seen[ids]
 
     def products(self, users: Tensor, items: Tensor) -> Tensor:
-        return self.network.products(users, items, self._settings.plain_score)
+        return self.network.products(users, items, self.network.plain_score)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_file(weights, folder / WEIGHTS)

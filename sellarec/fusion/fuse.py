@@ -84,7 +84,7 @@ class Recommender(nn.Module):
         if self.adds_to is None:
             return found
         # the score is a difference of two logits, so this adds to it
-        _, (score,) = self.network(batch, vectors, self.network.item(batch, vectors)[:, None])
+        score = self.network.score(batch, vectors)[:, None]
         return found.index_add(1, torch.tensor([self.adds_to], device=found.device), score.float())
 
 

@@ -108,12 +108,15 @@ class Group:
         return {"CPU": 1, "GPU": self.share} if self.gpus else {"CPU": self.share}
 
 
-def connect(workers: int, console: Console, workspace: Place, groups: int = 1, share: float = 1.0) -> Cluster:
+def connect(
+    workers: int, console: Console, workspace: Place, groups: int = 1, share: float = 1.0, stopping: int = 0
+) -> Cluster:
     """Join the cluster that RAY_ADDRESS names and check it (`preflight.py`), or start Ray on this machine.
 
     Args:
         groups: worker groups that are to run at a time, of `workers` each.
         share: what each worker takes of a CPU, or of a GPU where there are some for all.
+        stopping: groups that may be at their last step while those run; a cluster that is joined has no more CPUs for them.
 
     Raises:
         UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, with the arithmetic.
@@ -144,7 +147,7 @@ def connect(workers: int, console: Console, workspace: Place, groups: int = 1, s
         try:
             ray.init(
                 address="local",
-                num_cpus=max(cores, groups * (workers + 2)),
+                num_cpus=max(cores, (groups + stopping) * (workers + 2)),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -313,6 +316,8 @@ def run_workers(
             raise StageFailed(ended.failed[0])
         if ended.interrupted:
             raise KeyboardInterrupt
+        if ended.failure is not None and stop is not None and stop.is_set():
+            raise TrainingStopped(f"stage {stage} was stopped, and a worker lost") from ended.failure
         if ended.failure is not None:
             # what fails after each new checkpoint gets on; what fails again and again without one doesn't
             started = ended.starts[-1] if ended.starts else reached
@@ -421,7 +426,7 @@ class _Launch:
         growing = False
         with (
             tempfile.TemporaryDirectory(prefix="sellarec-") as folder,
-            _showing(board, self.console, self.on_record, first) as (errors, failed, starts, stopped),
+            _showing(board, self.console, self.on_record, first) as (errors, failed, starts, stopped, unshown),
             _signals() as arrived,
         ):
             # in a thread of its own, where Ray Train leaves signals alone; it dies with the process where it is not waited for
@@ -436,7 +441,7 @@ class _Launch:
                     growing, looked = _room(group, 1, group.most - workers, workers) > 0, time.monotonic()
                     if growing:
                         self.console.line(f"{self.stage:<9} stops after a checkpoint: there is room for more workers")
-                if not asked and (growing or arrived or (self.stop is not None and self.stop.is_set())):
+                if not asked and (growing or arrived or unshown or (self.stop is not None and self.stop.is_set())):
                     if arrived:
                         self.console.line(f"{self.stage:<9} stops after a checkpoint (again: at once)")
                     ray.get(board.stop.remote())
@@ -569,9 +574,10 @@ def _board() -> Any:
 @contextlib.contextmanager
 def _showing(
     board: Any, console: Console, on_record: Callable[[dict], None], first: bool = True
-) -> Iterator[tuple[list[str], list[str], list[int], list[int]]]:
+) -> Iterator[tuple[list[str], list[str], list[int], list[int], list[BaseException]]]:
     """Print what arrives on the board while the block runs; gives the errors of users and the other reasons to fail that workers
-    put there, the step at which they started or took up their work, and the one at which they stopped, if they were asked to.
+    put there, the step at which they started or took up their work, the one at which they stopped, if they were asked to, and
+    why nothing is shown any more, which is raised when the block ends.
 
     Args:
         first: there was no group of workers before.
@@ -623,7 +629,7 @@ def _showing(
     thread = threading.Thread(target=show_or_note)
     thread.start()
     try:
-        yield errors, failed, starts, stopped
+        yield errors, failed, starts, stopped, failures
     finally:
         ended.set()
         thread.join()

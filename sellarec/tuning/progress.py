@@ -31,7 +31,7 @@ class Progress(tune.Callback):
             self._line(trials, trial, f"evaluation {result[EVALUATION]}: best so far {result[VALUE]:.4f}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._free(trial)
+        # nothing is freed: of one that is stopped early the workers are still at their last step
         result = trial.last_result
         if "cause" in result:
             self._line(trials, trial, f"failed: {result['cause']}")
