@@ -448,6 +448,11 @@ def _check_collab(config: Config) -> None:
             "collab.plain_score is True, but collab.temperature is None, with which the loss takes plain products too: leave it "
             "out, or give a temperature"
         )
+    if collab.plain_score and collab.biases and "plain_score" not in _model(collab).ignores:
+        raise UserError(
+            "collab.plain_score and collab.biases are True: biases that are learnt beside cosines have another scale than the "
+            "plain products that they would be added to; take --collab.biases False"
+        )
     if not collab.hidden or min(collab.hidden) < 1:
         raise UserError(f"collab.hidden is {collab.hidden}: one width or more, each at least 1, are needed")
     if not 0 <= collab.dropout < 1:

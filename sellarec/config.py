@@ -264,8 +264,8 @@ class Tables:
 
     sharding: Literal["row-wise", "table-wise", "column-wise", "auto", "grid", "data-parallel"] = runtime("row-wise")
     """row-wise: each worker holds a block of every table's rows; table-wise: a table lies on one worker, the next larger one
-    on the worker that holds least; column-wise: each worker holds a range of every table's columns, with sgd, adagrad or
-    adam; auto: row-wise or table-wise, as TorchRec's planner finds it best. grid and data-parallel are refused, with the
+    on the worker that holds least; column-wise: each worker holds a range of every table's columns, with sgd, adagrad, adam
+    or adamw; auto: row-wise or table-wise, as TorchRec's planner finds it best. grid and data-parallel are refused, with the
     reason."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type that rows are stored in; vectors, gradients and optimizer states are float32."""
@@ -363,8 +363,8 @@ class Collab(Steps, Selection, Dense, Sparse):
     rows' signs, which stage fuse can write as codes. Each is a file in sellarec/collab/models."""
     loss: Literal["bce", "bpr", "softmax", "full-softmax"] = "bce"
     """bce: logistic loss of the labels; the others rank positives above other items: bpr and softmax above drawn negatives
-    (softmax corrects for how likely each was drawn), full-softmax above the whole catalog. Those tell nothing of how users
-    compare, so they can't select_on auc."""
+    (softmax corrects for how likely each was drawn, unless `log_q` is False), full-softmax above the whole catalog. Those tell
+    nothing of how users compare, so they can't select_on auc."""
     train_on: Literal["rows", "sequences"] = "rows"
     """rows: a row's item is the target; sequences (sasrec): every item of a user's train sequence after the first is one."""
     negatives: Literal["uniform", "popularity", "in-batch"] = "uniform"
@@ -392,7 +392,8 @@ class Collab(Steps, Selection, Dense, Sparse):
     global_mean: bool = True
     """Whether the log-odds of the training positives are added to every score."""
     temperature: float | None = None
-    """What cosines of a user's and an item's vector are divided by to make the score; None: their plain product."""
+    """What cosines of a user's and an item's vector are divided by, in the loss and (unless `plain_score`) in scores; None: their
+    plain product."""
     plain_score: bool = False
     """Whether the temperature's cosines are for the loss alone, and candidates are scored by the plain product of the vectors,
     whose lengths the loss leaves free."""

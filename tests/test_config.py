@@ -508,6 +508,14 @@ SEQUENCES = {"model": "sasrec", "train_on": "sequences"}
         ({"loss": "bpr", "negatives": "in-batch", "shared_negatives": True}, ["collab.shared_negatives is True"]),
         ({"loss": "bpr", "log_q": False}, ["collab.log_q is False", "collab.loss is bpr"]),
         ({"loss": "softmax", "plain_score": True}, ["collab.plain_score is True", "collab.temperature is None"]),
+        (
+            {"plain_score": True, "temperature": 0.2},
+            ["collab.plain_score and collab.biases are True", "--collab.biases False"],
+        ),
+        (
+            {"model": "binary_mf", "plain_score": True, "temperature": 0.2},
+            ["collab.plain_score is True", "collab.model is binary_mf"],
+        ),
         ({"init_from": "a", "init_items": "b"}, ["collab.init_items is b", "collab.init_from a"]),
         ({"model": "sasrec", "dropout": 1.0}, ["collab.dropout is 1", "below 1"]),
         ({"model": "mf", "dropout": 0.1}, ["collab.dropout is 0.1", "collab.model is mf", "doesn't read it"]),

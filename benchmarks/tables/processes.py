@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ def measure(
         SystemExit: a worker failed.
     """
     context = mp.get_context("spawn")
-    answers = context.Queue()
+    answers, answer_end = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
-        given = (workers, f"{folder}/meeting", function, arguments, answers)
+        given = (workers, f"{folder}/meeting", function, arguments, answer_end)
         processes = [context.Process(target=_run, args=(rank, *given)) for rank in range(workers)]
         before = dict(os.environ)
         os.environ.update(environment)  # read by a process at its start
@@ -51,17 +51,20 @@ def measure(
             process.start()
         os.environ.clear()
         os.environ.update(before)
-        running = {process.sentinel: process for process in processes}
+        running, found = {process.sentinel: process for process in processes}, []
         while running:
-            for sentinel in wait(list(running)):
-                if (ended := running.pop(sentinel)).exitcode:
-                    for process in running.values():  # they may wait for the one that failed
+            for ready in wait([answers, *running]):
+                if ready is answers:  # at once: who sends a large answer waits until it is taken
+                    found.append(answers.recv())
+                elif running.pop(ready).exitcode:
+                    wait(list(running), 5)  # what the others say of it
+                    for process in running.values():
                         process.kill()
-                    raise SystemExit(f"{function.__name__} failed on {workers} workers: status {ended.exitcode}")
-    return answers.get()
+                    raise SystemExit(f"{function.__name__} failed on {workers} workers")
+        return found[0] if found else answers.recv()
 
 
-def _run(rank: int, workers: int, meeting: str, function: Callable, arguments: tuple, answers: mp.Queue) -> None:
+def _run(rank: int, workers: int, meeting: str, function: Callable, arguments: tuple, answers: Connection) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -69,7 +72,7 @@ def _run(rank: int, workers: int, meeting: str, function: Callable, arguments: t
     )
     answer = function(rank, workers, *arguments)
     if rank == 0:
-        answers.put(answer)
+        answers.send(answer)
     dist.barrier()
     dist.destroy_process_group()
 

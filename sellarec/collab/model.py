@@ -32,7 +32,8 @@ class Sizes:
 
 
 class CollabModel(nn.Module):
-    """A model: its tables, the user's vector, and scores of candidates. What differs from a plain product is overridden.
+    """A model: its tables, the user's vector, and scores of candidates. What differs from a plain product is overridden, with the
+    same arguments.
 
     A model is a file `models/NAME.py` with a class `Model`; `collab.model NAME` takes it, and nothing else is to be changed.
 

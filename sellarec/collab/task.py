@@ -148,12 +148,13 @@ class CollabTask(Task):
                 item, user = batch["item"], batch["user"]
                 alike = (item[:, None] == peers.gather(item)) | (user[:, None] == peers.gather(user))
                 counts = ~alike & (peers.gather(weights) > 0)
-                negative_log_q = peers.gather(log_q).expand_as(others)
             if kind == "bpr":
                 losses = bpr(score, others, counts)
             elif not self._settings.log_q:
                 losses = softmax_among(score, others, counts)
             else:
+                if not self._draws:
+                    negative_log_q = peers.gather(log_q).expand_as(others)
                 losses = sampled_softmax(score, others, counts, log_q, negative_log_q)
         if self._settings.l2:
             losses = losses + 0.5 * self._settings.l2 * self.network.squared_norms(vectors)

@@ -10,7 +10,9 @@ tokens) and put them into the object store as blocks of the global order. Worker
 references on; each worker cuts its own slices out of the blocks.
 """
 
+import functools
 import itertools
+import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +33,10 @@ BLOCK_BYTES = 4 << 20
 
 AHEAD_BYTES = 1 << 30
 """What is read ahead of the workers at most."""
+
+STANDSTILL = 6 * 3600.0
+"""Seconds after which a pipeline from which nothing is taken is given up: workers may train or evaluate for hours on what was
+read ahead."""
 
 PIECES_AT_ONCE = 512
 """Pieces of one Ray Data pipeline; the next pipeline begins when its last rows are taken."""
@@ -278,21 +284,65 @@ def _blocks(
 ) -> Iterator[pa.Table]:
     """All rows of steps [first, last) in order, on each worker: what worker 0's pipeline reads."""
     import ray
+    import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
-    references = enumerate(_pipeline(order, columns, prepare, first, last)) if rank == 0 else None
+    alone = ray.train.get_context().get_world_size() == 1
+    handout = None if alone else _handout(rank)
+    references = _pipeline(order, columns, prepare, first, last) if rank == 0 else None
     for number in itertools.count():
-        found = None
+        reference, ticket = None, 0
         if references is not None:
             try:
-                found = next(references)
+                reference = next(references)
             except Exception as error:
                 # A worker that ends with a UserError of a reading task's would leave the others waiting here.
                 raise RuntimeError(f"rows could not be read: {error}") from error
-        theirs, reference = broadcast_from_rank_zero(found)
-        if theirs != number:
-            raise RuntimeError(f"worker {rank} asks for block {number} of the rows, worker 0 hands on {theirs}")
+        if handout is not None:
+            if reference is not None:
+                ticket = ray.get(handout.put.remote([reference]))
+            theirs, ticket = broadcast_from_rank_zero((number, ticket))
+            if theirs != number:
+                raise RuntimeError(f"worker {rank} asks for block {number} of the rows, worker 0 hands on {theirs}")
+            if reference is None:
+                (reference,) = ray.get(handout.get.remote(ticket))
         yield ray.get(reference)
+
+
+class Handout:
+    """Where the workers beside worker 0 get the references that it hands on. Inside of a broadcast they would be pickled, and
+    what a pickled reference names is kept for as long as the worker lives."""
+
+    def __init__(self) -> None:
+        self._tickets = itertools.count()
+        self._held: dict[int, list[Any]] = {}
+
+    def put(self, references: list[Any]) -> int:
+        """Keep them in the place of the ones before the last; gives their ticket."""
+        ticket = next(self._tickets)
+        # whoever still asks for the last one has not come to the broadcast that follows this call
+        self._held = {ticket - 1: self._held.get(ticket - 1, []), ticket: references}
+        return ticket
+
+    def get(self, ticket: int) -> list[Any]:
+        return self._held[ticket]
+
+
+@functools.cache
+def _handout(rank: int) -> Any:
+    """This group's actor, on worker 0's node, for as long as the worker lives."""
+    import ray
+    from ray.train.collective import broadcast_from_rank_zero
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    name, made = None, None
+    if rank == 0:
+        name = f"rows-{uuid.uuid4().hex}"
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        made = ray.remote(num_cpus=0, scheduling_strategy=here)(Handout).options(name=name).remote()
+        ray.get(made.__ray_ready__.remote())
+    name = broadcast_from_rank_zero(name)
+    return made or ray.get_actor(name)
 
 
 def _pipeline(order: Order, columns: Sequence[str], prepare: Prepare | None, first: int, last: int) -> Iterator[Any]:
@@ -304,6 +354,7 @@ def _pipeline(order: Order, columns: Sequence[str], prepare: Prepare | None, fir
     context.enable_progress_bars = False
     context.target_max_block_size = BLOCK_BYTES
     context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = STANDSTILL
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=AHEAD_BYTES)
     shared = ray.put(prepare)
 

@@ -47,7 +47,7 @@ def sweep(settings: Sweep) -> None:
             "it out"
         )
     if settings.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UserError("search is optuna, but optuna is not installed: pip install 'sellarec[tune]'")
+        raise UserError("search is optuna, but optuna is not installed: pip install -e '.[tune]' in the checkout")
     if not joins_cluster():
         check_room(settings.concurrent * (settings.workers + 1))  # a trial has a process of its own beside its workers
     space = read_space(settings.space or stage)

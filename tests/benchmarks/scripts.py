@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 HANG = 600
@@ -13,17 +15,21 @@ HANG = 600
 
 
 def command(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, BENCHMARKS / f"{script}.py", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONFAULTHANDLER": "1"},
-        start_new_session=True,
-    )
-    try:
-        printed, errors = process.communicate(timeout=HANG)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGABRT)
-        printed, errors = process.communicate()
+    ) as process:
+        try:
+            printed, errors = process.communicate(timeout=HANG)
+        except subprocess.TimeoutExpired:
+            first = psutil.Process(process.pid)
+            for each in (*first.children(recursive=True), first):
+                each.send_signal(signal.SIGABRT)
+            printed, errors = process.communicate(timeout=60)
+        except BaseException:
+            process.kill()
+            raise
     return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)

@@ -337,7 +337,7 @@ def test_in_batch_negatives_are_other_users_other_positives(tmp_path):
     assert task.loss(None, batch, vectors, Alone()).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mf", "sasrec", "lightgcn", "binary_mf"])
+@pytest.mark.parametrize("name", ["mf", "sasrec", "lightgcn"])
 def test_cosines_of_the_loss_and_plain_products_of_scores(name, tmp_path):
     """`plain_score`: the loss is that of cosines, scores and rankings are those without a temperature; no logQ is taken off."""
     settings = {"model": name, "loss": "softmax", "negatives": "in-batch", "l2": 0.0, "biases": False, "log_q": False}
@@ -355,10 +355,7 @@ def test_cosines_of_the_loss_and_plain_products_of_scores(name, tmp_path):
     torch.testing.assert_close(score, plain.score(None, batch, vectors))
     torch.testing.assert_close(task.products(users, items), plain.products(users, items))
     torch.testing.assert_close(task.products(users, items).diagonal(), score)
-    if name != "binary_mf":
-        torch.testing.assert_close(score, (users * items).sum(1) + task.network.constant)
-    else:
-        users, items = users.sign(), items.sign()
+    torch.testing.assert_close(score, (users * items).sum(1) + task.network.constant)
     cosines = F.normalize(users, dim=1) @ F.normalize(items, dim=1).T / 0.2
     expected = F.cross_entropy(cosines, torch.arange(3), reduction="sum")
     torch.testing.assert_close(task.loss(None, batch, vectors, Alone()), expected)

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -60,11 +61,13 @@ def make(decoder, titles, tmp_path_factory):
         save_table(start / "tables", name, rows, (2,))
 
     def build(
-        projection=None, trained=None, adapter=None, seed=1, model="mf", dense=None, dim=DIM, **changes
+        projection=None, trained=None, adapter=None, seed=1, model="mf", dense=None, dim=DIM, plain=False, **changes
     ) -> FuseTask:
         torch.manual_seed(7)
         log = small_log(start, USERS, ITEMS, np.ones(ITEMS, bool))
         settings = Collab(dim=dim, model=model, history=READ)
+        if plain:
+            settings = replace(settings, temperature=0.1, plain_score=True, biases=False)
         if model in ("sasrec", "din", "fism"):
             fresh = build_collab(log, settings, None)
             fresh.save(start, {name: weight.detach() for name, weight in fresh.network.named_parameters()})
@@ -147,11 +150,13 @@ def test_exactly_the_slots_of_the_tokens_are_replaced(make, tokens):
     assert seen["attention_mask"].tolist() == batch["mask"].long().tolist()
 
 
-@pytest.mark.parametrize("model", ["mf", "sasrec", "din", "fism"])
+@pytest.mark.parametrize(
+    ("model", "plain"), [("mf", False), ("mf", True), ("sasrec", False), ("din", False), ("fism", False)]
+)
 @pytest.mark.parametrize("tokens", [("user",), ("semantic",), SOFT], ids=" ".join)
-def test_the_collaborative_score_is_added_to_the_language_models(make, model, tokens):
+def test_the_collaborative_score_is_added_to_the_language_models(make, model, plain, tokens):
     """To the score, with a gradient to what the collaborative model reads, unseen rows as zeros in both."""
-    task = make(tokens=tokens, model=model, collab_score=True)
+    task = make(tokens=tokens, model=model, plain=plain, collab_score=True)
     unseen = {"user_seen": np.array([True, False, True, True, False, True])}
     batch = batch_of(task, rows(6, **unseen), None)
     vectors = look_up(task, batch)

@@ -1,6 +1,7 @@
 """A training run that records which rows its workers step on: python record_rows.py FOLDER WORKERS
 
-FOLDER/rows-*.parquet are streamed; FOLDER/seen gets a file per worker process, of lines {time, step, rank, workers, rows}.
+FOLDER/rows-*.parquet are streamed; FOLDER/seen gets a file per worker process, of lines {time, step, rank, workers, rows,
+references}, of which the last is how many objects of Ray's the worker holds.
 """
 
 import json
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
+import ray
 import ray.train
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,7 @@ class Recorder(Task):
 
     def __init__(self, folder: Path) -> None:
         stream.PIECES_AT_ONCE = 1  # on each worker: an epoch is one piece here, and each has a pipeline of its own
+        stream.BLOCK_BYTES = 1 << 12  # so that there are many blocks
         self._file = folder / "seen" / f"{os.getpid()}.jsonl"
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
@@ -56,6 +59,7 @@ class Recorder(Task):
             "rank": context.get_world_rank(),
             "workers": context.get_world_size(),
             "rows": rows["row"].to_numpy()[weight > 0].tolist(),
+            "references": len(ray.worker.global_worker.core_worker.get_all_reference_counts()),
         }
         with open(self._file, "a") as file:
             file.write(json.dumps(line) + "\n")

@@ -73,6 +73,9 @@ def test_each_row_once_an_epoch_across_kills_and_another_number_of_workers(tmp_p
         [line for line in seen if line["workers"] == 2 and line["time"] >= killed + 1],
         [line for line in seen if line["workers"] == 4],
     ]
+    reading = [line["references"] for line in lives[2] if line["rank"] == 0]
+    assert reading[-1] < reading[0], "blocks that were handed on are let go"
+    assert max(line["references"] for line in lives[2] if line["rank"] > 0) < 5
     begins = [min(line["step"] for line in life) for life in lives]
     assert begins[0] == 0 < begins[1] < per_epoch < begins[2], "each life goes on from a checkpoint of the one before"
     # the last life that took a step is the one whose step counts

@@ -16,7 +16,7 @@ class Model(CollabModel):
     row itself holds them, which says as much. Its annealing, by which some columns stay tanh(x) in training, is left out.
     """
 
-    ignores = ("biases",)
+    ignores = ("biases", "plain_score")  # all rows have one length
     is_binary = True
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:
@@ -30,7 +30,7 @@ class Model(CollabModel):
 
     def _parts(self, rows: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
         # all have one length, by which they are divided as a number: it has no part in the gradient
-        scale = 1.0 if plain or self._scale is None else self._scale / self.dim**0.5
+        scale = 1.0 if self._scale is None else self._scale / self.dim**0.5
         return _signs(rows) * scale, rows.new_zeros(rows.shape[:-1])
 
 
