@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from sellarec.artifacts import Place
 from sellarec.figures import ACCENT, MUTED, STYLE
@@ -95,6 +96,9 @@ def plot(rows: Sequence[Row], domain: Domain, stage: str, metric: str) -> Figure
         axes.set_xlim(-0.5, len(labels) - 0.5)
     elif domain.kind == "loguniform":
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     for status, color, marker in (("stopped", MUTED, "x"), ("finished", ACCENT, "o")):
         chosen = [row for row in rows if row.status == status]
         if not chosen:
