@@ -60,10 +60,8 @@ def test_interrupted_job(inputs: Path, tmp_path: Path) -> None:
     main_job.train(*common, log=tmp_path / "last.log")
 
 
-@pytest.mark.parametrize(
-    "stage",
-    ["collab", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pretrain", "adapt", "align", "fuse"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["collab", "pretrain", "adapt", "align", "fuse"])
 def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if stage == "collab":
         undisturbed = request.getfixturevalue("undisturbed")

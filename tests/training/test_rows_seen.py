@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import record_rows
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROWS = (4_000, 3_333)
 """Of two files: the last batch of an epoch is short, and slices of 4 workers are padded."""
