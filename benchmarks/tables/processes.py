@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,6 @@ sys.path.append(str(Path(__file__).parents[1]))  # benchmarks share their helper
 import machine
 
 from sellarec.training.launch import KEEP_FREED_MEMORY
-
-HANG = 300
-"""Seconds that a worker waits for the others."""
 
 
 def measure(
@@ -67,9 +63,7 @@ def measure(
 def _run(rank: int, workers: int, meeting: str, function: Callable, arguments: tuple, answers: Connection) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers, timeout=timedelta(seconds=HANG)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
     answer = function(rank, workers, *arguments)
     if rank == 0:
         answers.send(answer)

@@ -116,7 +116,7 @@ def connect(
     Args:
         groups: worker groups that are to run at a time, of `workers` each.
         share: what each worker takes of a CPU, or of a GPU where there are some for all.
-        stopping: groups that may be at their last step while those run; a cluster that is joined has no more CPUs for them.
+        stopping: groups that may still take their last step while those run, for which a Ray that is started here has CPUs too.
 
     Raises:
         UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, with the arithmetic.

@@ -287,8 +287,7 @@ def _blocks(
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
-    alone = ray.train.get_context().get_world_size() == 1
-    handout = None if alone else _handout(rank)
+    handout = _handout(rank) if ray.train.get_context().get_world_size() > 1 else None
     references = _pipeline(order, columns, prepare, first, last) if rank == 0 else None
     for number in itertools.count():
         reference, ticket = None, 0

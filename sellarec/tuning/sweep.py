@@ -140,9 +140,7 @@ def _run_trials(
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what they write is in our table
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep as it ends any job
         "TUNE_GLOBAL_CHECKPOINT_S": "5",
-        "TUNE_FORCE_TRIAL_CLEANUP_S": str(
-            24 * 3600
-        ),  # a step may be long, and one that is killed in it leaves CPUs reserved
+        "TUNE_FORCE_TRIAL_CLEANUP_S": "86400",  # a step may be long, and who is killed in it leaves CPUs reserved
         "RAY_AIR_NEW_OUTPUT": "0",
     }.items():
         os.environ.setdefault(name, value)

@@ -70,8 +70,9 @@ def table(folder: Path) -> list[dict]:
 def test_trials_that_are_stopped_leave_no_cpu_held_and_the_winner_is_a_recipe(tmp_path: Path, held: list) -> None:
     sweep(parse_sweep(arguments(tmp_path)))
     assert held[-1] == 0
-    logs = Path("/tmp/ray/session_latest/logs").glob("worker-*.out")
-    assert not any("was cut off" in log.read_text(errors="replace") for log in logs), "all came to the end of a step"
+    logs = [log.read_text(errors="replace") for log in Path("/tmp/ray/session_latest/logs").glob("worker-*.out")]
+    assert any("starting 1 workers" in log for log in logs), "these are where trials print"
+    assert not any("was cut off" in log for log in logs), "all came to the end of a step"
     rows = table(tmp_path)
     assert len(rows) == 4 and {row["status"] for row in rows} == {"finished", "stopped"}
     for row in rows:
