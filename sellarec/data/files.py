@@ -109,11 +109,16 @@ def line_blocks(path: str, stream: IO[bytes] | None = None, *, quotes: bool = Fa
         UserError: it can't be read, the gzip is cut short or damaged, or a line has no end within `MAX_LINE_BYTES`.
     """
     blocks = _blocks(path, stream, quotes)
-    with ThreadPoolExecutor(1) as reader:
+    reader = ThreadPoolExecutor(1)
+    try:
         coming = reader.submit(next, blocks, None)
         while (block := coming.result()) is not None:
             coming = reader.submit(next, blocks, None)
             yield block
+    finally:
+        # Without waiting: the garbage collector can close an abandoned iterator within any call, one that starts a thread
+        # included, and that holds the very lock that joining a thread takes.
+        reader.shutdown(wait=False)
 
 
 def _blocks(path: str, stream: IO[bytes] | None, quotes: bool) -> Iterator[tuple[int, bytes]]:

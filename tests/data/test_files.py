@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
+import threading
 import zipfile
 from pathlib import Path
 
@@ -113,6 +115,31 @@ def test_a_line_without_end(tmp_path, monkeypatch):
     (tmp_path / "b.csv").write_bytes(b'one\n"two\n' + b"three\n" * (1 << 20))
     with pytest.raises(UserError, match=r"b\.csv, line 2: no end of the row within 1 MiB.*every quote closed"):
         list(line_blocks(str(tmp_path / "b.csv"), quotes=True))
+
+
+class HeldFile(io.BytesIO):
+    """A file whose first ten bytes are at hand; to read on waits for `go_on`."""
+
+    def __init__(self, content: bytes, go_on: threading.Event):
+        super().__init__(content)
+        self.go_on = go_on
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.tell() > 10:
+            self.go_on.wait(600)
+        return super().read(size)
+
+
+def test_an_abandoned_iterator_waits_for_no_thread(small_blocks):
+    go_on = threading.Event()
+    blocks = line_blocks("a.txt", HeldFile(b"a\n" * 100, go_on))
+    assert next(blocks) == (1, b"a\n" * 4)
+    closing = threading.Thread(target=blocks.close)
+    closing.start()
+    closing.join(60)
+    is_waiting = closing.is_alive()
+    go_on.set()
+    assert not is_waiting
 
 
 VALUES = st.text(alphabet='ab"\n,', max_size=12)
