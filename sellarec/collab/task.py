@@ -115,47 +115,30 @@ class CollabTask(Task):
 
     def loss(self, model: Network | None, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
         """The sum over targets; `model` stands for the network where that has dense weights."""
-        network, kind = model or self.network, self._settings.loss
+        network, settings = model or self.network, self._settings
         weights = self._of_targets(batch, self.row_weights(batch))
         positive = self.network.item(batch, vectors)[:, None]
-        negatives = self._settings.negatives_per_row
-        if self._draws_own:
-            negative = vectors["negative"].values.unflatten(0, (-1, negatives))
-            users, (score, others) = network(batch, vectors, positive, negative)
-        else:
-            users, (score,) = network(batch, vectors, positive)
+        own = [vectors["negative"].values.unflatten(0, (-1, settings.negatives_per_row))] if self._draws_own else []
+        users, (score, *of_own) = network(batch, vectors, positive, *own)
         score = score[:, 0]
-        if kind == "bce":
+        if settings.loss == "bce":
             losses = F.binary_cross_entropy_with_logits(score, batch["label"], reduction="none")
-        elif kind == "full-softmax":
+        elif settings.loss == "full-softmax":
             seen, rows = self._is_seen(batch[WHOLE + "item"]), vectors[WHOLE + "item"]
             losses = full_softmax(users, score, lambda users: self.network.products(users, rows), seen, peers)
         else:
-            log_q = values(batch["log_q"])
             if self._draws_own:
-                negative_log_q = batch["negative_log_q"].values.unflatten(0, (-1, negatives))
-                counts = negative_log_q.isfinite()
+                others, log_q, counts = self._own_negatives(batch, of_own[0])
             elif self._draws:
-                # of all workers; [n, B N], without an [n, B N, D] in between
-                others = self.network.products(users, peers.gather(vectors["negative"].values))
-                negative_log_q = peers.gather(batch["negative_log_q"].values)
-                drawn = (peers.gather(weights).repeat_interleave(negatives) > 0) & negative_log_q.isfinite()
-                counts = (batch["item"][:, None] != peers.gather(batch["negative"].values)) & drawn
-                negative_log_q = negative_log_q.expand_as(others)
+                others, log_q, counts = self._shared_negatives(batch, vectors, users, weights, peers)
             else:
-                # other users' positives
-                others = self.network.products(users, peers.gather(positive[:, 0]))
-                item, user = batch["item"], batch["user"]
-                alike = (item[:, None] == peers.gather(item)) | (user[:, None] == peers.gather(user))
-                counts = ~alike & (peers.gather(weights) > 0)
-            if kind == "bpr":
+                others, log_q, counts = self._in_batch_negatives(batch, positive[:, 0], users, weights, peers)
+            if settings.loss == "bpr":
                 losses = bpr(score, others, counts)
-            elif not self._settings.log_q:
-                losses = softmax_among(score, others, counts)
+            elif settings.log_q:
+                losses = sampled_softmax(score, others, counts, values(batch["log_q"]), log_q)
             else:
-                if not self._draws:
-                    negative_log_q = peers.gather(log_q).expand_as(others)
-                losses = sampled_softmax(score, others, counts, log_q, negative_log_q)
+                losses = softmax_among(score, others, counts)
         if self._settings.l2:
             losses = losses + 0.5 * self._settings.l2 * self.network.squared_norms(vectors)
         total = (losses * weights).sum()
@@ -165,6 +148,32 @@ class CollabTask(Task):
         auxiliary = self.network.auxiliary_loss(batch, vectors, log_counts, peers)
         assert auxiliary is not None
         return total + (auxiliary * batch["weight"]).sum()
+
+    # What targets are compared with: the scores of negatives, how likely each was drawn (as a logarithm), which of them count;
+    # each [n, N], or [n, B N] and [n, B] where targets of all workers share them.
+
+    def _own_negatives(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        log_q = batch["negative_log_q"].values.unflatten(0, (-1, self._settings.negatives_per_row))
+        return scores, log_q, log_q.isfinite()
+
+    def _shared_negatives(
+        self, batch: Batch, vectors: Vectors, users: Tensor, weights: Tensor, peers: Peers
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores = self.network.products(users, peers.gather(vectors["negative"].values))  # no [n, B N, D] in between
+        log_q = peers.gather(batch["negative_log_q"].values)
+        drawn = peers.gather(weights).repeat_interleave(self._settings.negatives_per_row) > 0
+        counts = (batch["item"][:, None] != peers.gather(batch["negative"].values)) & drawn & log_q.isfinite()
+        return scores, log_q.expand_as(scores), counts
+
+    def _in_batch_negatives(
+        self, batch: Batch, positive: Tensor, users: Tensor, weights: Tensor, peers: Peers
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The positives of other users' rows."""
+        scores = self.network.products(users, peers.gather(positive))
+        item, user = batch["item"], batch["user"]
+        alike = (item[:, None] == peers.gather(item)) | (user[:, None] == peers.gather(user))
+        log_q = peers.gather(values(batch["log_q"]))
+        return scores, log_q.expand_as(scores), ~alike & (peers.gather(weights) > 0)
 
     def score(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
         return self.network.score(batch, vectors, model)

@@ -1,26 +1,16 @@
 """The sharded graph against the whole one as a dense float64 matrix, on one to three workers.
 
-Three processes serve all tests here, over gloo: this file run as a script is one of them. Graphs and ids are drawn by
-hypothesis; among them are graphs without edges and with fewer users or items than workers.
+Graphs and ids are drawn by hypothesis; among them are graphs without edges and with fewer users or items than workers.
 """
 
-import contextlib
-import subprocess
-import sys
-import traceback
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-import torch.distributed as dist
+from gloo_workers import Gloo
+from graph_cases import CPU, WORKERS, Case, compute, compute_as_worker, convolve, loss_of
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,199 +19,11 @@ from sellarec.errors import UserError
 from sellarec.training import graph as module
 from sellarec.training.graph import ShardedGraph
 
-PROCESSES = 3
-CPU = torch.device("cpu")
-PATIENCE = 60
-"""Seconds that a case may take, the start of the processes included."""
 
-
-@dataclass(frozen=True)
-class Case:
-    """A graph and what is computed on it.
-
-    Attributes:
-        rows: (user, item, label) in the log's order.
-        asked: by kind, the ids that each of PROCESSES workers fetches; of fewer workers the last takes what is left over.
-    """
-
-    users: int
-    items: int
-    rows: list[tuple[int, int, int]]
-    columns: int = 4
-    asked: dict[str, list[list[int]]] = field(
-        default_factory=lambda: {kind: [[] for _ in range(PROCESSES)] for kind in ("user", "item")}
-    )
-
-    @property
-    def size(self) -> int:
-        return self.users + self.items
-
-    def numbers(self, seed: int, rows: int | None = None) -> Tensor:
-        shape = (self.size if rows is None else rows, self.columns)
-        return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).float()
-
-    def part(self, kind: str, rank: int, workers: int) -> tuple[list[int], Tensor]:
-        """What a worker fetches, and the gradient of it."""
-        lists = self.asked[kind]
-        before = sum(map(len, lists[:rank]))
-        ids = lists[rank] if rank < workers - 1 else [i for ids in lists[rank:] for i in ids]
-        return ids, self.numbers(5, sum(map(len, lists)))[before : before + len(ids)]
-
-    def edges(self) -> set[tuple[int, int]]:
-        return {(user, item) for user, item, label in self.rows if label == 1}
-
-    def adjacency(self) -> Tensor:
-        matrix = torch.zeros(self.size, self.size, dtype=torch.float64)
-        for user, item in self.edges():
-            matrix[user, self.users + item] = matrix[self.users + item, user] = 1
-        return matrix
-
-    def normalized(self) -> Tensor:
-        matrix = self.adjacency()
-        scale = matrix.sum(1).clamp(min=1) ** -0.5
-        return scale[:, None] * matrix * scale
-
-    def write(self, folder: Path) -> list[Path]:
-        """The log in three files of small row groups, some of them empty."""
-        columns = np.array(self.rows, np.int64).reshape(-1, 3)
-        paths = []
-        for number, part in enumerate(np.array_split(columns, 3)):
-            types = {"user": np.int64, "item": np.int64, "label": np.int8}
-            table = {name: part[:, k].astype(of) for k, (name, of) in enumerate(types.items())}
-            table["rating"] = pa.nulls(len(part), pa.float32())
-            paths.append(folder / f"part-{number}.parquet")
-            pq.write_table(pa.table(table), paths[-1], row_group_size=2)
-        return paths
-
-
-def own_rows(graph: ShardedGraph, case: Case, whole: Tensor) -> Tensor:
-    (first, stop), (first_item, stop_item) = graph.own["user"], graph.own["item"]
-    return torch.cat([whole[first:stop], whole[case.users + first_item : case.users + stop_item]])
-
-
-def loss_of(layers: list[Tensor], users: Tensor, items: Tensor, gradient: Tensor) -> Tensor:
-    """Not linear, so that gradients depend on all that was fetched."""
-    return sum((layer**2).sum() for layer in layers) + torch.tanh(users).sum() + (torch.sin(items) * gradient).sum()
-
-
-def convolve(multiply, rows: Tensor) -> list[Tensor]:
-    layers = [rows]
-    for _ in range(3):
-        layers.append(multiply(layers[-1]))
-    return layers
-
-
-def compute(case: Case, paths: list[Path], group: dist.ProcessGroup | None) -> dict:
-    """All that the tests compare, of one worker."""
-    rank, workers = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    graph = ShardedGraph.read(paths, case.users, case.items, group, CPU)
-    found = {"own": graph.own, "received": graph.received, "sent": graph.sent, "entries": graph.entries}
-
-    def leaf() -> Tensor:
-        return own_rows(graph, case, case.numbers(1)).requires_grad_()
-
-    rows = leaf()
-    product = graph.multiply(rows)
-    (product * own_rows(graph, case, case.numbers(2))).sum().backward()
-    found["product"], found["product gradient"] = product.detach(), rows.grad
-    found["product of gradient"] = graph.multiply(own_rows(graph, case, case.numbers(2)))
-    for kind in ("user", "item"):
-        rows = leaf()
-        ids, gradient = case.part(kind, rank, workers)
-        vectors = graph.fetch(rows, kind, torch.tensor(ids, dtype=torch.int64))
-        (vectors * gradient).sum().backward()
-        found[kind], found[f"{kind} gradient"] = vectors.detach(), rows.grad
-    for number in range(2):
-        rows = leaf()
-        layers = convolve(graph.multiply, rows)
-        mean = torch.stack(layers).mean(0)
-        users, items = (
-            graph.fetch(mean, kind, torch.tensor(case.part(kind, rank, workers)[0], dtype=torch.int64))
-            for kind in ("user", "item")
-        )
-        loss = loss_of(layers, users, items, case.part("item", rank, workers)[1])
-        loss.backward()
-        found[f"loss {number}"], found[f"loss gradient {number}"] = loss.detach(), rows.grad
-    return found
-
-
-class Pool:
-    """PROCESSES workers that compute cases, on as many of them as a case is to have."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.starts = 0
-        self.processes: list[subprocess.Popen] = []
-        self.connections: list[Connection] = []
-
-    def start(self) -> None:
-        self.starts += 1
-        store = self.folder / f"store-{self.starts}"
-        with open(self.folder / "log", "a") as log:
-            for rank in range(PROCESSES):
-                own, theirs = Pipe()
-                with theirs:
-                    command = [sys.executable, __file__, str(theirs.fileno()), str(store), str(rank)]
-                    process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=log, stderr=log)
-                self.connections.append(own)
-                self.processes.append(process)
-
-    def compute(self, case: Case, workers: int) -> list[dict]:
-        """What each worker found, by rank."""
-        if not self.processes:
-            self.start()
-        paths = case.write(self.folder)
-        for connection in self.connections[:workers]:
-            # the class has another name in the processes, whose main module this file is
-            connection.send((asdict(case), paths, workers))
-        answers: dict[Connection, dict | str] = {}
-        while waiting := [connection for connection in self.connections[:workers] if connection not in answers]:
-            for connection in (ready := wait(waiting, PATIENCE)):
-                answers[connection] = connection.recv()
-            failures = [answer for answer in answers.values() if isinstance(answer, str)]
-            if failures or not ready:
-                self.end()  # the others may wait for the one that failed
-                pytest.fail(f"{workers} workers: {failures or 'no answer'}".replace("\\n", "\n"))
-        found = [answers[connection] for connection in self.connections[:workers]]
-        return [{name: as_tensor(value) for name, value in answer.items()} for answer in found]
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        for connection in self.connections:
-            connection.close()
-        self.processes, self.connections = [], []
-
-
-def as_tensor(value):
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
-
-def serve(pipe: int, store: str, rank: int) -> None:
-    """One process of the pool, until it is ended or the tests are."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(store, PROCESSES)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=PATIENCE))
-    groups = {workers: dist.new_group(list(range(workers))) for workers in range(1, PROCESSES + 1)}
-    connection = Connection(pipe)
-    with contextlib.suppress(EOFError):
-        while True:
-            case, paths, workers = connection.recv()
-            try:
-                found = compute(Case(**case), paths, groups[workers])
-                found = {name: x.detach().numpy() if isinstance(x, Tensor) else x for name, x in found.items()}
-            except Exception:
-                found = traceback.format_exc()
-            connection.send(found)
-
-
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory) -> Iterator[Pool]:
-    torch.set_num_threads(1)
-    pool = Pool(tmp_path_factory.mktemp("graph"))
-    yield pool
-    pool.end()
+def on_workers(gloo: Gloo, workers: int, case: Case, paths: list[Path]) -> list[dict]:
+    """What each worker found, by rank."""
+    found = gloo.call(workers, compute_as_worker, case, paths)
+    return [{name: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for name, x in own.items()} for own in found]
 
 
 @st.composite
@@ -231,7 +33,7 @@ def cases(draw) -> Case:
     user, item = st.integers(0, users - 1), st.integers(0, items - 1)
     rows = draw(st.lists(st.tuples(user, item, st.sampled_from([1, 1, 0])), max_size=30))
     asked = {
-        kind: draw(st.lists(st.lists(ids, max_size=5), min_size=PROCESSES, max_size=PROCESSES))
+        kind: draw(st.lists(st.lists(ids, max_size=5), min_size=WORKERS, max_size=WORKERS))
         for kind, ids in (("user", user), ("item", item))
     }
     return Case(users, items, rows, draw(st.sampled_from([1, 3, 8])), asked)
@@ -305,11 +107,12 @@ def check_traffic(case: Case, found: list[dict]) -> None:
 @pytest.mark.distributed
 @settings(max_examples=25, phases=[Phase.reuse, Phase.generate])  # to shrink what hangs would take long
 @given(case=cases())
-def test_any_number_of_workers_computes_what_the_dense_matrix_gives(pool, case):
+def test_any_number_of_workers_computes_what_the_dense_matrix_gives(gloo, tmp_path_factory, case):
     """And a product comes out the same to the bit."""
-    product = joined([compute(case, case.write(pool.folder), None)], "product")
-    for workers in range(1, PROCESSES + 1):
-        found = pool.compute(case, workers)
+    paths = case.write(tmp_path_factory.mktemp("log"))
+    product = joined([compute(case, paths, None)], "product")
+    for workers in range(1, WORKERS + 1):
+        found = on_workers(gloo, workers, case, paths)
         check(case, found)
         assert torch.equal(joined(found, "product"), product)
 
@@ -325,13 +128,14 @@ def test_any_number_of_workers_computes_what_the_dense_matrix_gives(pool, case):
         pytest.param(Case(3, 0, [], asked={"user": [[2], [0], [1]], "item": [[], [], []]}), id="no items"),
     ],
 )
-def test_workers_without_rows_or_edges_take_part(pool, case):
-    for workers in range(1, PROCESSES + 1):
-        check(case, pool.compute(case, workers))
+def test_workers_without_rows_or_edges_take_part(gloo, tmp_path, case):
+    paths = case.write(tmp_path)
+    for workers in range(1, WORKERS + 1):
+        check(case, on_workers(gloo, workers, case, paths))
 
 
 @pytest.mark.distributed
-def test_a_long_tailed_graph(pool):
+def test_a_long_tailed_graph(gloo, tmp_path):
     """Hundreds of neighbours a row, and ids that are asked for often."""
     generator = np.random.default_rng(0)
     users, items, count = 61, 307, 8_000
@@ -339,9 +143,10 @@ def test_a_long_tailed_graph(pool):
     rows = np.stack([*drawn, generator.random(count) < 0.8], axis=1).tolist()
     asked = {kind: [drawn[k][:400].tolist(), [], drawn[k][400:500].tolist()] for k, kind in enumerate(("user", "item"))}
     case = Case(users, items, rows, 16, asked)
-    whole = compute(case, case.write(pool.folder), None)
-    for workers in range(1, PROCESSES + 1):
-        found = pool.compute(case, workers)
+    paths = case.write(tmp_path)
+    whole = compute(case, paths, None)
+    for workers in range(1, WORKERS + 1):
+        found = on_workers(gloo, workers, case, paths)
         check(case, found)
         assert torch.equal(joined(found, "product"), whole["product"])
 
@@ -412,7 +217,3 @@ def test_fetching_what_is_not_there_and_rows_that_do_not_fit_are_refused(tmp_pat
     for refused in (lambda: graph.multiply(rows[:1]), lambda: graph.fetch(rows[:4], "user", torch.tensor([0]))):
         with pytest.raises(ValueError, match="this worker owns 5"):
             refused()
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
