@@ -28,6 +28,7 @@ def flags(work: dict[str, Any], folder: Path, seed: int) -> list[str]:
         "log", f"--data={folder / 'generated/log'}", "--stages=prepare,collab", f"--workers={work['workers']}",
         f"--workspace={folder / 'workspace'}", f"--name=seed-{seed}", f"--seed={seed}", f"--collab.dim={work['dim']}",
         f"--collab.batch={work['batch']}", f"--collab.epochs={work['epochs']}", f"--collab.validate-every={work['epochs']}",
+        f"--collab.valid-rows={work['interactions']}",  # all
     ]  # fmt: skip
 
 
