@@ -484,7 +484,7 @@ class Align(Steps, Selection, Dense, Sparse):
     vectors of what the row's history holds, or both, their losses added."""
     history: int = 50
     """Most recent positives of whose distilled vectors the mean is taken for users (items)."""
-    block: int = runtime(1024)
+    block: int = runtime(512)
     """Rows of the global batch that the loss of alignment compares at once with a worker's own: more take more memory."""
     hidden: int = 128
     """Width of the projection's hidden layer."""

@@ -22,6 +22,7 @@ from processes import measure, write
 from sellarec.alignment.contrastive import Views, contrastive_loss
 from sellarec.config import Align
 from sellarec.training.launch import KEEP_FREED_MEMORY
+from sellarec.training.task import Alone
 
 
 def peak() -> int:
@@ -36,7 +37,7 @@ def worker(rank: int, workers: int, rows: int, width: int, block: int) -> dict:
         ids = torch.randint(0, rows, (rows,), generator=generator)
         views = Views(collab, semantic, ids, collab, semantic, ids, torch.ones(rows))
         start = time.perf_counter()
-        contrastive_loss(views, Align(block=block)).mean().backward()
+        contrastive_loss(views, Align(block=block), Alone()).mean().backward()
         return time.perf_counter() - start
 
     step(16)  # what kernels take has no part in it

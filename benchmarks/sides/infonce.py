@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sellarec.alignment.contrastive import Views, contrastive_loss
 from sellarec.config import Align
+from sellarec.training.task import Alone
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,7 +37,7 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
     ids, weight = (make(work["batch"], device=work["device"]) for make in (torch.arange, torch.ones))
 
     def loss(collab: Tensor, semantic: Tensor) -> Tensor:
-        return contrastive_loss(Views(collab, semantic, ids, collab, semantic, ids, weight), settings).mean()
+        return contrastive_loss(Views(collab, semantic, ids, collab, semantic, ids, weight), settings, Alone()).mean()
 
     return repetition(work, loss)
 

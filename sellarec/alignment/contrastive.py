@@ -3,6 +3,7 @@
 Shapes: b rows of one worker, B rows of all workers, m of them that are gone through at once, H columns of either view.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +42,8 @@ class Views:
         return cls(collab, semantic, ids, *(peers.gather(rows) for rows in (collab, semantic, ids, weight)))
 
 
-def contrastive_loss(views: Views, settings: Align) -> Tensor:
-    """What draws a row's two views together, and apart from the other rows', float [b]: a loss per row.
+def contrastive_loss(views: Views, settings: Align, peers: Peers) -> Tensor:
+    """What draws a row's two views together, and apart from the other rows', float [b]: a loss per row. All workers call it.
 
     Of this worker's rows against all workers', so it doesn't depend on how rows lie on workers. With temperature t,
 
@@ -73,14 +74,16 @@ def contrastive_loss(views: Views, settings: Align) -> Tensor:
         F.normalize(rows, dim=1) for rows in (views.collab, views.semantic, views.all_collab, views.all_semantic)
     )
     positive = (collab * semantic).sum(1) / settings.temperature
-    sides = []
-    if not settings.contrastive.startswith("rlmrec"):
-        sides.append((semantic, all_collab))
-    if settings.contrastive.startswith("rlmrec") or settings.direction == "both":
-        sides.append((collab, all_semantic))
+    backwards = settings.contrastive.startswith("rlmrec")
+    if settings.direction == "both" and not backwards and _has_room(collab.dtype, settings):
+        negatives = log_sums_exp(semantic, all_collab, views, settings, peers)
+    else:
+        sides = [] if backwards else [(semantic, all_collab)]
+        if backwards or settings.direction == "both":
+            sides.append((collab, all_semantic))
+        negatives = tuple(log_sum_exp(rows, others, views, settings) for rows, others in sides)
     losses = []
-    for rows, others in sides:
-        negative = log_sum_exp(rows, others, views, settings)
+    for negative in negatives:
         if settings.contrastive == "rince":
             losses.append(_rince(positive, torch.logaddexp(positive, negative), settings))
         else:
@@ -102,44 +105,143 @@ def log_sum_exp(rows: Tensor, others: Tensor, views: Views, settings: Align) -> 
     Goes through `block` others at a time, and through each again in the backward pass, so that of all pairs never more than
     [b, block] are in memory. Without a negative it is the dtype's lowest number: finite, so that gradients are.
     """
-    return _LogSumExp.apply(rows, others, views, settings)
+    return _LogSumExp.apply(rows, *_counted(others, views, settings), settings)
+
+
+def log_sums_exp(rows: Tensor, others: Tensor, views: Views, settings: Align, peers: Peers) -> tuple[Tensor, Tensor]:
+    """`log_sum_exp` of this worker's rows and all others, and of this worker's others and all rows: float [b] each.
+
+    Both come from the same products: what each worker sums over its own rows is added up. All workers call it, and `_has_room`
+    must hold.
+    """
+    counts, all_ids = views.all_weight > 0, views.all_ids if settings.mask_equal else None
+    of_rows, of_others = _Sums.apply(rows, others, peers.own(counts), counts, views.ids, all_ids, settings)
+    return tuple(_log(sums) + 1 / settings.temperature for sums in (of_rows, peers.own(peers.add(of_others))))
+
+
+def _log(sums: Tensor) -> Tensor:
+    """The logarithm; of 0 half of the dtype's lowest number, without a gradient."""
+    return torch.where(sums > 0, sums, 1).log().where(sums > 0, torch.finfo(sums.dtype).min / 2)
+
+
+def _has_room(dtype: torch.dtype, settings: Align) -> bool:
+    """Whether exp(s - 1 / t) is above 0 for all scores s of unit vectors, which lie between -1 / t and 1 / t."""
+    return 2 / settings.temperature < -math.log(torch.finfo(dtype).tiny)
+
+
+def _counted(others: Tensor, views: Views, settings: Align) -> tuple[Tensor, Tensor, Tensor | None]:
+    counts = views.all_weight.nonzero()[:, 0]
+    return others.index_select(0, counts), views.ids, views.all_ids[counts] if settings.mask_equal else None
 
 
 class _LogSumExp(torch.autograd.Function):
-    """`log_sum_exp`. One buffer serves all blocks: many large tensors that come and go leave gaps in the memory of CPUs."""
+    """`log_sum_exp`, where all others count but those with the row's own id. What it costs beside matrix products are passes over
+    all pairs, so each block has two: an exponential, and in the forward pass a sum. A row's shift comes out of the product."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, others: Tensor, views: Views, settings: Align) -> Tensor:
-        total = rows.new_full((len(rows),), torch.finfo(rows.dtype).min)
-        for scores, _ in _blocks(rows, others, views, settings):
-            highest = scores.amax(1)
-            total = torch.logaddexp(total, highest + scores.sub_(highest[:, None]).exp_().sum(1).log())
-        ctx.views, ctx.settings = views, settings  # of the views ids and weights are read, which have no gradient
+    def forward(ctx: Any, rows: Tensor, others: Tensor, ids: Tensor, all_ids: Tensor | None, settings: Align) -> Tensor:
+        lowest = torch.finfo(rows.dtype).min
+        shift = _shift(rows, others, ids, all_ids, settings)
+        total = torch.zeros_like(shift)
+        for _, scores, equal in _blocks(rows, others, shift, ids, all_ids, settings):
+            scores.exp_()
+            scores[equal] = 0
+            total += scores.sum(1)
+        total = (shift + total.log()).clamp(min=lowest)
+        ctx.ids, ctx.all_ids, ctx.settings = ids, all_ids, settings
         ctx.save_for_backward(rows, others, total)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows, others, total = ctx.saved_tensors
         of_rows, of_others = torch.zeros_like(rows), torch.empty_like(others)
-        for scores, part in _blocks(rows, others, ctx.views, ctx.settings):
-            # of a row without negatives nothing depends on the total, so its gradient is 0
-            shares = scores.sub_(total[:, None]).exp_().mul_(gradient[:, None] / ctx.settings.temperature)
+        scale = gradient[:, None] / ctx.settings.temperature
+        weighted = rows * scale
+        # of a row without negatives nothing depends on the total: its shares are 0
+        shift = torch.where(total > torch.finfo(total.dtype).min, total, torch.finfo(total.dtype).max)
+        for part, shares, equal in _blocks(rows, others, shift, ctx.ids, ctx.all_ids, ctx.settings):
+            shares.exp_()
+            shares[equal] = 0
             of_rows.addmm_(shares, others[part])
-            torch.mm(shares.T, rows, out=of_others[part])
-        return of_rows, of_others, None, None
+            torch.mm(shares.T, weighted, out=of_others[part])
+        return of_rows.mul_(scale), of_others, None, None, None
 
 
-def _blocks(rows: Tensor, others: Tensor, views: Views, settings: Align) -> Iterator[tuple[Tensor, slice]]:
-    """<rows_i, others_j> / t for some others, [b, m], with the lowest number where j is no negative of i; and which others.
-    All are written into the same memory."""
+class _Sums(torch.autograd.Function):
+    """exp(<rows_i, others_j> / t - 1 / t), summed over the others, [b], and over this worker's rows, [B], that count."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, others: Tensor, own: Tensor, counts: Tensor, ids: Tensor, all_ids: Tensor | None,
+        settings: Align,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        own, counts = own.to(rows.dtype), counts.to(rows.dtype)
+        of_rows, of_others = torch.zeros_like(own), torch.empty_like(counts)
+        shift = torch.full_like(own, 1 / settings.temperature)
+        for part, scores, equal in _blocks(rows, others, shift, ids, all_ids, settings):
+            scores.exp_()
+            scores[equal] = 0
+            of_rows.addmv_(scores, counts[part])
+            torch.mv(scores.T, own, out=of_others[part])
+        ctx.ids, ctx.all_ids, ctx.settings = ids, all_ids, settings
+        ctx.save_for_backward(rows, others, own, counts, shift)
+        return of_rows, of_others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_row_sums: Tensor, of_other_sums: Tensor) -> tuple[Tensor | None, ...]:
+        rows, others, own, counts, shift = ctx.saved_tensors
+        of_rows, of_others = torch.zeros_like(rows), torch.empty_like(others)
+        # of a pair's exponential: of_row_sums_i counts_j + own_i of_other_sums_j
+        left, right = torch.stack([of_row_sums, own], dim=1), torch.stack([counts, of_other_sums])
+        buffer = rows.new_empty(len(rows) * min(ctx.settings.block, len(others)))
+        for part, scores, equal in _blocks(rows, others, shift, ctx.ids, ctx.all_ids, ctx.settings):
+            scores.exp_()
+            scores[equal] = 0
+            gradient = torch.mm(left, right[:, part], out=buffer[: scores.numel()].view_as(scores)).mul_(scores)
+            of_rows.addmm_(gradient, others[part])
+            torch.mm(gradient.T, rows, out=of_others[part])
+        scale = 1 / ctx.settings.temperature
+        return of_rows.mul_(scale), of_others.mul_(scale), None, None, None, None, None
+
+
+def _shift(rows: Tensor, others: Tensor, ids: Tensor, all_ids: Tensor | None, settings: Align) -> Tensor:
+    """What is taken off a row's scores before their exponentials, float [b]: 1 / t, the highest that can be, or where that could
+    leave exponentials of 0, the highest that there is."""
+    if _has_room(rows.dtype, settings):
+        return rows.new_full((len(rows),), 1 / settings.temperature)
+    highest = rows.new_full((len(rows),), torch.finfo(rows.dtype).min)
+    for _, scores, equal in _blocks(rows, others, torch.zeros_like(highest), ids, all_ids, settings):
+        scores[equal] = torch.finfo(rows.dtype).min
+        highest = torch.maximum(highest, scores.amax(1))
+    return highest
+
+
+Block = tuple[slice, Tensor, tuple[Tensor, Tensor]]
+"""Which others; their scores with each row, float [b, m]; the places in it, int64 [p] twice, of others with the row's own id."""
+
+
+def _blocks(
+    rows: Tensor, others: Tensor, shift: Tensor, ids: Tensor, all_ids: Tensor | None, settings: Align
+) -> Iterator[Block]:
+    """<rows_i, others_j> / t - shift_i, a block of others after the other; all are written into the same memory."""
+    shifted = torch.cat([rows / settings.temperature, -shift[:, None]], dim=1)
+    ones = torch.cat([others, torch.ones_like(others[:, :1])], dim=1)
     buffer = rows.new_empty(len(rows) * min(settings.block, len(others)))
     for start in range(0, len(others), settings.block):
         part = slice(start, min(start + settings.block, len(others)))
         scores = buffer[: len(rows) * (part.stop - start)].view(len(rows), -1)
-        torch.mm(rows, others[part].T, out=scores)
-        excluded = views.all_weight[part] == 0
-        if settings.mask_equal:
-            excluded = excluded | (views.ids[:, None] == views.all_ids[part])
-        yield scores.div_(settings.temperature).masked_fill_(excluded, torch.finfo(scores.dtype).min), part
+        torch.mm(shifted, ones[part].T, out=scores)
+        yield part, scores, _equal(ids, ids[:0] if all_ids is None else all_ids[part])
+
+
+def _equal(ids: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The places (i, j) of equal ids of [b] and [m]. There are few, so they are looked up and not compared one by one."""
+    ordered, order = others.sort()
+    first = torch.searchsorted(ordered, ids)
+    number = torch.searchsorted(ordered, ids, right=True) - first
+    row = torch.repeat_interleave(number)
+    of_row = torch.arange(len(row), device=row.device) - (number.cumsum(0) - number)[row]
+    return row, order[first[row] + of_row]

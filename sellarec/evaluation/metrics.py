@@ -39,10 +39,8 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     labels, scores = check_rows(labels, scores)
     if labels.size == 0:
         return float("nan")
-    order = np.argsort(scores)
-    twice_wins, positives, negatives = _count_pairs(
-        labels[order], _starts(scores[order]), segment_starts=np.zeros(1, dtype=np.int64)
-    )
+    _, labels, tie_starts = _in_order(np.zeros(labels.size, np.int8), labels, scores)
+    twice_wins, positives, negatives = _count_pairs(labels, tie_starts, segment_starts=np.zeros(1, dtype=np.int64))
     pairs = int(positives[0]) * int(negatives[0])
     return int(twice_wins[0]) / (2 * pairs) if pairs else float("nan")
 
@@ -63,10 +61,8 @@ def user_aucs(users: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> User
     if labels.size == 0:
         none = np.zeros(0, dtype=np.int64)
         return UserAUCs(none, np.zeros(0), none, none)
-    order = np.lexsort((scores, users))
-    users, labels, scores = users[order], labels[order], scores[order]
+    users, labels, tie_starts = _in_order(users, labels, scores)
     user_starts = _starts(users)
-    tie_starts = np.union1d(user_starts, _starts(scores))
     twice_wins, positives, negatives = _count_pairs(labels, tie_starts, user_starts)
     both = (positives > 0) & (negatives > 0)
     positives, negatives = positives[both], negatives[both]
@@ -120,6 +116,22 @@ def check_users(users: np.ndarray, rows: int) -> np.ndarray:
     if rows and users.dtype.kind not in "iu":
         raise ValueError(f"user ids must be integers; their dtype is {users.dtype}")
     return users
+
+
+def _in_order(users: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Users and labels of rows sorted by user, then score, and where runs of equal scores of a user begin."""
+    first = users.min()
+    if scores.dtype.itemsize <= 4 and scores.dtype.kind == "f" and int(users.max()) - int(first) < 2**31:
+        # Rows as integers of 31 bits of user, 32 of score and the label sort many times faster than by an order of theirs.
+        bits = (scores.astype(np.float32) + np.float32(0)).view(np.uint32)  # one zero, not two
+        ascending = bits ^ np.where(bits >> 31, np.uint32(2**32 - 1), np.uint32(2**31))
+        offset = first.astype(np.uint64)  # unsigned differences don't overflow, whatever the ids' dtype
+        rows = (users.astype(np.uint64) - offset) << 33 | ascending.astype(np.uint64) << 1 | labels
+        rows.sort()
+        return ((rows >> 33) + offset).astype(users.dtype), rows & 1 == 1, _starts(rows >> 1)
+    order = np.lexsort((scores, users))
+    users, scores = users[order], scores[order]
+    return users, labels[order], np.union1d(_starts(users), _starts(scores))
 
 
 def _starts(values: np.ndarray) -> np.ndarray:

@@ -51,6 +51,22 @@ class Peers(Protocol):
         """The maximum over workers, element by element, of tensors of one shape. Without a gradient."""
 
 
+class Alone:
+    """`Peers` of a worker that has no others, for a loss outside of the training loop."""
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def own(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def add(self, values: Tensor) -> Tensor:
+        return values
+
+    def largest(self, values: Tensor) -> Tensor:
+        return values.detach()
+
+
 @dataclass(frozen=True)
 class Graph:
     """Where the graph of users and items is read from: the prepared log's train split, of which positives are edges."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import ITEMS, USERS, Alone, batch_of, leaves, make, prepared, some_rows, together, vectors_of
+from small import ITEMS, USERS, batch_of, leaves, make, prepared, some_rows, together, vectors_of
 from torch import Tensor
 
 from sellarec.alignment.align import PROJECTION, AlignTask, build_align
@@ -20,6 +20,7 @@ from sellarec.collab.task import WEIGHTS
 from sellarec.config import Align
 from sellarec.data.keys import uniform
 from sellarec.training.table import Jagged
+from sellarec.training.task import Alone
 
 torch.set_num_threads(1)
 
@@ -57,7 +58,7 @@ def test_the_loss_is_the_collaborative_one_and_the_contrastive_one_of_the_same_r
     collab.network.load_state_dict(task.model.network.state_dict())
     weights = collab.row_weights(batch)
     views = task.model.projection(vectors["item"]), vectors["semantic"]
-    each = contrastive_loss(Views(*views, batch["item"], *views, batch["item"], weights), SETTINGS)
+    each = contrastive_loss(Views(*views, batch["item"], *views, batch["item"], weights), SETTINGS, Alone())
     expected = collab.loss(None, batch, without, Alone()) + 0.4 * (each * weights).sum()
     found = task.loss(task.model, batch, vectors, Alone())
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -137,22 +137,6 @@ def save_table(folder: Path, name: str, rows: np.ndarray, cuts: tuple[int, ...] 
     (folder / f"{name}.json").write_text(json.dumps(facts))
 
 
-class Alone:
-    """`Peers` of one worker."""
-
-    def gather(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def own(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def add(self, values: Tensor) -> Tensor:
-        return values
-
-    def largest(self, values: Tensor) -> Tensor:
-        return values.detach()
-
-
 class Peer:
     """`Peers` of one of several workers, which are threads that build one autograd graph together."""
 

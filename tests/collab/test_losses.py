@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import Alone, together
+from small import together
 from torch.nn import functional as F
 
 from sellarec.collab.losses import bpr, full_softmax, sampled_softmax, softmax_among
 from sellarec.collab.negatives import Negatives
+from sellarec.training.task import Alone
 
 NUMBERS = st.floats(-5, 5, width=32)
 

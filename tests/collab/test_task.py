@@ -20,7 +20,6 @@ from small import (
     ITEMS,
     SEEN,
     USERS,
-    Alone,
     batch_of,
     leaves,
     make,
@@ -40,7 +39,7 @@ from sellarec.collab.task import WEIGHTS, CollabTask, build_collab
 from sellarec.config import Collab
 from sellarec.errors import UserError
 from sellarec.training.table import Jagged, initial_rows
-from sellarec.training.task import INITIAL, WHOLE
+from sellarec.training.task import INITIAL, WHOLE, Alone
 
 torch.set_num_threads(1)
 
@@ -559,7 +558,7 @@ import sellarec
 assert pathlib.Path(sellarec.__file__).is_relative_to(folder), sellarec.__file__
 from sellarec.command_line import parse
 from sellarec.errors import UserError
-from small import Alone, batch_of, make, some_rows, vectors_of
+from small import batch_of, make, some_rows, vectors_of
 config = parse(["--collab", "popularity", "--collab.dropout", "0.5"])
 assert config.collab.model == "popularity"
 try:

@@ -89,6 +89,33 @@ def test_rising_transformations_change_nothing_and_negation_mirrors(log):
     np.testing.assert_allclose(auc(labels, -scores), 1 - auc(labels, scores), atol=1e-12)
 
 
+SCORES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0]), st.floats(width=32, allow_nan=False))
+
+
+@given(
+    st.lists(st.tuples(st.integers(-128, 127), st.booleans(), SCORES), min_size=1, max_size=40),
+    st.sampled_from([np.int8, np.int64]),
+    st.sampled_from([np.float16, np.float32]),
+)
+def test_sorting_packed_rows_changes_nothing(rows, user_dtype, score_dtype):
+    """Of scores of 64 bits rows aren't packed; the two zeros tie, infinities are scores."""
+    users, labels, scores = (np.array(column) for column in zip(*rows, strict=True))
+    with np.errstate(over="ignore"):
+        scores = scores.astype(score_dtype)
+    users = users.astype(user_dtype)
+    assert auc(labels, scores) == pytest.approx(auc(labels, scores.astype(np.float64)), nan_ok=True, abs=0)
+    for mine, others in zip(
+        user_aucs(users, labels, scores), user_aucs(users, labels, scores.astype(np.float64)), strict=True
+    ):
+        np.testing.assert_array_equal(mine, others)
+
+
+@pytest.mark.parametrize("users", [np.array([0, 2**63, 0, 2**63], np.uint64), np.array([-(2**63), 2**63 - 1] * 2)])
+def test_ids_too_far_apart_to_be_packed(users):
+    found = user_aucs(users, np.array([1, 0, 0, 1]), np.array([1, 2, 3, 4], np.float32))
+    assert found.aucs.tolist() == [0, 1]
+
+
 def test_hand_counted():
     users = np.array([7, 7, 7, 7, 3, 5, 5, 9, 9])
     labels = np.array([1, 0, 1, 0, 1, 0, 0, 1, 0])

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from small import Alone, batch_of, save_table, small_log
+from small import batch_of, save_table, small_log
 
 from sellarec.collab.task import build_collab
 from sellarec.config import Adapt, Collab, Fuse, Prompt
@@ -18,6 +18,7 @@ from sellarec.fusion.fuse import build_fuse, represented
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
 from sellarec.training.table import SavedTable, Table
+from sellarec.training.task import Alone
 
 torch.set_num_threads(1)
 

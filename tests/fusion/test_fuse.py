@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small import Alone, represent, save_table, small_log, vectors_of
+from small import represent, save_table, small_log, vectors_of
 
 from sellarec.collab.task import WEIGHTS, build_collab
 from sellarec.config import Adapt, Collab, Fuse, Prompt
@@ -25,6 +25,7 @@ from sellarec.language.adapt import build_adapt
 from sellarec.language.prompts import SOFT
 from sellarec.language.scorer import base_model
 from sellarec.training.table import Jagged, Table, initial_rows
+from sellarec.training.task import Alone
 
 torch.set_num_threads(1)
 

@@ -23,7 +23,7 @@ from sellarec.training import engine as engine_module
 from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, row_groups, slices
 from sellarec.training.table import Jagged, initial_rows
-from sellarec.training.task import INITIAL
+from sellarec.training.task import INITIAL, Alone
 
 WIDTH = 8
 """Columns of the distilled vectors: as many as the collaborative rows have, so that TorchRec could put them together."""
@@ -126,22 +126,6 @@ def plain_scores(run: Run) -> np.ndarray:
     tables = {t.name: torch.from_numpy(initial_rows(t, SEED, 0, t.rows)) for t in collab.tables}
     with torch.no_grad():
         return collab.score(None, batch, {name: tables[name][batch[name]] for name in ("user", "item")}).numpy()
-
-
-class Alone:
-    """`Peers` of one worker."""
-
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows
-
-    def own(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows
-
-    def add(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-    def largest(self, values: torch.Tensor) -> torch.Tensor:
-        return values.detach()
 
 
 class Twin:
