@@ -98,7 +98,7 @@ def origins(results: list[dict[str, Any]]) -> str:
             f"{machine['cores used']} cores, {machine['memory bytes'] / 2**30:.0f} GiB{''.join(f', {gpu}' for gpu in gpus)}, "
             f"{run['threads']} thread{'s' if run['threads'] > 1 else ''} a side; Python {machine['python']}, {versions}"
         )
-        kept = f"{result['file']} ({result['rounds kept']} of {run['rounds']} rounds)"
+        kept = f"{result['file']} ({result['rounds kept']} of {len(result['rounds'])} rounds)"
         lines.setdefault(told, []).append(kept)
     return "\n".join(f"- {', '.join(files)}: {told}." for told, files in lines.items())
 

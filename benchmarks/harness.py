@@ -13,7 +13,8 @@ no time of the others'. A repetition of a side that stands on a GPU ends when th
     2. What the sides found in it is compared: what the case names under `same` must agree, to a part of the largest number that
        stands beside it, else nothing is timed.
     3. Rounds: each side repeats once, in turns (A B A B ...). Before each round a product of matrices and a copy, always the
-       same, are timed; a round before which they took over 20% longer than at their best is left out as disturbed.
+       same, are timed; a round before which they took over 20% longer than at their best is left out as disturbed, and another
+       one is taken, until there are as many as are wanted or twice as many were tried.
     4. Of the rounds that are left: each side's median speed, and the median, lowest and highest of the rounds' ratios, of speed
        and of work per CPU second, of the first side over each other one.
 
@@ -38,6 +39,8 @@ import numpy as np
 import yaml
 from environments import make_environment
 from machine import facts
+
+from sellarec.training.launch import KEEP_FREED_MEMORY
 
 HERE = Path(__file__).parent
 CASES, RESULTS = HERE / "cases", HERE / "results"
@@ -71,10 +74,12 @@ class Side:
     Attributes:
         function: MODULE.FUNCTION in `sides/`.
         packages: what an environment of its own holds, as pip takes it; empty: it runs in this one.
+        worker: it runs with the variables that the launcher gives a collaborative model's workers on CPUs.
     """
 
     function: str
     packages: list[str] = field(default_factory=list)
+    worker: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +87,7 @@ class Run:
     """How often and in what surroundings.
 
     Attributes:
-        rounds: rounds that are timed.
+        rounds: undisturbed rounds that are waited for, in twice as many at most.
         threads: threads of each side.
         memory_gib: what a side may allocate (GiB).
     """
@@ -198,11 +203,14 @@ class Process:
             "POLARS_MAX_THREADS",
             "RAYON_NUM_THREADS",
         )
+        variables = {**dict.fromkeys(threads, str(run.threads)), "TOKENIZERS_PARALLELISM": "false"}
+        if side.worker:
+            variables |= KEEP_FREED_MEMORY
         self._errors = folder / f"{side.function}.txt"
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
                 [python, HERE / "side.py", side.function], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                text=True, env={**os.environ, **dict.fromkeys(threads, str(run.threads)), "TOKENIZERS_PARALLELISM": "false"},
+                text=True, env={**os.environ, **variables},
             )  # fmt: skip
 
     def ask(self, command: Any) -> dict[str, Any]:
@@ -298,7 +306,7 @@ def measure(case: Case, environments: Path, say: Callable[[str], None]) -> dict[
                 if built and (first := ask(name, processes[name], "repeat")):
                     answers[name] = {"seconds to build": built["seconds"], "first": first}
             _compare(case, {name: answer["first"]["found"] for name, answer in answers.items()})
-            for _ in range(case.run.rounds):
+            while len(_calm(rounds)) < case.run.rounds and len(rounds) < 2 * case.run.rounds:
                 one: dict[str, Any] = {"calibration seconds": calibrate()}
                 for name, process in processes.items():
                     if name not in lost and (answer := ask(name, process, "repeat")):
@@ -351,10 +359,14 @@ def _apart(value: Any, reference: Any) -> float:
     return found if np.isfinite(found) else np.inf
 
 
+def _calm(rounds: list[dict]) -> list[dict]:
+    best = min((one["calibration seconds"] for one in rounds), default=0.0)
+    return [one for one in rounds if one["calibration seconds"] <= DISTURBED * best]
+
+
 def summary(names: list[str], answers: dict[str, dict], rounds: list[dict], lost: dict[str, str]) -> dict[str, Any]:
     """What rounds come to: of the sides, and of the first over each other one."""
-    best = min((one["calibration seconds"] for one in rounds), default=0.0)
-    calm = [one for one in rounds if one["calibration seconds"] <= DISTURBED * best]
+    calm = _calm(rounds)
     sides: dict[str, Any] = {}
     for name in names:
         if name in lost:
@@ -391,7 +403,7 @@ def summary(names: list[str], answers: dict[str, dict], rounds: list[dict], lost
 def in_words(result: dict[str, Any]) -> str:
     """A result in some lines."""
     unit = result["unit"]
-    kept = f"{result['rounds kept']} of {result['settings']['run']['rounds']} rounds"
+    kept = f"{result['rounds kept']} of {len(result['rounds'])} rounds"
     lines = [f"{result['case']} ({kept}, {result['settings']['run']['threads']} threads a side): {result['what']}"]
     for name, side in result["sides"].items():
         if "out of memory" in side:

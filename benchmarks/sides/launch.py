@@ -2,6 +2,7 @@
 that run the same engine on the same batches, over gloo. As a script this file is one of these processes."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from sellarec.training.launch import KEEP_FREED_MEMORY
 
 ROOT = Path(__file__).parents[2]
 FIRST = 20
@@ -58,7 +61,9 @@ def without_ray(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, d
         (out := folder / f"plain-{seed}").mkdir()
         given = json.dumps({"flags": flags(work, folder, seed), "out": str(out), "workers": work["workers"]})
         processes = [
-            subprocess.Popen([sys.executable, __file__, given, str(rank)], stdout=sys.stderr)
+            subprocess.Popen(
+                [sys.executable, __file__, given, str(rank)], stdout=sys.stderr, env={**os.environ, **KEEP_FREED_MEMORY}
+            )
             for rank in range(work["workers"])
         ]
         statuses = [process.wait() for process in processes]
