@@ -43,6 +43,10 @@ COLLM = {"mf": ".6482 / .6361", "lightgcn": ".5959 / .6499", "sasrec": ".7078 / 
 ALONE = ("--fuse.collab-score", "False", "--fuse.language-weights", "1")
 """Without the score of the collaborative model."""
 
+WITHOUT_ALIGNMENT = ("--align.weight", "0", "--align.semantic", "frozen", "--fuse.warm-start", "False")
+"""Distilled vectors as distil left them, and no projection to start from: with a weight of 0 alone, weight decay would wear both
+down, and the row would tell of that. The row to compare it with is the one without warm start."""
+
 TABLES = {
     "world": Table(recipes=("demo", "longer"), seeds=(1, 2, 3)),
     **{
@@ -54,7 +58,7 @@ TABLES = {
         seeds=(1, 2, 3),
         variants={
             MAIN: (),
-            "without alignment": ("--align.weight", "0"),
+            "without alignment": WITHOUT_ALIGNMENT,
             "without warm start": ("--fuse.warm-start", "False"),
             "user and item": ("--fuse.tokens", "user", "item"),
             "user and semantic": ("--fuse.tokens", "user", "semantic"),
