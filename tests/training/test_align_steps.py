@@ -19,7 +19,7 @@ from sellarec.data.log import item_counts
 from sellarec.training.table import SavedTable
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
-import reproduce  # noqa: E402
+import reproduce
 
 CLOSE = {"rtol": 2e-4, "atol": 5e-5}
 """float32 sums in other orders, over the steps."""
