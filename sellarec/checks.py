@@ -182,6 +182,16 @@ def _check_align(config: Config) -> None:
             "True, which starts from a projection of rows to distilled vectors: take --fuse.warm-start False, or another "
             "align.contrastive"
         )
+    if align.weight == 0 and align.semantic == "trained" and "semantic" in config.fuse.tokens:
+        raise UserError(
+            "align.weight is 0, but align.semantic is trained: without the contrastive loss nothing but weight decay moves the "
+            "distilled vectors, of which fuse makes a token; take --align.semantic frozen"
+        )
+    if align.weight == 0 and config.fuse.warm_start and projects:
+        raise UserError(
+            "align.weight is 0, but fuse.warm_start is True: without the contrastive loss nothing but weight decay moves the "
+            "projection, from which fuse would start; take --fuse.warm-start False"
+        )
     if align.history != defaults.history and align.side == "items":
         raise UserError(
             f"align.history is {align.history}, but align.side is items, which reads no history: leave out one of the two"

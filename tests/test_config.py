@@ -173,6 +173,16 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ),
         ("--align.side users --data.split-by random", ["align.side is users", "data.split_by is random"]),
         ("--align.mask-share 0.2", ["align.mask_share is 0.2", "align.contrastive is info-nce"]),
+        ("--align.weight 0", ["align.weight is 0", "align.semantic is trained", "--align.semantic frozen"]),
+        (
+            "--align.weight 0 --fuse.warm-start False --fuse.tokens semantic item",
+            ["align.weight is 0", "align.semantic is trained"],
+        ),
+        (
+            "--align.weight 0 --align.semantic frozen",
+            ["align.weight is 0", "fuse.warm_start is True", "--fuse.warm-start False"],
+        ),
+        ("--align.weight 0 --fuse.tokens user item", ["align.weight is 0", "fuse.warm_start is True"]),
         ("--align.contrastive rlmrec-con", ["align.contrastive is rlmrec-con", "fuse.warm_start is True"]),
         (
             "--align.contrastive rlmrec-con --fuse.warm-start False --align.direction semantic-to-collab",
@@ -277,6 +287,10 @@ def test_fusing_no_token_is_refused_with_where_that_model_is():
 @pytest.mark.parametrize(
     "arguments",
     [
+        "--align.weight 0 --align.semantic frozen --fuse.warm-start False",
+        "--align.weight 0 --align.semantic frozen --fuse.tokens semantic",
+        "--align.weight 0 --fuse.warm-start False --fuse.tokens user item",
+        "--align.weight 0 --fuse.represent learned --fuse.tokens user item --fuse.train tables",
         "--fuse.tokens semantic --fuse.norm none",
         "--fuse.tokens item user --fuse.train projections --fuse.projections separate --fuse.experts 4",
         "--fuse.tokens user item --fuse.train adapter",

@@ -1,5 +1,6 @@
 """The tables of results that jobs/reproduce.py makes."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sellarec.command_line import parse
+from sellarec.config import result_settings
 from sellarec.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -16,10 +18,30 @@ import reproduce  # noqa: E402
 
 @pytest.mark.parametrize("name", reproduce.TABLES)
 def test_the_recipes_of_a_table_go_together(name: str) -> None:
-    table = reproduce.TABLES[name]
-    for flags in table.variants.values():
-        config = parse([*table.recipes, *flags, "--seed", "1", "--stages", "prepare,collab"])
-        assert config.stages == ("prepare", "collab")
+    """With the flags of every variant; and no two of them ask for the same."""
+    table, found = reproduce.TABLES[name], []
+    stages = () if table.evaluation is None else ("--stages", "prepare,collab")
+    for variant, flags in table.variants.items():
+        short = variant.replace(" ", "-")
+        config = parse([*table.recipes, *flags, "--seed", "1", "--name", f"{name}-{short}", *stages])
+        assert result_settings(config) not in found, variant
+        found.append(result_settings(config))
+
+
+def test_the_table_of_sella_rec_has_every_subset_of_tokens_and_the_other_ways_to_tell_of_users_and_items() -> None:
+    table = reproduce.TABLES["sella-ml-1m"]
+    configs = {variant: parse([*table.recipes, *flags]) for variant, flags in table.variants.items()}
+    main = configs.pop(reproduce.MAIN)
+    subsets = {
+        config.fuse.tokens
+        for config in [main, *configs.values()]
+        if config.align == main.align and config.fuse.represent == "collaborative"
+    }
+    tokens = ("user", "item", "semantic")
+    assert subsets == {some for size in (1, 2, 3) for some in itertools.combinations(tokens, size)}
+    assert configs["CoLLM style"].fuse.train == ("projections",) and not configs["CoLLM style"].fuse.warm_start
+    assert configs["PersonPrompt"].fuse.represent == "learned" and configs["BinLLM"].fuse.represent == "codes"
+    assert set(table.published) <= set(table.variants)
 
 
 def record(seed: int, metric: str, value: float | None, rows: str = "all") -> dict:

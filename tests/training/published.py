@@ -36,6 +36,16 @@ SELLA: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# What its scripts set for Amazon-Book, where they set something else for movies. Steps are those of the checkpoints they name.
+SELLA_BOOK: dict[str, dict[str, Any]] = {
+    "adapt": {"max_steps": 300},
+    "collab": {"batch": 10_240, "table_learning_rate": 1e-1, "table_weight_decay": 1e-6},
+    "align": {
+        "batch": 10_240, "learning_rate": 1e-1, "weight_decay": 1e-6, "table_learning_rate": 1e-1, "table_weight_decay": 1e-6,
+    },
+    "fuse": {"batch": 1024, "max_steps": 656, "learning_rate": 8e-4, "table_learning_rate": 8e-4},
+}  # fmt: skip
+
 # SASRec as CoLLM's script baseline_train_sasrec.py trains it on MovieLens-1M, settings of stage collab.
 COLLM_SASREC: dict[str, Any] = {
     "model": "sasrec", "loss": "bce", "user_rows": False, "layers": 2, "heads": 1, "dropout": 0.2, "history": 25,

@@ -1,5 +1,6 @@
 """Stage align, step for step: one to three workers against whole tables in one process. Rows of a frozen table never move."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ from align_cases import Run, Twin
 from prepared import prepare_into, rules, source_of
 from safetensors.numpy import load_file
 
+from sellarec.command_line import parse
 from sellarec.config import Align, Collab, Tables
 from sellarec.data.log import item_counts
 from sellarec.training.table import SavedTable
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "jobs"))
+import reproduce
 
 CLOSE = {"rtol": 2e-4, "atol": 5e-5}
 """float32 sums in other orders, over the steps."""
@@ -124,6 +129,21 @@ def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(gloo, tw
         assert state["item"] > 0 and (state["semantic"] == 0) is frozen
     resumed = replace(run, checkpoint=None, start_at=3, start_from=run.checkpoint, output=tmp_path / "output")
     close(gloo.call(3, align_cases.train, resumed), resumed, twins, case)
+
+
+@pytest.mark.distributed
+def test_the_ablation_without_alignment_leaves_the_distilled_vectors_as_they_are(gloo, log, tmp_path):
+    """With a weight of 0 alone, the recipe's weight decay would wear them down."""
+    table = reproduce.TABLES["sella-ml-1m"]
+    config = parse([*table.recipes, *table.variants["without alignment"]])
+    assert config.align.weight == 0 and not config.fuse.warm_start
+    for semantic in ("frozen", "trained"):
+        output = tmp_path / semantic
+        gloo.call(
+            1, align_cases.train, Run(replace(config.align, semantic=semantic), config.collab, log, output=output)
+        )
+        saved = SavedTable(output / "tables", "semantic").read(0, 13)
+        assert np.array_equal(saved, align_cases.distilled(0, 13)) is (semantic == config.align.semantic)
 
 
 @pytest.mark.distributed

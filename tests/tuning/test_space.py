@@ -1,6 +1,8 @@
 """Search spaces: what is read, what is refused, what is drawn."""
 
 import random
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,13 @@ import yaml
 
 from sellarec.artifacts import Place, Store
 from sellarec.checks import check
-from sellarec.config import Config
+from sellarec.command_line import parse_sweep
+from sellarec.config import Config, leaves
 from sellarec.errors import UserError
 from sellarec.pipeline import marks_of
 from sellarec.run import Run
 from sellarec.training.progress import Console
-from sellarec.tuning.space import Domain, check_space, read_space, samples, space_folder, with_settings
+from sellarec.tuning.space import KINDS, Domain, check_space, read_space, samples, space_folder, with_settings
 
 BUILT_IN = sorted(path.stem for path in space_folder().glob("*.yaml"))
 
@@ -24,9 +27,11 @@ def space_of(folder: Path, content: object) -> list[Domain]:
     return read_space(str(path))
 
 
-def checked(folder: Path, space: list[Domain], stage: str = "align", **settings: object) -> list[str]:
-    """The stages that a space's trials read, on the demo's config."""
-    config = with_settings(Config(name="test"), settings)
+def checked(
+    folder: Path, space: list[Domain], stage: str = "align", base: Config | None = None, **settings: object
+) -> list[str]:
+    """The stages that a space's trials read, on a config (the demo's)."""
+    config = with_settings(base or Config(name="test"), settings)
     this = Run(config, Store(Place.of(str(folder / "w"))), Console())
 
     def marks(trial: Config) -> dict[str, str]:
@@ -40,6 +45,24 @@ def checked(folder: Path, space: list[Domain], stage: str = "align", **settings:
 def test_built_in_spaces_belong_to_the_stage_that_they_are_named_after(name: str, tmp_path: Path) -> None:
     read = checked(tmp_path, read_space(name), name)
     assert read[0] == "prepare" and name not in read
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_spaces_hold_the_defaults_that_their_trials_are_compared_with(name: str) -> None:
+    defaults = {setting: value for setting, value, _ in leaves(Config())}
+    for domain in read_space(name):
+        default, values = defaults[domain.name], domain.values
+        assert default in values if domain.kind == "choice" else values[0] <= default <= values[1], domain.name
+
+
+def test_the_space_that_the_documentation_shows_is_one_of_the_sweep_that_it_shows(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^ {4}.*\n)+", text, re.MULTILINE)]
+    command, shown = blocks[0], next(block for block in blocks if block.startswith("align."))
+    sweep = parse_sweep(command.partition("tune.py ")[2].split())
+    space = space_of(tmp_path, shown)
+    assert {domain.kind for domain in space} == set(KINDS)
+    assert checked(tmp_path, space, sweep.stage, sweep.base())[0] == "prepare"
 
 
 @pytest.mark.parametrize(
