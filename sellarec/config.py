@@ -584,8 +584,8 @@ class Config:
     grow_every: float = runtime(GROW_EVERY)
     """With `min_workers`: seconds after which workers that are fewer than `workers` become more, where there is room."""
     node_timeout: float = runtime(NODE_TIMEOUT)
-    """Seconds for which a stage that has lost workers waits for room for them, as on a node that takes the place of another; then
-    it fails, and the same command goes on from its newest checkpoint."""
+    """Seconds for which a stage that has lost workers, or begins on fewer nodes than hold them, waits for room for them, as on a
+    node that takes the place of another; then it fails, and the same command goes on from its newest checkpoint."""
     storage_timeout: float = runtime(STORAGE_TIMEOUT)
     """Seconds for which writing a checkpoint or an artifact is tried again while storage fails; then the stage fails, and the
     same command goes on from its newest checkpoint."""

@@ -53,9 +53,6 @@ MANY = 1 << 20
 START_SECONDS = 60.0
 """How long a group of workers that found room may take to start."""
 
-WITHOUT_LIMIT = 1e6
-"""Seconds: eleven days."""
-
 RARER = 2
 """How many times rarer room for more workers is looked for after it was found in vain: what is free at one moment, as a CPU
 that reads data now and then, may be taken at the next."""
@@ -89,7 +86,7 @@ class Group:
         share: what each takes of a CPU, or of a GPU.
         worker_timeout: seconds after which a worker that doesn't answer counts as lost.
         storage_timeout: seconds for which storage that fails is tried again.
-        node_timeout: seconds for which room for `least` workers is waited for, where some were lost.
+        node_timeout: seconds for which room for `least` workers is waited for, where nodes are too few or were lost.
         grow_every: seconds after which workers that are fewer than `most` make place for more, where there is room.
     """
 
@@ -309,7 +306,8 @@ def run_workers(
     while True:
         console.line(f"{stage:<9} starting {workers} workers")
         ended = launch.run(workers, first, grow_every)
-        first = False
+        is_held_up = _waits_for_others(group, first) and _found_no_room(ended.failure)
+        first = first and is_held_up
         if ended.errors:
             raise UserError(ended.errors[0])
         if ended.failed:
@@ -318,7 +316,10 @@ def run_workers(
             raise KeyboardInterrupt
         if ended.failure is not None and stop is not None and stop.is_set():
             raise TrainingStopped(f"stage {stage} was stopped, and a worker lost") from ended.failure
-        if ended.failure is not None:
+        if is_held_up:  # which may take as long as it likes; but nodes may have gone meanwhile
+            console.line(f"{stage:<9} waits for what other jobs hold of {_needed(group)}")
+            workers = first_workers(stage, group, console, stop)
+        elif ended.failure is not None:
             # what fails after each new checkpoint gets on; what fails again and again without one doesn't
             started = ended.starts[-1] if ended.starts else reached
             lost = 1 if started > reached else lost + 1
@@ -380,7 +381,7 @@ class _Launch:
 
         Args:
             grow_every: seconds after which it is looked for room for more.
-            first: there was none before. Only such a group waits without limit for its CPUs, where their number is given.
+            first: there was none before.
 
         Raises:
             KeyboardInterrupt: a second SIGINT or SIGTERM, or one where there is nothing to leave a checkpoint of.
@@ -393,8 +394,8 @@ class _Launch:
         group, board = self.group, _board()
         timeout = group.worker_timeout
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
-        waits = first and group.least == group.most
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WITHOUT_LIMIT if waits else START_SECONDS)
+        patience = max(START_SECONDS, group.node_timeout) if _waits_for_others(group, first) else START_SECONDS
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
         failures: list[BaseException] = []
 
         def fit(folder: str) -> None:
@@ -452,6 +453,17 @@ class _Launch:
         return _Ended(failures[0] if failures else None, errors, failed, starts, stopped, bool(arrived))
 
 
+def _places(group: Group) -> int:
+    """How many workers the living nodes can hold, whatever else runs on them."""
+    nodes, taken = living_nodes(), group.taken
+    places = sum(
+        min(int(node.cpus / taken["CPU"]), int(node.gpus) * int(1 / taken["GPU"]) if group.gpus else MANY)
+        for node in nodes
+    )
+    # one CPU is left to read data
+    return min(places, int((sum(node.cpus for node in nodes) - 1) / taken["CPU"]))
+
+
 def _room(group: Group, least: int, most: int, beside: int = 0) -> int:
     """How many workers find room now, from `least` to `most`; 0 where not even the least do. What other jobs hold is no room, nor
     is a node that has died without the cluster having noticed.
@@ -459,14 +471,8 @@ def _room(group: Group, least: int, most: int, beside: int = 0) -> int:
     Args:
         beside: workers that run already.
     """
-    nodes, taken, found = living_nodes(), group.taken, 0
-    places = sum(
-        min(int(node.cpus / taken["CPU"]), int(node.gpus) * int(1 / taken["GPU"]) if group.gpus else MANY)
-        for node in nodes
-    )
-    # one CPU is left to read data
-    places = min(places, int((sum(node.cpus for node in nodes) - 1) / taken["CPU"])) - beside
-    low, high = least, min(most, places)
+    taken, found = group.taken, 0
+    low, high = least, min(most, _places(group) - beside)
     workers = high
     while low <= high:
         if _fit([taken] * workers + [{"CPU": 1.0}] * (not beside)):
@@ -488,29 +494,45 @@ def _fit(bundles: list[dict[str, float]]) -> bool:
         remove_placement_group(held)
 
 
+def _waits_for_others(group: Group, first: bool) -> bool:
+    """Whether a group waits without limit for what other jobs hold, as a sweep's trials do: where the number of its workers is
+    given, and none of them have run yet."""
+    return first and group.least == group.most
+
+
+def _found_no_room(failure: BaseException | None) -> bool:
+    """Whether a group of workers ended because Ray found no room for it in the time that it had."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(getattr(failure, "controller_failure", None), WorkerGroupStartupTimeoutError)
+
+
 def first_workers(stage: str, group: Group, console: Console, stop: threading.Event | None = None) -> int:
-    """How many workers a stage starts with: where their number is given, these, and Ray waits for their CPUs.
+    """How many workers a stage starts with: where their number is given, these, once there are nodes that can hold them. Ray
+    waits for what other jobs hold there.
 
     Raises:
         StageFailed, TrainingStopped: as `find_room`.
     """
-    return group.most if group.least == group.most else find_room(stage, group, console, stop)
+    return find_room(stage, group, console, stop, is_free=not _waits_for_others(group, first=True))
 
 
-def find_room(stage: str, group: Group, console: Console, stop: threading.Event | None) -> int:
+def find_room(stage: str, group: Group, console: Console, stop: threading.Event | None, is_free: bool = True) -> int:
     """Wait for room for the group's workers: how many find some.
+
+    Args:
+        is_free: what other jobs hold is no room.
 
     Raises:
         StageFailed: there was none for `node_timeout` seconds.
         TrainingStopped: `stop` was set meanwhile.
     """
     start, told = time.monotonic(), False
-    while not (workers := _room(group, group.least, group.most)):
-        nodes = ", ".join(f"{node} {node.cpus:g}" for node in living_nodes())
-        gpu = f" and {group.taken['GPU']:g} GPU" if group.gpus else ""
-        needed = (
-            f"{group.least} workers of {group.taken['CPU']:g} CPU{gpu} each and 1 CPU to read data; CPUs are: {nodes}"
-        )
+    while True:
+        workers = _room(group, group.least, group.most) if is_free else min(group.most, _places(group))
+        if workers >= group.least:
+            return workers
+        needed = _needed(group)
         if time.monotonic() - start > group.node_timeout:
             raise StageFailed(
                 f"stage {stage}: for {group.node_timeout:g} s (node_timeout) there was no room for {needed}. Checkpoints are "
@@ -522,7 +544,15 @@ def find_room(stage: str, group: Group, console: Console, stop: threading.Event 
             console.line(f"{stage:<9} waits {group.node_timeout:g} s at most for room for {needed}")
             told = True
         time.sleep(1)
-    return workers
+
+
+def _needed(group: Group) -> str:
+    """What the least of a group's workers take, and what the living nodes have, in words."""
+    cpu, nodes = group.taken["CPU"], living_nodes()
+    gpu = f" and {group.taken['GPU']:g} GPU" if group.gpus else ""
+    has = ", ".join(f"{node} {node.cpus:g}" + (f" and {node.gpus:g} GPUs" if group.gpus else "") for node in nodes)
+    needed = f"{group.least} workers of {cpu:g} CPU{gpu} each and 1 CPU to read data ({group.least * cpu + 1:g} CPUs)"
+    return f"{needed}; CPUs are: {has}"
 
 
 @contextlib.contextmanager
