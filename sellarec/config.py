@@ -575,6 +575,9 @@ class Config:
 
     workers: int = runtime(2)
     """Training processes; each holds 1/workers of every table and of the language model."""
+    device: Literal["auto", "cuda", "cpu"] = runtime("auto")
+    """What training processes run on: auto: a GPU each where there are any, and CPUs where there are none; cuda: a GPU each,
+    refused where there are none; cpu: CPUs. With GPUs for some of them alone a job is refused."""
     worker_timeout: float = runtime(WORKER_TIMEOUT)
     """Seconds without an answer after which a worker counts as lost, and the stage goes on from its checkpoint. More than loading
     or writing a model takes."""
@@ -644,7 +647,7 @@ class Sweep(Config):
     concurrent: int = runtime(1)
     """Trials that run at a time, of `workers` training processes each."""
     share: float = runtime(1.0)
-    """What each worker of a trial takes of a CPU, or of a GPU where there are some for all: 0.5 lets two workers share one."""
+    """What each worker of a trial takes of a CPU, or of a GPU where there are some: 0.5 lets two workers share one."""
     max_failures: int = runtime(2)
     """How often a trial that failed, or was lost, is taken up again."""
 
@@ -711,6 +714,8 @@ class Evaluation:
     """Split that is evaluated."""
     workers: int = 2
     """Processes that share the tables and the work; an export is scored with by one."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What they run on, as for jobs/train.py. An export takes a GPU where there is one."""
     batch: int = 512
     """Rows scored, or users ranked for, at once, all workers together."""
     replicates: int = 1000

@@ -28,7 +28,7 @@ from sellarec.language.templates import is_file, template_mark
 from sellarec.run import Run, facts_of, inputs_of, settings_of
 from sellarec.stages import carry_out, check_labels
 from sellarec.tracking import open_trackers
-from sellarec.training.launch import CHECKPOINTS, check_room, joins_cluster
+from sellarec.training.launch import CHECKPOINTS, check_room, gpus_here, joins_cluster, takes_gpus
 from sellarec.training.progress import duration
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
@@ -82,6 +82,7 @@ def _run(this: Run) -> None:
             )
         if wanted != ("prepare",):
             check_room(config.workers)
+            takes_gpus(gpus_here(config.device), config.workers, config.device, this.groups, this.share)
     settings = _check_name(this, _origins(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
     recorded = this.place.read_json("artifacts.json") or {}
@@ -365,11 +366,12 @@ def _check_computing(this: Run, wanted: Sequence[str]) -> None:
 
 def _has_gpus(this: Run) -> bool:
     """Whether workers get a GPU each; taken to be so of a cluster that isn't joined yet."""
-    import torch
-
+    config = this.config
     if this.cluster is not None:
         return this.gpus()
-    return joins_cluster() or torch.cuda.device_count() >= this.config.workers
+    if joins_cluster():
+        return config.device != "cpu"
+    return takes_gpus(gpus_here(config.device), config.workers, config.device)
 
 
 def _track_results(this: Run) -> None:

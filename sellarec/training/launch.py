@@ -106,17 +106,24 @@ class Group:
 
 
 def connect(
-    workers: int, console: Console, workspace: Place, groups: int = 1, share: float = 1.0, stopping: int = 0
+    workers: int,
+    console: Console,
+    workspace: Place,
+    groups: int = 1,
+    share: float = 1.0,
+    stopping: int = 0,
+    device: str = "auto",
 ) -> Cluster:
     """Join the cluster that RAY_ADDRESS names and check it (`preflight.py`), or start Ray on this machine.
 
     Args:
         groups: worker groups that are to run at a time, of `workers` each.
-        share: what each worker takes of a CPU, or of a GPU where there are some for all.
+        share: what each worker takes of a CPU, or of a GPU where there are some.
         stopping: groups that may still take their last step while those run, for which a Ray that is started here has CPUs too.
+        device: what workers run on, see `Config.device`.
 
     Raises:
-        UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, with the arithmetic.
+        UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, GPUs, with the arithmetic.
         StageFailed: Ray's processes don't come up on this machine.
     """
     # Reports wait for the controller's next poll, 2 s by default.
@@ -145,6 +152,7 @@ def connect(
             ray.init(
                 address="local",
                 num_cpus=max(cores, (groups + stopping) * (workers + 2)),
+                num_gpus=gpus_here(device),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -167,8 +175,7 @@ def connect(
             ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init takes its place
-    gpus = ray.cluster_resources().get("GPU", 0)
-    has_gpus = int(gpus) * int(1 / share) >= groups * workers  # a share lies on one GPU
+    has_gpus = takes_gpus(ray.cluster_resources().get("GPU", 0), workers, device, groups, share)
     if has_gpus and share < 1 and workers > 1:
         raise UserError(
             f"share is {share:g} and workers {workers}, but NCCL takes no two workers of a group on one GPU: give --workers 1, "
@@ -180,17 +187,52 @@ def connect(
         for line in in_words(found):
             console.line(f"  {line}")
         console.line(f"preflight passed in {time.monotonic() - start:.0f} s: {len(found)} nodes")
-    if gpus > 0 and not has_gpus:
-        console.line(
-            f"note: {groups * workers} workers find {gpus:g} GPUs, so they run on CPUs: "
-            f"{'lower --workers or --concurrent' if groups > 1 else f'give --workers {gpus:g}'} to use them"
-        )
     return Cluster(local=local, gpus=has_gpus, share=share, groups=groups)
 
 
 def joins_cluster() -> bool:
     """Whether this job joins a cluster instead of starting Ray on this machine."""
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def gpus_here(device: str) -> int:
+    """GPUs of this machine that workers may take: those that torch can use, which CUDA_VISIBLE_DEVICES limits."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def takes_gpus(gpus: float, workers: int, device: str, groups: int = 1, share: float = 1.0) -> bool:
+    """Whether workers get a GPU each, or a share of one.
+
+    Args:
+        gpus: that there are.
+        device, groups, share: see `connect`.
+
+    Raises:
+        UserError: there are GPUs, but not for all workers, or none, and `device` asks for them: on CPUs a run would take many
+            times as long.
+    """
+    if device == "cpu":
+        return False
+    places, needed = int(gpus) * int(1 / share), groups * workers  # a share lies on one GPU
+    if gpus > 0 and places < needed:
+        several = f"{groups} x {workers} workers" if groups > 1 else f"{workers} workers"
+        advice = (
+            "lower --workers or --concurrent" if groups > 1 else f"give --workers {places}" if places else "add GPUs"
+        )
+        raise UserError(
+            f"{several} of {share:g} GPU each find {gpus:g} GPUs, which have room for {places}: {advice}, or give --device cpu "
+            "to run on CPUs"
+        )
+    if gpus == 0 and device == "cuda":
+        raise UserError(
+            "device is cuda, but there is no GPU that Ray and torch know of: give --device cpu, or add GPUs (`jobs/env.py` tells "
+            "what torch finds here, `ray status` what a cluster has)"
+        )
+    return gpus > 0
 
 
 def room_of_worker(workers: int) -> int:
