@@ -149,7 +149,7 @@ def connect(
         if workers > cores:
             console.line(f"note: {workers} workers share {cores} cores")
         try:
-            ray.init(
+            joined = ray.init(
                 address="local",
                 num_cpus=max(cores, (groups + stopping) * (workers + 2)),
                 num_gpus=gpus_here(device),
@@ -167,7 +167,7 @@ def connect(
         check_address(str(address))
         check_workspace(workspace)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             # another version of Ray or Python, no token or a wrong one, a machine that is no node of the cluster
             raise UserError(
@@ -175,6 +175,8 @@ def connect(
             ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init takes its place
+    if joined.dashboard_url:
+        console.line(f"  Ray dashboard: http://{joined.dashboard_url}")
     has_gpus = takes_gpus(ray.cluster_resources().get("GPU", 0), workers, device, groups, share)
     if has_gpus and share < 1 and workers > 1:
         raise UserError(
