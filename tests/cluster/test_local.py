@@ -65,7 +65,9 @@ def submit(variables: dict[str, str]) -> Submit:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_is_submitted_and_spreads_over_the_nodes(submit: Submit, state: Path, tmp_path: Path) -> None:
+def test_a_run_is_submitted_and_spreads_over_the_nodes(
+    submit: Submit, variables: dict[str, str], state: Path, tmp_path: Path
+) -> None:
     """All stages, by three workers, of which nodes of 2 CPUs hold two at most. Preflight comes first; the same command goes on
     from what stands.
     """
@@ -74,6 +76,7 @@ def test_a_run_is_submitted_and_spreads_over_the_nodes(submit: Submit, state: Pa
     status, printed = submit(*command)
     assert status == 0, printed
     assert printed.index("preflight passed") < printed.index("prepare   done")
+    assert f"  Ray dashboard: {variables['RAY_API_SERVER_ADDRESS']}\n" in printed
     for name in ("head", "worker-1", "worker-2"):
         assert f"  {name} (127.0.0.1): 2 CPUs" in printed
     assert {record["model"] for record in main_job.read_json(tmp_path / "w/runs/one/results.json")} >= {
