@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from sellarec.artifacts import Place
@@ -52,6 +53,12 @@ MANY = 1 << 20
 
 START_SECONDS = 60.0
 """How long a group of workers that found room may take to start."""
+
+LOG_BYTES = 1 << 20
+"""Of what a process has printed, the last so many bytes are kept after a failure."""
+
+LOG_SECONDS = 30.0
+"""How long nodes may take to write that down."""
 
 RARER = 2
 """How many times rarer room for more workers is looked for after it was found in vain: what is free at one moment, as a CPU
@@ -597,6 +604,48 @@ def _needed(group: Group) -> str:
     has = ", ".join(f"{node} {node.cpus:g}" + (f" and {node.gpus:g} GPUs" if group.gpus else "") for node in nodes)
     needed = f"{group.least} workers of {cpu:g} CPU{gpu} each and 1 CPU to read data ({group.least * cpu + 1:g} CPUs)"
     return f"{needed}; CPUs are: {has}"
+
+
+def keep_logs(place: Place) -> list[str]:
+    """Copy what this job's processes have printed on all living nodes, its workers' last words among them, to NODE/FILE in a
+    place that they all see.
+
+    Returns: the nodes of which not all came, and why.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes, job, copy = living_nodes(), ray.get_runtime_context().get_job_id(), ray.remote(num_cpus=0)(_copy_logs)
+    copied = [
+        copy.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
+            place / node.name, job
+        )
+        for node in nodes
+    ]
+    ray.wait(copied, num_returns=len(copied), timeout=LOG_SECONDS)
+    failures = []
+    for node, reference in zip(nodes, copied, strict=True):
+        try:
+            ray.get(reference, timeout=0.1)
+        except ray.exceptions.RayError as error:
+            failures.append(f"{node}: {last_line(error)}")
+    return failures
+
+
+def _copy_logs(place: Place, job: str) -> None:
+    """Copy this node's part of a job's logs. Ray writes a file for each of a process's two streams, heads it with the job, and
+    says in lines that begin with a colon what runs in it; files in which nothing else stands are left out."""
+    import ray
+
+    for file in sorted(Path(ray._private.worker._global_node.get_session_dir_path(), "logs").glob("worker-*")):
+        head = f":job_id:{job}\n".encode()
+        with open(file, "rb") as stream:
+            if stream.read(len(head)) != head:
+                continue
+            stream.seek(max(len(head), file.stat().st_size - LOG_BYTES))
+            text = stream.read().decode(errors="replace")
+        if any(line and not line.startswith(":") for line in text.splitlines()):
+            place.write_text(file.name, text)
 
 
 @contextlib.contextmanager

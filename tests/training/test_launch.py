@@ -6,15 +6,26 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import ray
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.exceptions import ControllerError
 
+from sellarec.artifacts import Place
 from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.preflight import Node
 from sellarec.training import launch
-from sellarec.training.launch import KEEP_FREED_MEMORY, Group, first_workers, run_workers, takes_gpus
+from sellarec.training.launch import (
+    KEEP_FREED_MEMORY,
+    Group,
+    connect,
+    first_workers,
+    keep_logs,
+    run_workers,
+    takes_gpus,
+)
 from sellarec.training.progress import Console
 
 CODE = """
@@ -188,3 +199,34 @@ def test_gpus_for_all_workers_or_for_none() -> None:
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             takes_gpus(gpus, workers, device, groups, share)
+
+
+@pytest.mark.ray
+def test_what_workers_have_printed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one that was killed too; processes in which nothing was printed, and other jobs', leave no file."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def say(text: str, is_killed: bool) -> None:
+        print(text, file=sys.stderr, flush=True)
+        if is_killed:
+            os.kill(os.getpid(), 9)
+
+    @ray.remote(num_cpus=0)
+    def forge() -> None:
+        logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+        (logs / "worker-1-1-1.err").write_text(":job_id:02000000\nanother job's\n")
+
+    connect(1, Console(), Place.of(str(tmp_path)), device="cpu")
+    try:
+        ray.get(forge.remote())
+        ray.get(say.remote("all is well", False))
+        with pytest.raises(ray.exceptions.WorkerCrashedError):
+            ray.get(say.remote("my last words", True))
+        assert keep_logs(Place.of(str(tmp_path / "logs"))) == []
+    finally:
+        ray.shutdown()
+    (node,) = (tmp_path / "logs").iterdir()
+    assert all(file.suffix == ".err" for file in node.iterdir()), list(node.iterdir())
+    printed = "".join(file.read_text() for file in node.iterdir())
+    assert "all is well\n" in printed and "my last words\n" in printed and "another job's" not in printed
