@@ -103,6 +103,31 @@ def test_a_stage_that_fails_is_the_jobs_failure(submit: Submit, tmp_path: Path) 
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_job_that_is_stopped_has_time_for_a_checkpoint(variables: dict[str, str], tmp_path: Path) -> None:
+    """`ray job stop` sends SIGTERM, and waits longer than the 3 s that are Ray's own default."""
+    (tmp_path / "job.py").write_text(
+        "import signal, sys, time\n"
+        "def stop(number, frame):\n"
+        "    time.sleep(6)\n"
+        f"    open('{tmp_path}/left', 'w').close()\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"open('{tmp_path}/runs', 'w').close()\n"
+        "time.sleep(300)\n"
+    )
+    ray, environment = Path(sys.executable).parent / "ray", {**CLEAN, **variables}
+    submit = [ray, "job", "submit", "--no-wait", "--submission-id", "stopped", "--", "python", tmp_path / "job.py"]
+    subprocess.run(submit, check=True, env=environment, capture_output=True, timeout=300)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    subprocess.run([ray, "job", "stop", "stopped"], check=True, env=environment, capture_output=True, timeout=120)
+    assert (tmp_path / "left").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_jobs_that_are_refused(submit: Submit, tmp_path: Path) -> None:
     """Non-zero, one line, and no stage was begun: a run too large for the nodes, a workspace that only the job has."""
     for flags, words in (
