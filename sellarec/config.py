@@ -729,7 +729,15 @@ class Preflight:
     """Check the cluster that RAY_ADDRESS names for a run, without starting one."""
 
     workers: int = 2
-    """Training processes that the run would have."""
+    """Training processes that the run, or each trial of a sweep, would have."""
+    min_workers: int | None = None
+    """With how many the run would start where no more find room (default: as many as `workers`)."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What they would run on, as for jobs/train.py."""
+    concurrent: int = 1
+    """Trials that a sweep would run at a time."""
+    share: float = 1.0
+    """What each worker of a trial would take of a CPU, or of a GPU."""
     workspace: str = "runs"
     """Folder or URI (s3://, gs://) that the run would write to."""
 
