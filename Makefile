@@ -1,4 +1,5 @@
-# make demo       the main job on its embedded default; make demo ARGS="--seed 2 --name seed-2" hands flags on
+# make demo       the main job on its embedded default, on CPUs; make demo ARGS="--seed 2 --name seed-2" hands flags on, and
+#                 ARGS="--device cuda --workers 1" takes a GPU
 # make test       the tests;  make test-all  also the slow ones
 # make lint       ruff and mypy
 # make env        only the environment, .venv, which the targets above make or bring up to date by themselves
@@ -15,7 +16,7 @@ python := .venv/bin/python
 .PHONY: demo test test-all lint env clean
 
 demo: env
-	$(python) jobs/train.py $(ARGS)
+	$(python) jobs/train.py $(ARGS) $(if $(findstring --device,$(ARGS)),,--device cpu)
 
 test: env
 	$(python) -m pytest -m "not slow" $(ARGS)

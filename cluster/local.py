@@ -39,6 +39,9 @@ GRACE_SECONDS = 15
 LONGEST_STATE = 30
 """Characters of the state folder's path: Ray puts sockets below it, whose paths the system limits to 107."""
 
+JOB_STOP_SECONDS = 120
+"""What `ray job stop` waits between SIGTERM and SIGKILL: a stage that trains ends its step and leaves a checkpoint."""
+
 STORE_MIB = 256
 """Object store of each node."""
 
@@ -153,6 +156,7 @@ def up(
         "RAY_TMPDIR": str(state / "ray"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
         "GLOO_SOCKET_IFNAME": "lo" if network == "loopback" else "eth0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # what jobs call `python`
     }

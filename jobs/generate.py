@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
         users=settings.users, items=settings.items, interactions=settings.interactions, seed=settings.seed
     )
     console = Console()
-    connect(1, console, Place.of(str(settings.out)))
+    connect(1, console, Place.of(str(settings.out)), device="cpu")
     write_raw(generated, settings.out, settings.gzip, lambda name, size: console.line(f"{name}: {size:,} bytes"))
     if not settings.raw_only:
         from sellarec.config import Data

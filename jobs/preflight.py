@@ -21,7 +21,14 @@ def main(arguments: list[str]) -> None:
         )
     workspace = Place.of(settings.workspace)
     Store(workspace).check_writable()
-    connect(settings.workers, Console(), workspace)
+    connect(
+        settings.min_workers or settings.workers,
+        Console(),
+        workspace,
+        settings.concurrent,
+        settings.share,
+        device=settings.device,
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> None:
             hashes=file_hashes(source.files),
             bad_rows=data.bad_rows,
             previous=settings.init_from,
-            start_ray=lambda: connect(1, console, Place.of(str(out))),
+            start_ray=lambda: connect(1, console, Place.of(str(out)), device="cpu"),
             say=console.line,
         )
         check_expected(facts, data.expected)

@@ -71,11 +71,7 @@ def check(config: Config) -> None:
             f"prompt.history is {config.prompt.history}, but data.history_cap keeps only {data.history_cap} items a row: "
             "raise data.history_cap or lower prompt.history"
         )
-    if config.min_workers is not None and config.min_workers > config.workers:
-        raise UserError(
-            f"min_workers is {config.min_workers} and workers {config.workers}: the fewest can't be more than all; lower one or "
-            "raise the other"
-        )
+    check_fewest(config.min_workers, config.workers)
     if config.min_workers is None and config.grow_every != GROW_EVERY:
         raise UserError(
             f"grow_every is {config.grow_every:g}, but min_workers is not given, and without it workers never become more: "
@@ -536,6 +532,18 @@ def check_bounds(settings: Any) -> None:
             high = MAX_WORLD if name.startswith("data.world.") else MAX_INTEGER
             if isinstance(value, int) and value > high:
                 raise UserError(f"{name} is {value}, but must be at most {high:,}")
+
+
+def check_fewest(min_workers: int | None, workers: int) -> None:
+    if min_workers is not None and min_workers > workers:
+        raise UserError(
+            f"min_workers is {min_workers} and workers {workers}: the fewest can't be more than all; lower one or raise the other"
+        )
+
+
+def check_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise UserError(f"share is {share}: a number above 0, at most 1, is needed")
 
 
 def check_width(name: str, dim: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
-from sellarec.checks import check, check_bounds, check_data, check_width
+from sellarec.checks import check, check_bounds, check_data, check_fewest, check_share, check_width
 from sellarec.config import STAGES, Config, Evaluation, Fuse, Planning, Preflight, Prepare, Sweep, leaves
 from sellarec.errors import UserError
 from sellarec.language.templates import is_file
@@ -106,8 +106,7 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
     if sweep.name is None:
         sweep = dataclasses.replace(sweep, name="-".join([*names, sweep.stage]))
     check_bounds(sweep)
-    if not 0 < sweep.share <= 1:
-        raise UserError(f"share is {sweep.share}: a number above 0, at most 1, is needed")
+    check_share(sweep.share)
     if sweep.stages:
         raise UserError(
             f"stages is {', '.join(sweep.stages)}, but a sweep runs what its --stage reads, and its trials: leave it out"
@@ -223,7 +222,15 @@ def parse_preflight(arguments: Sequence[str]) -> Preflight:
         UserError: settings that are out of range.
         SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
     """
-    return _parse_flags(Preflight, arguments, "preflight.py")
+    settings = _parse_flags(Preflight, arguments, "preflight.py")
+    check_fewest(settings.min_workers, settings.workers)
+    check_share(settings.share)
+    if settings.min_workers is not None and settings.concurrent > 1:
+        raise UserError(
+            f"min_workers is {settings.min_workers} and concurrent {settings.concurrent}, but a sweep's trials have `workers` "
+            "workers each: leave out one of the two"
+        )
+    return settings
 
 
 def _parse_flags(kind: type[Flags], arguments: Sequence[str], program: str) -> Flags:

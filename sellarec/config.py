@@ -575,6 +575,9 @@ class Config:
 
     workers: int = runtime(2)
     """Training processes; each holds 1/workers of every table and of the language model."""
+    device: Literal["auto", "cuda", "cpu"] = runtime("auto")
+    """What training processes run on: auto: a GPU each where there are any, and CPUs where there are none; cuda: a GPU each,
+    refused where there are none; cpu: CPUs. With GPUs for some of them alone a job is refused."""
     worker_timeout: float = runtime(WORKER_TIMEOUT)
     """Seconds without an answer after which a worker counts as lost, and the stage goes on from its checkpoint. More than loading
     or writing a model takes."""
@@ -584,8 +587,8 @@ class Config:
     grow_every: float = runtime(GROW_EVERY)
     """With `min_workers`: seconds after which workers that are fewer than `workers` become more, where there is room."""
     node_timeout: float = runtime(NODE_TIMEOUT)
-    """Seconds for which a stage that has lost workers waits for room for them, as on a node that takes the place of another; then
-    it fails, and the same command goes on from its newest checkpoint."""
+    """Seconds for which a stage that has lost workers, or begins on fewer nodes than hold them, waits for room for them, as on a
+    node that takes the place of another; then it fails, and the same command goes on from its newest checkpoint."""
     storage_timeout: float = runtime(STORAGE_TIMEOUT)
     """Seconds for which writing a checkpoint or an artifact is tried again while storage fails; then the stage fails, and the
     same command goes on from its newest checkpoint."""
@@ -644,7 +647,7 @@ class Sweep(Config):
     concurrent: int = runtime(1)
     """Trials that run at a time, of `workers` training processes each."""
     share: float = runtime(1.0)
-    """What each worker of a trial takes of a CPU, or of a GPU where there are some for all: 0.5 lets two workers share one."""
+    """What each worker of a trial takes of a CPU, or of a GPU where there are some: 0.5 lets two workers share one."""
     max_failures: int = runtime(2)
     """How often a trial that failed, or was lost, is taken up again."""
 
@@ -711,6 +714,8 @@ class Evaluation:
     """Split that is evaluated."""
     workers: int = 2
     """Processes that share the tables and the work; an export is scored with by one."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What they run on, as for jobs/train.py. An export takes a GPU where there is one."""
     batch: int = 512
     """Rows scored, or users ranked for, at once, all workers together."""
     replicates: int = 1000
@@ -724,7 +729,15 @@ class Preflight:
     """Check the cluster that RAY_ADDRESS names for a run, without starting one."""
 
     workers: int = 2
-    """Training processes that the run would have."""
+    """Training processes that the run, or each trial of a sweep, would have."""
+    min_workers: int | None = None
+    """With how many the run would start where no more find room (default: as many as `workers`)."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """What they would run on, as for jobs/train.py."""
+    concurrent: int = 1
+    """Trials that a sweep would run at a time."""
+    share: float = 1.0
+    """What each worker of a trial would take of a CPU, or of a GPU."""
     workspace: str = "runs"
     """Folder or URI (s3://, gs://) that the run would write to."""
 

@@ -28,13 +28,16 @@ from sellarec.language.templates import is_file, template_mark
 from sellarec.run import Run, facts_of, inputs_of, settings_of
 from sellarec.stages import carry_out, check_labels
 from sellarec.tracking import open_trackers
-from sellarec.training.launch import CHECKPOINTS, check_room, joins_cluster
+from sellarec.training.launch import CHECKPOINTS, check_room, gpus_here, joins_cluster, keep_logs, last_line, takes_gpus
 from sellarec.training.progress import duration
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
 
 NO_ROOM = 1 << 20
 """With less room than this behind the workspace (bytes), a failed stage is taken to have failed for that."""
+
+LOGS = "logs"
+"""Folder of a run's, after a failure, for what its workers have printed."""
 
 COLLAB_ORIGINS = ("collab.init_from", "collab.init_users", "collab.init_items")
 """Settings that say what collab's rows start from: a run's name belongs to what they name, by content."""
@@ -56,14 +59,14 @@ def run(this: Run) -> None:
                 "finished stages are kept"
             ) from error
         if isinstance(error, StageFailed):
+            # before the cause, which is the last that is printed
             found = "".join(traceback.format_exception(error))
             try:
                 this.place.write_text("error.log", found)
             except OSError as unwritten:
-                where = f"The traceback can't be written to {this.place}/error.log ({unwritten}):\n{found}"
+                this.console.line(f"the traceback can't be written to {this.place}/error.log ({unwritten}):\n{found}")
             else:
-                where = f"The traceback is in {this.place}/error.log"
-            raise StageFailed(f"{error}\n{where}") from error
+                this.console.line(f"the traceback is in {this.place}/error.log")
         raise
 
 
@@ -82,6 +85,7 @@ def _run(this: Run) -> None:
             )
         if wanted != ("prepare",):
             check_room(config.workers)
+            takes_gpus(gpus_here(config.device), config.workers, config.device, this.groups, this.share)
     settings = _check_name(this, _origins(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
     recorded = this.place.read_json("artifacts.json") or {}
@@ -118,6 +122,9 @@ def _run(this: Run) -> None:
         if "evaluate" in wanted:
             _track_results(this)
         failed = False
+    except StageFailed:
+        _keep_logs(this)  # as long as Ray runs
+        raise
     finally:
         for tracker in this.trackers:
             tracker.close(failed)
@@ -127,6 +134,22 @@ def _run(this: Run) -> None:
             ray.shutdown()
     if "evaluate" in wanted:
         _finish(this)
+
+
+def _keep_logs(this: Run) -> None:
+    """Copy what the run's processes have printed on all nodes into its folder, in place of what an earlier failure left there."""
+    if this.cluster is None:
+        return
+    place = this.place / LOGS
+    try:
+        this.place.delete(LOGS)
+        left_out = keep_logs(place)
+    except Exception as error:  # told, as the stage's own failure, which is raised next, says more
+        left_out = [last_line(error)]
+    else:
+        this.console.line(f"what workers have printed is in {place}")
+    for why in left_out:
+        this.console.line(f"workers' logs that could not be copied, which Ray keeps in its session folder: {why}")
 
 
 def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
@@ -365,11 +388,12 @@ def _check_computing(this: Run, wanted: Sequence[str]) -> None:
 
 def _has_gpus(this: Run) -> bool:
     """Whether workers get a GPU each; taken to be so of a cluster that isn't joined yet."""
-    import torch
-
+    config = this.config
     if this.cluster is not None:
         return this.gpus()
-    return joins_cluster() or torch.cuda.device_count() >= this.config.workers
+    if joins_cluster():
+        return config.device != "cpu"
+    return takes_gpus(gpus_here(config.device), config.workers, config.device)
 
 
 def _track_results(this: Run) -> None:

@@ -89,7 +89,7 @@ class Run:
     groups: int = 1
     """Worker groups that are to run at a time: of a sweep its trials'."""
     share: float = 1.0
-    """What each worker takes of a CPU, or of a GPU where there are some for all."""
+    """What each worker takes of a CPU, or of a GPU where there are some."""
     marks: dict[str, str] = field(default_factory=dict)
     """Fingerprint of each stage, known once its inputs' are."""
     seconds: dict[str, float | None] = field(default_factory=dict)
@@ -188,7 +188,10 @@ class Run:
 
     def connect(self) -> None:
         workspace = self.store.workspace
-        self.cluster = connect(self.config.least_workers, self.console, workspace, self.groups, self.share)
+        config = self.config
+        self.cluster = connect(
+            config.least_workers, self.console, workspace, self.groups, self.share, device=config.device
+        )
 
     def gpus(self) -> bool:
         assert self.cluster is not None

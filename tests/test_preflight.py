@@ -1,6 +1,7 @@
-"""What preflight makes of nodes' reports, and of addresses. On real nodes: tests/cluster/test_local.py."""
+"""What preflight makes of nodes' reports, and of addresses; its job. On real nodes: tests/cluster/test_local.py."""
 
 import http.server
+import importlib.util
 import socket
 import threading
 import time
@@ -12,8 +13,10 @@ import pytest
 
 from sellarec import preflight
 from sellarec.artifacts import Place
+from sellarec.command_line import parse_preflight
 from sellarec.errors import UserError
 from sellarec.preflight import GIB, Node, Report
+from sellarec.training import launch
 
 VERSIONS: dict[str, str | None] = {
     "python": "3.11.7",
@@ -131,3 +134,36 @@ def test_addresses_where_no_cluster_answers(web_server: int) -> None:
             preflight.check_address(address)
     with refused("ray://", "ray job submit"):
         preflight.check_address("ray://127.0.0.1:10001")
+
+
+def test_the_job_asks_for_what_a_run_or_a_sweep_would_ask_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    job = Path(__file__).parents[1] / "jobs" / "preflight.py"
+    spec = importlib.util.spec_from_file_location("preflight_job", job)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    asked: list[tuple] = []
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setattr(
+        launch,
+        "connect",
+        lambda workers, console, place, groups, share, device: asked.append((workers, groups, share, device)),
+    )
+    for flags, expected in (
+        ([], (2, 1, 1.0, "auto")),
+        (["--workers", "16", "--min-workers", "4"], (4, 1, 1.0, "auto")),
+        (["--workers", "1", "--concurrent", "8", "--share", "0.5", "--device", "cuda"], (1, 8, 0.5, "cuda")),
+    ):
+        module.main([*flags, "--workspace", str(tmp_path)])
+        assert asked.pop() == expected
+
+
+def test_what_the_job_refuses() -> None:
+    for flags, words in (
+        (["--min-workers", "3"], "min_workers is 3 and workers 2"),
+        (["--share", "0"], "share is 0"),
+        (["--concurrent", "0"], "concurrent is 0"),
+        (["--min-workers", "1", "--concurrent", "2"], "min_workers is 1 and concurrent 2"),
+    ):
+        with refused(words):
+            parse_preflight(flags)

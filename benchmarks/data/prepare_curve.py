@@ -48,7 +48,7 @@ def prepare_generated(rows: int, folder: Path) -> None:
         rules_of(Data(), source),
         folder,
         hashes={},
-        start_ray=lambda: connect(1, console, Place.of(str(folder))),
+        start_ray=lambda: connect(1, console, Place.of(str(folder)), device="cpu"),
         say=console.line,
     )
     write_manifest(folder, facts)

@@ -99,7 +99,7 @@ def main() -> None:
         scratch = Path(folder)
         prepare_generated(arguments.rows, scratch / "log")
         ray.shutdown()  # preparation's, which has room for one worker
-        connect(max(arguments.workers), Console(), Place.of(folder))
+        connect(max(arguments.workers), Console(), Place.of(folder), device="cpu")
         log = read_log(scratch / "log")
         order = Order(tuple(row_groups([str(path) for path in log.split_paths("train")])), BATCH, seed=0)
         for name, (columns, prepare) in cases(log).items():

@@ -90,7 +90,7 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
     beside, work = Place.of(str(settings.out.absolute().parent)), f".{settings.out.name}.work"
     place = beside / work
     name = collab.model if trained.stage == "collab" else f"{collab.model}, aligned"
-    cluster = connect(settings.workers, console, beside)
+    cluster = connect(settings.workers, console, beside, device=settings.device)
     try:
         with place.writing() as folder:
             paths = [str(path) for path in log.split_paths(settings.split)]

@@ -43,17 +43,24 @@ class ItemEncoder:
 
     Args:
         threads: of this process; None leaves them as they are.
+        device: None: a GPU where there is one.
     """
 
     def __init__(
-        self, source: llms.LlmSource, adapter: Path | None, noun: str, settings: Distil, threads: int | None = None
+        self,
+        source: llms.LlmSource,
+        adapter: Path | None,
+        noun: str,
+        settings: Distil,
+        threads: int | None = None,
+        device: str | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         folder = source.folder()
         model = llms.with_adapter(llms.load_model(folder, source.storage), adapter)
         llms.compute_in(model, torch.float32)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = model.to(self._device).eval()
         self._tokenizer = llms.load_tokenizer(folder)
         self._noun, self._settings = noun, settings
@@ -160,7 +167,7 @@ def distil(
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        threads, device = max(1, (os.cpu_count() or 1) // workers), "cuda" if gpus else "cpu"
         vectors = (
             ray.data.read_parquet(items, columns=["item", settings.text])
             .rename_columns(["item", "text"])
@@ -168,7 +175,7 @@ def distil(
             .repartition(max(1, -(-(catalog - first) // BLOCK_ROWS)))
             .map_batches(
                 Actor,
-                fn_constructor_args=(board, catalog, source, adapter, noun, settings, threads),
+                fn_constructor_args=(board, catalog, source, adapter, noun, settings, threads, device),
                 batch_size=BLOCK_ROWS,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers),

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from sellarec.artifacts import Place
@@ -53,8 +54,11 @@ MANY = 1 << 20
 START_SECONDS = 60.0
 """How long a group of workers that found room may take to start."""
 
-WITHOUT_LIMIT = 1e6
-"""Seconds: eleven days."""
+LOG_BYTES = 1 << 20
+"""Of what a process has printed, the last so many bytes are kept after a failure."""
+
+LOG_SECONDS = 30.0
+"""How long nodes may take to write that down."""
 
 RARER = 2
 """How many times rarer room for more workers is looked for after it was found in vain: what is free at one moment, as a CPU
@@ -89,7 +93,7 @@ class Group:
         share: what each takes of a CPU, or of a GPU.
         worker_timeout: seconds after which a worker that doesn't answer counts as lost.
         storage_timeout: seconds for which storage that fails is tried again.
-        node_timeout: seconds for which room for `least` workers is waited for, where some were lost.
+        node_timeout: seconds for which room for `least` workers is waited for, where nodes are too few or were lost.
         grow_every: seconds after which workers that are fewer than `most` make place for more, where there is room.
     """
 
@@ -109,17 +113,24 @@ class Group:
 
 
 def connect(
-    workers: int, console: Console, workspace: Place, groups: int = 1, share: float = 1.0, stopping: int = 0
+    workers: int,
+    console: Console,
+    workspace: Place,
+    groups: int = 1,
+    share: float = 1.0,
+    stopping: int = 0,
+    device: str = "auto",
 ) -> Cluster:
     """Join the cluster that RAY_ADDRESS names and check it (`preflight.py`), or start Ray on this machine.
 
     Args:
         groups: worker groups that are to run at a time, of `workers` each.
-        share: what each worker takes of a CPU, or of a GPU where there are some for all.
+        share: what each worker takes of a CPU, or of a GPU where there are some.
         stopping: groups that may still take their last step while those run, for which a Ray that is started here has CPUs too.
+        device: what workers run on, see `Config.device`.
 
     Raises:
-        UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, with the arithmetic.
+        UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, GPUs, with the arithmetic.
         StageFailed: Ray's processes don't come up on this machine.
     """
     # Reports wait for the controller's next poll, 2 s by default.
@@ -145,9 +156,10 @@ def connect(
         if workers > cores:
             console.line(f"note: {workers} workers share {cores} cores")
         try:
-            ray.init(
+            joined = ray.init(
                 address="local",
                 num_cpus=max(cores, (groups + stopping) * (workers + 2)),
+                num_gpus=gpus_here(device),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -162,7 +174,7 @@ def connect(
         check_address(str(address))
         check_workspace(workspace)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             # another version of Ray or Python, no token or a wrong one, a machine that is no node of the cluster
             raise UserError(
@@ -170,8 +182,9 @@ def connect(
             ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # ray.init takes its place
-    gpus = ray.cluster_resources().get("GPU", 0)
-    has_gpus = int(gpus) * int(1 / share) >= groups * workers  # a share lies on one GPU
+    if joined.dashboard_url:
+        console.line(f"  Ray dashboard: http://{joined.dashboard_url}")
+    has_gpus = takes_gpus(ray.cluster_resources().get("GPU", 0), workers, device, groups, share)
     if has_gpus and share < 1 and workers > 1:
         raise UserError(
             f"share is {share:g} and workers {workers}, but NCCL takes no two workers of a group on one GPU: give --workers 1, "
@@ -183,17 +196,52 @@ def connect(
         for line in in_words(found):
             console.line(f"  {line}")
         console.line(f"preflight passed in {time.monotonic() - start:.0f} s: {len(found)} nodes")
-    if gpus > 0 and not has_gpus:
-        console.line(
-            f"note: {groups * workers} workers find {gpus:g} GPUs, so they run on CPUs: "
-            f"{'lower --workers or --concurrent' if groups > 1 else f'give --workers {gpus:g}'} to use them"
-        )
     return Cluster(local=local, gpus=has_gpus, share=share, groups=groups)
 
 
 def joins_cluster() -> bool:
     """Whether this job joins a cluster instead of starting Ray on this machine."""
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def gpus_here(device: str) -> int:
+    """GPUs of this machine that workers may take: those that torch can use, which CUDA_VISIBLE_DEVICES limits."""
+    if device == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def takes_gpus(gpus: float, workers: int, device: str, groups: int = 1, share: float = 1.0) -> bool:
+    """Whether workers get a GPU each, or a share of one.
+
+    Args:
+        gpus: that there are.
+        device, groups, share: see `connect`.
+
+    Raises:
+        UserError: there are GPUs, but not for all workers, or none, and `device` asks for them: on CPUs a run would take many
+            times as long.
+    """
+    if device == "cpu":
+        return False
+    places, needed = int(gpus) * int(1 / share), groups * workers  # a share lies on one GPU
+    if gpus > 0 and places < needed:
+        several = f"{groups} x {workers} workers" if groups > 1 else f"{workers} workers"
+        advice = (
+            "lower --workers or --concurrent" if groups > 1 else f"give --workers {places}" if places else "add GPUs"
+        )
+        raise UserError(
+            f"{several} of {share:g} GPU each find {gpus:g} GPUs, which have room for {places}: {advice}, or give --device cpu "
+            "to run on CPUs"
+        )
+    if gpus == 0 and device == "cuda":
+        raise UserError(
+            "device is cuda, but there is no GPU that Ray and torch know of: give --device cpu, or add GPUs (`jobs/env.py` tells "
+            "what torch finds here, `ray status` what a cluster has)"
+        )
+    return gpus > 0
 
 
 def room_of_worker(workers: int) -> int:
@@ -309,7 +357,8 @@ def run_workers(
     while True:
         console.line(f"{stage:<9} starting {workers} workers")
         ended = launch.run(workers, first, grow_every)
-        first = False
+        is_held_up = _waits_for_others(group, first) and _found_no_room(ended.failure)
+        first = first and is_held_up
         if ended.errors:
             raise UserError(ended.errors[0])
         if ended.failed:
@@ -318,7 +367,10 @@ def run_workers(
             raise KeyboardInterrupt
         if ended.failure is not None and stop is not None and stop.is_set():
             raise TrainingStopped(f"stage {stage} was stopped, and a worker lost") from ended.failure
-        if ended.failure is not None:
+        if is_held_up:  # which may take as long as it likes; but nodes may have gone meanwhile
+            console.line(f"{stage:<9} waits for what other jobs hold of {_needed(group)}")
+            workers = first_workers(stage, group, console, stop)
+        elif ended.failure is not None:
             # what fails after each new checkpoint gets on; what fails again and again without one doesn't
             started = ended.starts[-1] if ended.starts else reached
             lost = 1 if started > reached else lost + 1
@@ -380,7 +432,7 @@ class _Launch:
 
         Args:
             grow_every: seconds after which it is looked for room for more.
-            first: there was none before. Only such a group waits without limit for its CPUs, where their number is given.
+            first: there was none before.
 
         Raises:
             KeyboardInterrupt: a second SIGINT or SIGTERM, or one where there is nothing to leave a checkpoint of.
@@ -393,8 +445,8 @@ class _Launch:
         group, board = self.group, _board()
         timeout = group.worker_timeout
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
-        waits = first and group.least == group.most
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(WITHOUT_LIMIT if waits else START_SECONDS)
+        patience = max(START_SECONDS, group.node_timeout) if _waits_for_others(group, first) else START_SECONDS
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
         failures: list[BaseException] = []
 
         def fit(folder: str) -> None:
@@ -452,6 +504,17 @@ class _Launch:
         return _Ended(failures[0] if failures else None, errors, failed, starts, stopped, bool(arrived))
 
 
+def _places(group: Group) -> int:
+    """How many workers the living nodes can hold, whatever else runs on them."""
+    nodes, taken = living_nodes(), group.taken
+    places = sum(
+        min(int(node.cpus / taken["CPU"]), int(node.gpus) * int(1 / taken["GPU"]) if group.gpus else MANY)
+        for node in nodes
+    )
+    # one CPU is left to read data
+    return min(places, int((sum(node.cpus for node in nodes) - 1) / taken["CPU"]))
+
+
 def _room(group: Group, least: int, most: int, beside: int = 0) -> int:
     """How many workers find room now, from `least` to `most`; 0 where not even the least do. What other jobs hold is no room, nor
     is a node that has died without the cluster having noticed.
@@ -459,14 +522,8 @@ def _room(group: Group, least: int, most: int, beside: int = 0) -> int:
     Args:
         beside: workers that run already.
     """
-    nodes, taken, found = living_nodes(), group.taken, 0
-    places = sum(
-        min(int(node.cpus / taken["CPU"]), int(node.gpus) * int(1 / taken["GPU"]) if group.gpus else MANY)
-        for node in nodes
-    )
-    # one CPU is left to read data
-    places = min(places, int((sum(node.cpus for node in nodes) - 1) / taken["CPU"])) - beside
-    low, high = least, min(most, places)
+    taken, found = group.taken, 0
+    low, high = least, min(most, _places(group) - beside)
     workers = high
     while low <= high:
         if _fit([taken] * workers + [{"CPU": 1.0}] * (not beside)):
@@ -488,29 +545,45 @@ def _fit(bundles: list[dict[str, float]]) -> bool:
         remove_placement_group(held)
 
 
+def _waits_for_others(group: Group, first: bool) -> bool:
+    """Whether a group waits without limit for what other jobs hold, as a sweep's trials do: where the number of its workers is
+    given, and none of them have run yet."""
+    return first and group.least == group.most
+
+
+def _found_no_room(failure: BaseException | None) -> bool:
+    """Whether a group of workers ended because Ray found no room for it in the time that it had."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    return isinstance(getattr(failure, "controller_failure", None), WorkerGroupStartupTimeoutError)
+
+
 def first_workers(stage: str, group: Group, console: Console, stop: threading.Event | None = None) -> int:
-    """How many workers a stage starts with: where their number is given, these, and Ray waits for their CPUs.
+    """How many workers a stage starts with: where their number is given, these, once there are nodes that can hold them. Ray
+    waits for what other jobs hold there.
 
     Raises:
         StageFailed, TrainingStopped: as `find_room`.
     """
-    return group.most if group.least == group.most else find_room(stage, group, console, stop)
+    return find_room(stage, group, console, stop, is_free=not _waits_for_others(group, first=True))
 
 
-def find_room(stage: str, group: Group, console: Console, stop: threading.Event | None) -> int:
+def find_room(stage: str, group: Group, console: Console, stop: threading.Event | None, is_free: bool = True) -> int:
     """Wait for room for the group's workers: how many find some.
+
+    Args:
+        is_free: what other jobs hold is no room.
 
     Raises:
         StageFailed: there was none for `node_timeout` seconds.
         TrainingStopped: `stop` was set meanwhile.
     """
     start, told = time.monotonic(), False
-    while not (workers := _room(group, group.least, group.most)):
-        nodes = ", ".join(f"{node} {node.cpus:g}" for node in living_nodes())
-        gpu = f" and {group.taken['GPU']:g} GPU" if group.gpus else ""
-        needed = (
-            f"{group.least} workers of {group.taken['CPU']:g} CPU{gpu} each and 1 CPU to read data; CPUs are: {nodes}"
-        )
+    while True:
+        workers = _room(group, group.least, group.most) if is_free else min(group.most, _places(group))
+        if workers >= group.least:
+            return workers
+        needed = _needed(group)
         if time.monotonic() - start > group.node_timeout:
             raise StageFailed(
                 f"stage {stage}: for {group.node_timeout:g} s (node_timeout) there was no room for {needed}. Checkpoints are "
@@ -522,7 +595,57 @@ def find_room(stage: str, group: Group, console: Console, stop: threading.Event 
             console.line(f"{stage:<9} waits {group.node_timeout:g} s at most for room for {needed}")
             told = True
         time.sleep(1)
-    return workers
+
+
+def _needed(group: Group) -> str:
+    """What the least of a group's workers take, and what the living nodes have, in words."""
+    cpu, nodes = group.taken["CPU"], living_nodes()
+    gpu = f" and {group.taken['GPU']:g} GPU" if group.gpus else ""
+    has = ", ".join(f"{node} {node.cpus:g}" + (f" and {node.gpus:g} GPUs" if group.gpus else "") for node in nodes)
+    needed = f"{group.least} workers of {cpu:g} CPU{gpu} each and 1 CPU to read data ({group.least * cpu + 1:g} CPUs)"
+    return f"{needed}; CPUs are: {has}"
+
+
+def keep_logs(place: Place) -> list[str]:
+    """Copy what this job's processes have printed on all living nodes, its workers' last words among them, to NODE/FILE in a
+    place that they all see.
+
+    Returns: the nodes of which not all came, and why.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes, job, copy = living_nodes(), ray.get_runtime_context().get_job_id(), ray.remote(num_cpus=0)(_copy_logs)
+    copied = [
+        copy.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
+            place / node.name, job
+        )
+        for node in nodes
+    ]
+    ray.wait(copied, num_returns=len(copied), timeout=LOG_SECONDS)
+    failures = []
+    for node, reference in zip(nodes, copied, strict=True):
+        try:
+            ray.get(reference, timeout=0.1)
+        except ray.exceptions.RayError as error:
+            failures.append(f"{node}: {last_line(error)}")
+    return failures
+
+
+def _copy_logs(place: Place, job: str) -> None:
+    """Copy this node's part of a job's logs. Ray writes a file for each of a process's two streams, heads it with the job, and
+    says in lines that begin with a colon what runs in it; files in which nothing else stands are left out."""
+    import ray
+
+    for file in sorted(Path(ray._private.worker._global_node.get_session_dir_path(), "logs").glob("worker-*")):
+        head = f":job_id:{job}\n".encode()
+        with open(file, "rb") as stream:
+            if stream.read(len(head)) != head:
+                continue
+            stream.seek(max(len(head), file.stat().st_size - LOG_BYTES))
+            text = stream.read().decode(errors="replace")
+        if any(line and not line.startswith(":") for line in text.splitlines()):
+            place.write_text(file.name, text)
 
 
 @contextlib.contextmanager

@@ -145,7 +145,9 @@ def _run_trials(
     }.items():
         os.environ.setdefault(name, value)
     place, concurrent = Place.of(config.workspace), settings.concurrent
-    cluster = connect(settings.workers, console, place, concurrent, settings.share, stopping=concurrent)
+    cluster = connect(
+        settings.workers, console, place, concurrent, settings.share, stopping=concurrent, device=settings.device
+    )
     import ray
     from ray import tune
 

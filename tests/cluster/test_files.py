@@ -88,6 +88,16 @@ def test_manifests_say_what_the_project_needs() -> None:
             assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
 
 
+def test_a_job_that_is_stopped_has_time_for_a_checkpoint() -> None:
+    """Each head that jobs are submitted to is told how long; Slurm's takes none (its driver runs in the batch step)."""
+    for spec in cluster_specs():
+        (container,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+        assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "120"} in container["env"]
+    launcher = yaml.safe_load((CLUSTER / "launcher.yaml").read_text())
+    assert "RAY_JOB_STOP_WAIT_TIME_S=120; " in launcher["head_start_ray_commands"][-1]
+    assert "--include-dashboard=false" in (CLUSTER / "slurm.sbatch").read_text(), "so there is no jobs API"
+
+
 def test_the_launchers_file_fits_rays_schema() -> None:
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     launcher = yaml.safe_load((CLUSTER / "launcher.yaml").read_text())

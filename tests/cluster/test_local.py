@@ -65,7 +65,9 @@ def submit(variables: dict[str, str]) -> Submit:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_is_submitted_and_spreads_over_the_nodes(submit: Submit, state: Path, tmp_path: Path) -> None:
+def test_a_run_is_submitted_and_spreads_over_the_nodes(
+    submit: Submit, variables: dict[str, str], state: Path, tmp_path: Path
+) -> None:
     """All stages, by three workers, of which nodes of 2 CPUs hold two at most. Preflight comes first; the same command goes on
     from what stands.
     """
@@ -74,6 +76,7 @@ def test_a_run_is_submitted_and_spreads_over_the_nodes(submit: Submit, state: Pa
     status, printed = submit(*command)
     assert status == 0, printed
     assert printed.index("preflight passed") < printed.index("prepare   done")
+    assert f"  Ray dashboard: {variables['RAY_API_SERVER_ADDRESS']}\n" in printed
     for name in ("head", "worker-1", "worker-2"):
         assert f"  {name} (127.0.0.1): 2 CPUs" in printed
     assert {record["model"] for record in main_job.read_json(tmp_path / "w/runs/one/results.json")} >= {
@@ -96,6 +99,31 @@ def test_a_stage_that_fails_is_the_jobs_failure(submit: Submit, tmp_path: Path) 
     flags = ["--stages", "prepare,collab", "--collab.table-learning-rate", "1e38", "--collab.table-optimizer", "sgd"]
     status, printed = submit("python", "jobs/train.py", recipe, *flags, "--name", "one", "--workspace", tmp_path / "w")
     assert status == 1 and "error: " in printed and "finite" in printed, printed
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_that_is_stopped_has_time_for_a_checkpoint(variables: dict[str, str], tmp_path: Path) -> None:
+    """`ray job stop` sends SIGTERM, and waits longer than the 3 s that are Ray's own default."""
+    (tmp_path / "job.py").write_text(
+        "import signal, sys, time\n"
+        "def stop(number, frame):\n"
+        "    time.sleep(6)\n"
+        f"    open('{tmp_path}/left', 'w').close()\n"
+        "    sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        f"open('{tmp_path}/runs', 'w').close()\n"
+        "time.sleep(300)\n"
+    )
+    ray, environment = Path(sys.executable).parent / "ray", {**CLEAN, **variables}
+    submit = [ray, "job", "submit", "--no-wait", "--submission-id", "stopped", "--", "python", tmp_path / "job.py"]
+    subprocess.run(submit, check=True, env=environment, capture_output=True, timeout=300)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    subprocess.run([ray, "job", "stop", "stopped"], check=True, env=environment, capture_output=True, timeout=120)
+    assert (tmp_path / "left").exists()
 
 
 @pytest.mark.ray

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parents[2]
 
 TINY: dict[str, Any] = {
+    "device": "cpu",  # also where there is a GPU, but not one for each worker
     "data": {"world": {"users": 200, "items": 200, "interactions": 4000, "genres": 4}},
     "prompt": {"template": "compact", "max_tokens": 34},
     "pretrain": {"max_steps": 22, "hidden": 96},

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import main_job
 import pytest
+import torch
 
 from sellarec.errors import exit_status
 
@@ -128,6 +129,18 @@ def test_model_folder_without_weights_or_tokenizer(run: Run, tmp_path: Path) -> 
 
 def test_more_workers_than_memory_holds(run: Run) -> None:
     refused(run("--workers", "4000"), "4000 workers x", "GiB", "lower --workers")
+
+
+def test_more_workers_than_gpus(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On this machine, before any stage; with --device cpu their number is no matter."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refused(run("demo"), "2 workers of 1 GPU each find 1 GPUs", "--workers 1", "--device cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused(run("demo", "--device", "cuda"), "device is cuda, but there is no GPU")
+    assert not list((tmp_path / "w").rglob("manifest.json"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    refused(run("demo", "--device", "cpu", "--stages", "collab"), "prepare", "--stages")
 
 
 def test_a_sharding_that_is_not_offered(run: Run, tmp_path: Path) -> None:

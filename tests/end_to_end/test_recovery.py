@@ -121,8 +121,10 @@ def test_a_worker_that_hangs_is_lost_in_the_stated_time(
         workers = main_job.training_workers(job)
         os.kill(workers[1].pid, signal.SIGSTOP)
         stopped = time.monotonic()
+        main_job.wait_for(log, f"{stage:<9} was cut off", job)
+        # it counts as lost once it hasn't answered for `worker_timeout`; ending the others too may take a busy machine a minute
+        assert timeout / 2 < time.monotonic() - stopped < timeout + 60, log.read_text()
         main_job.wait_for(log, "goes on from its checkpoint at step", job)
-        assert time.monotonic() - stopped > timeout / 2, "it was lost before the time was over"
         assert not workers[1].is_running() or workers[1].status() == psutil.STATUS_ZOMBIE
         assert job.wait(300) == 0, log.read_text()
     finally:

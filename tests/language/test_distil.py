@@ -159,7 +159,7 @@ def test_what_stands_is_kept(decoder, adapter, titles, tmp_path, monkeypatch):
         pq.write_table(
             pa.table({"item": part, "title": [texts[place] for place in part]}), files[-1], row_group_size=50
         )
-    connect(1, Console(), Place.of(str(tmp_path)))
+    connect(1, Console(), Place.of(str(tmp_path)), device="cpu")
     try:
         board = ray.remote(num_cpus=0)(ProgressBoard).remote()
         output = Place.of(str(tmp_path / "distil"))

@@ -92,7 +92,7 @@ def order_of(folder: Path) -> Order:
 def main(folder: Path, workers: int) -> None:
     (folder / "seen").mkdir(exist_ok=True)
     console = Console()
-    connect(workers, console, Place.of(str(folder)))
+    connect(workers, console, Place.of(str(folder)), device="cpu")
     settings = Recording(batch=BATCH, epochs=EPOCHS, checkpoint_every=0.5, table_learning_rate=0.01)
     output = Place.of(str(folder / "output"))
     training = Training("recording", partial(Recorder, folder), settings, SEED, order_of(folder), None, output)
