@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sellarec.artifacts import Place, Store, fingerprint, persist
+from sellarec.checks import check_same_model
 from sellarec.config import Config, result_settings
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, read_log
@@ -170,14 +171,20 @@ class Run:
 
         return find_llm(self.config.llm.model, self.config.llm.revision)
 
-    @cached_property
+    @property
     def collab_start(self) -> tuple[Place, str]:
         """What collab.init_from names, and its fingerprint."""
+        place, manifest = self._given_collab
+        check_same_model(self.config.collab, manifest["settings"]["collab"])
+        return place, manifest["fingerprint"]
+
+    @cached_property
+    def _given_collab(self) -> tuple[Place, dict[str, Any]]:
         place = Place.of(str(self.config.collab.init_from))
         manifest = place.read_json("manifest.json") or {}
         if manifest.get("stage") != "collab":
             raise UserError(f"collab.init_from is {place}, which is no finished artifact of stage collab")
-        return place, manifest["fingerprint"]
+        return place, manifest
 
     @cached_property
     def given_vectors(self) -> dict[str, str]:
