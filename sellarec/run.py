@@ -11,7 +11,7 @@ from typing import Any
 
 from sellarec.artifacts import Place, Store, fingerprint, persist
 from sellarec.checks import check_same_model
-from sellarec.config import Config, result_settings
+from sellarec.config import Config, Dense, Selection, Sparse, Steps, result_settings
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, read_log
 from sellarec.data.raw import Source
@@ -74,6 +74,10 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         del settings["llm"]["storage"]  # no weight is frozen there
     if stage == "distil":
         settings["llm"] = {"storage": settings["llm"]["storage"]}  # it computes in float32 always
+    if stage == "align":  # it trains the model as its own section says; what it starts from is among the inputs
+        training = {f.name for section in (Steps, Selection, Dense, Sparse) for f in dataclasses.fields(section)}
+        kept = {name: value for name, value in settings["collab"].items() if name not in {*training, "train_on"}}
+        settings["collab"] = kept
     if "prompt" in settings and is_file(config.prompt.template):
         settings["prompt"]["template"] = "file"  # what it says is among the facts
     return {**settings, "seed": config.seed}

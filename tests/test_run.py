@@ -6,9 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from sellarec.config import Collab, Config
+from sellarec.config import Align, Collab, Config, result_settings
 from sellarec.errors import UserError
-from sellarec.run import Run, facts_of, settings_of
+from sellarec.run import Run, facts_of, inputs_of, settings_of
+
+OF_TRAINING = {
+    *("batch", "epochs", "max_steps", "validate_every", "valid_rows", "patience", "select_on", "train_on"),
+    *("optimizer", "learning_rate", "weight_decay", "beta2", "schedule", "warmup", "decay", "clip"),
+    *("table_optimizer", "table_learning_rate", "table_weight_decay"),
+}
+"""Settings that say how stage collab trains its model."""
+
+
+@pytest.mark.parametrize("name", list(result_settings(Collab())))
+def test_align_from_scratch_depends_on_what_collabs_model_is_not_on_how_stage_collab_trains_it(name):
+    """From collab's model it does on all, as that is among its inputs."""
+    config = Config(align=Align(init="scratch"))
+    changed = dataclasses.replace(config, collab=dataclasses.replace(config.collab, **{name: "another"}))
+    assert settings_of("collab", config) != settings_of("collab", changed)
+    assert "collab" not in inputs_of("align", config) and "collab" in inputs_of("align", Config())
+    assert (settings_of("align", config) == settings_of("align", changed)) == (name in OF_TRAINING)
 
 
 def run_from(folder: Path, **settings) -> Run:
