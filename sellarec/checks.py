@@ -523,6 +523,28 @@ def _check_collab(config: Config) -> None:
             )
 
 
+def check_same_model(collab: Collab, earlier: dict[str, Any]) -> None:
+    """Refuse a model that starts from another one's rows and weights: where their widths agree it would train on in silence.
+
+    Args:
+        earlier: the settings of `collab` that the model of `collab.init_from` was trained with, as its manifest has them.
+
+    Raises:
+        UserError: naming the setting with both values.
+    """
+    of_training = ("dropout", *DENSE_SETTINGS)
+    shaping = [name for name in _model(collab).reads if name not in of_training]
+    for name in ("model", "dim", "biases", *shaping):
+        mine, theirs = getattr(collab, name), earlier[name]
+        if isinstance(mine, tuple):
+            mine, theirs = (" ".join(map(str, value)) for value in (mine, theirs))
+        if mine != theirs:
+            raise UserError(
+                f"collab.{name} is {mine}, but the model of collab.init_from {collab.init_from} was trained with {theirs}, and "
+                f"goes on as what it is: take --collab.{name.replace('_', '-')} {theirs}, or leave collab.init_from out"
+            )
+
+
 def check_bounds(settings: Any) -> None:
     for name, value, _ in leaves(settings):
         if isinstance(value, float | int) and not isinstance(value, bool):

@@ -186,7 +186,7 @@ def parse_evaluation(arguments: Sequence[str]) -> Evaluation:
     """The settings of jobs/evaluate.py, checked.
 
     Raises:
-        UserError: settings that are out of range.
+        UserError: settings that are out of range, or contradict each other.
         SystemExit: a flag that doesn't parse (status 2, the message on stderr), or `--help` (status 0).
     """
     settings = _parse_flags(Evaluation, arguments, "evaluate.py")
@@ -194,6 +194,11 @@ def parse_evaluation(arguments: Sequence[str]) -> Evaluation:
         raise UserError(f"--ranking is '{settings.ranking}', but must be none, full or candidates:N, as candidates:100")
     if not settings.cutoffs or min(settings.cutoffs) < 1 or len(set(settings.cutoffs)) < len(settings.cutoffs):
         raise UserError(f"--cutoffs are {settings.cutoffs}: different numbers from 1 on are needed")
+    if settings.ranking == "none" and settings.cutoffs != Evaluation.cutoffs:
+        raise UserError(
+            f"--cutoffs are {' '.join(map(str, settings.cutoffs))}, but --ranking is none, which makes none for them to cut: "
+            "leave them out, or take --ranking full or candidates:100"
+        )
     return settings
 
 

@@ -701,8 +701,9 @@ class Evaluation:
     artifact: Path
     """Folder of the model: WORKSPACE/artifacts/collab-... or align-..., or what jobs/export.py wrote."""
     data: Path
-    """Folder of a prepared log: that of jobs/prepare.py, or WORKSPACE/artifacts/prepare-... An export may be evaluated on any:
-    users and items are matched by the source's ids."""
+    """Folder of a prepared log: that of jobs/prepare.py, or WORKSPACE/artifacts/prepare-... For an artifact its ids have to be
+    those of the log that it was trained on; an export may be evaluated on any, as users and items are matched by the source's
+    ids."""
     out: Path
     """File for the records (JSON, as results.json)."""
     ranking: str = "none"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sellarec.artifacts import Place, Store, fingerprint, persist
-from sellarec.config import Config, result_settings
+from sellarec.checks import check_same_model
+from sellarec.config import Config, Dense, Selection, Sparse, Steps, result_settings
 from sellarec.data.files import file_hash, file_hashes
 from sellarec.data.log import Log, read_log
 from sellarec.data.raw import Source
@@ -73,6 +74,10 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         del settings["llm"]["storage"]  # no weight is frozen there
     if stage == "distil":
         settings["llm"] = {"storage": settings["llm"]["storage"]}  # it computes in float32 always
+    if stage == "align":  # it trains the model as its own section says; what it starts from is among the inputs
+        training = {f.name for section in (Steps, Selection, Dense, Sparse) for f in dataclasses.fields(section)}
+        kept = {name: value for name, value in settings["collab"].items() if name not in {*training, "train_on"}}
+        settings["collab"] = kept
     if "prompt" in settings and is_file(config.prompt.template):
         settings["prompt"]["template"] = "file"  # what it says is among the facts
     return {**settings, "seed": config.seed}
@@ -170,14 +175,20 @@ class Run:
 
         return find_llm(self.config.llm.model, self.config.llm.revision)
 
-    @cached_property
+    @property
     def collab_start(self) -> tuple[Place, str]:
         """What collab.init_from names, and its fingerprint."""
+        place, manifest = self._given_collab
+        check_same_model(self.config.collab, manifest["settings"]["collab"])
+        return place, manifest["fingerprint"]
+
+    @cached_property
+    def _given_collab(self) -> tuple[Place, dict[str, Any]]:
         place = Place.of(str(self.config.collab.init_from))
         manifest = place.read_json("manifest.json") or {}
         if manifest.get("stage") != "collab":
             raise UserError(f"collab.init_from is {place}, which is no finished artifact of stage collab")
-        return place, manifest["fingerprint"]
+        return place, manifest
 
     @cached_property
     def given_vectors(self) -> dict[str, str]:

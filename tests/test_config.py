@@ -14,7 +14,7 @@ import pytest
 
 import sellarec.config
 from sellarec.checks import check
-from sellarec.command_line import built_in_recipes, parse, read_recipe
+from sellarec.command_line import built_in_recipes, parse, parse_evaluation, read_recipe
 from sellarec.config import COLLAB_MODELS, STAGES, Align, Collab, Config, Fuse, Tables, leaves, result_settings, to_yaml
 from sellarec.errors import UserError
 
@@ -634,6 +634,30 @@ def test_settings_of_alignment_that_go_together_are_taken():
     assert (parts.align.contrastive, parts.align.centers) == ("darec", 8)
     masked = ["--align.contrastive", "rlmrec-gen", "--align.mask-share", "0.3", "--collab", "lightgcn"]
     assert parse(masked).fuse.warm_start, "it leaves a projection of rows"
+
+
+EVALUATION = "--artifact a --data d --out o.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--ranking all", "--ranking is 'all'"),
+        ("--ranking candidates:0", "--ranking is 'candidates:0'"),
+        ("--ranking full --cutoffs 5 5", "--cutoffs are (5, 5)"),
+        ("--ranking full --cutoffs 0", "--cutoffs are (0,)"),
+        ("--cutoffs 50", "--cutoffs are 50, but --ranking is none"),
+    ],
+)
+def test_settings_of_an_evaluation_that_mean_nothing_are_refused(arguments, named):
+    with pytest.raises(UserError) as caught:
+        parse_evaluation(f"{EVALUATION} {arguments}".split())
+    assert named in str(caught.value)
+
+
+def test_settings_of_an_evaluation_that_go_together_are_taken():
+    assert parse_evaluation(f"{EVALUATION} --ranking candidates:9 --cutoffs 50 3".split()).cutoffs == (50, 3)
+    assert parse_evaluation(EVALUATION.split()).ranking == "none"
 
 
 def test_how_tables_are_shared_out_affects_no_result():

@@ -24,10 +24,8 @@ def found(vectors: np.ndarray) -> dict[str, Any]:
 
 def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
     settings = Distil(micro_batch=work["micro_batch"])
-    encoder, texts = (
-        ItemEncoder(find_llm(model_folder(work, folder), None), None, "movie", settings),
-        titles(work["items"]),
-    )
+    source, device = find_llm(model_folder(work, folder), None), "cuda" if torch.cuda.is_available() else "cpu"
+    encoder, texts = ItemEncoder(source, None, "movie", settings, device), titles(work["items"])
     return lambda: (len(texts), found(encoder.encode(texts)))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place
@@ -21,7 +22,7 @@ from sellarec.collab.rows import flat, lists
 from sellarec.collab.task import build_collab
 from sellarec.command_line import parse
 from sellarec.config import Config, Evaluation
-from sellarec.data.log import Log, read_log
+from sellarec.data.log import FACTS_FILE, Log, read_log
 from sellarec.errors import UserError
 from sellarec.evaluation.queries import PROTOCOL, write_candidates, write_queries
 from sellarec.evaluation.ranking import UserMetrics, ranking_records, user_metrics
@@ -37,11 +38,13 @@ FULL, NONE = "full", "none"
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained collaborative model: its artifact's folder, the config it was trained with, and its stage."""
+    """A trained collaborative model: its artifact's folder, the config it was trained with, its stage, and the fingerprint of the
+    prepared log that it was trained on."""
 
     folder: Path
     config: Config
     stage: str
+    log: str
 
 
 def read_trained(folder: Path) -> Trained:
@@ -58,7 +61,46 @@ def read_trained(folder: Path) -> Trained:
         raise UserError(
             f"{folder} is of stage {manifest.get('stage')}, but a collaborative model is needed: of collab or align"
         )
-    return Trained(folder, parse([str(folder / "config.yaml")], program="evaluate.py"), manifest["stage"])
+    config = parse([str(folder / "config.yaml")], program="evaluate.py")
+    return Trained(folder, config, manifest["stage"], manifest["inputs"]["prepare"])
+
+
+def check_ids(trained: Trained, log: Log, kinds: Sequence[str]) -> None:
+    """Refuse a log whose ids mean other users or items than the model's, of which there may be equally many.
+
+    The log that the model was trained on is known by its fingerprint. Another one is compared with it, where it lies beside the
+    artifact: it may have been prepared again, or split otherwise, with the same ids.
+
+    Args:
+        kinds: of user and item, those that the model has rows of.
+
+    Raises:
+        UserError: naming the first id with what both logs mean by it; or there is nothing to compare with.
+    """
+    given = json.loads((log.directory / FACTS_FILE).read_text(encoding="utf-8")).get("fingerprint")
+    if given == trained.log:
+        return
+    beside = trained.folder.absolute().parent / f"prepare-{trained.log}"
+    if not (beside / FACTS_FILE).is_file():
+        raise UserError(
+            f"{trained.folder} was trained on the log prepare-{trained.log}, but that in {log.directory} is "
+            f"{'of no run' if given is None else f'prepare-{given}'}, and there is no {beside} to compare their ids with: "
+            "evaluate it on that log, or put that log there"
+        )
+    origin = read_log(beside)
+    for kind in kinds:
+        first = 0
+        for mine, theirs in zip(*(each.paths(f"{kind}s") for each in (log, origin)), strict=True):
+            ids = [pq.read_table(path, columns=["external_id"])["external_id"] for path in (mine, theirs)]
+            other = pc.not_equal(*ids)
+            if pc.any(other).as_py():
+                place = pc.index(other, True).as_py()
+                found, expected = (each[place].as_py() for each in ids)
+                raise UserError(
+                    f"{kind} {first + place} of the log in {log.directory} is '{found}', but {trained.folder} was trained on "
+                    f"{beside}, where it is '{expected}': evaluate it on that, or on a log prepared with --init-from that"
+                )
+            first += len(other)
 
 
 def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
@@ -80,6 +122,7 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
                 f"table {table.name} of {settings.artifact} has {table.read_rows} rows, but the log in {settings.data} has "
                 f"{table.rows}: it was trained on another log; evaluate it on that, or train on from it (collab.init_from)"
             )
+    check_ids(trained, log, [table.name for table in task.tables if table.name in ("user", "item")])
     if settings.ranking == FULL and not task.network.is_product:
         raise UserError(
             f"{settings.artifact} is a {collab.model}, whose score is no product of a user's and an item's vector, so the whole "

@@ -42,8 +42,8 @@ class ItemEncoder:
     """The adapted model as an encoder: texts in, vectors out.
 
     Args:
+        device: where it computes. A GPU that is seen need not be this process's: with too few for all workers, Ray hides none.
         threads: of this process; None leaves them as they are.
-        device: None: a GPU where there is one.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class ItemEncoder:
         adapter: Path | None,
         noun: str,
         settings: Distil,
+        device: str = "cpu",
         threads: int | None = None,
-        device: str | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         folder = source.folder()
         model = llms.with_adapter(llms.load_model(folder, source.storage), adapter)
         llms.compute_in(model, torch.float32)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = torch.device(device)
         self._model = model.to(self._device).eval()
         self._tokenizer = llms.load_tokenizer(folder)
         self._noun, self._settings = noun, settings
@@ -143,6 +143,7 @@ def distil(
 
     Args:
         items: the log's files of items, in order.
+        gpus: whether each actor takes one; else they compute on CPUs, whatever this machine has.
         mark: fingerprint of the stage, which stands for the model, the adapter, the items and the settings.
         board: actor that takes progress records.
         part_rows: items of a part.
@@ -167,7 +168,7 @@ def distil(
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        threads, device = max(1, (os.cpu_count() or 1) // workers), "cuda" if gpus else "cpu"
+        device, threads = "cuda" if gpus else "cpu", max(1, (os.cpu_count() or 1) // workers)
         vectors = (
             ray.data.read_parquet(items, columns=["item", settings.text])
             .rename_columns(["item", "text"])
@@ -175,7 +176,7 @@ def distil(
             .repartition(max(1, -(-(catalog - first) // BLOCK_ROWS)))
             .map_batches(
                 Actor,
-                fn_constructor_args=(board, catalog, source, adapter, noun, settings, threads, device),
+                fn_constructor_args=(board, catalog, source, adapter, noun, settings, device, threads),
                 batch_size=BLOCK_ROWS,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers),

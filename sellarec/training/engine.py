@@ -282,10 +282,15 @@ class Engine:
                         vectors[name] = Jagged(part, asked.lengths) if isinstance(asked, Jagged) else part
         return vectors | (tables.look_up(ids) if ids else {})
 
-    def _agree(self, batch: Batch, count: float = 0.0) -> float:
-        """The sum of all workers' counts. On all workers a UserError where one has an id that its table doesn't have."""
+    def _agree(self, batch: Batch, rows: pa.Table, count: float = 0.0) -> float:
+        """The sum of all workers' counts. On all workers a UserError where one has an id that its table doesn't have.
+
+        Args:
+            rows: what the batch was made of.
+        """
         ids = self.task.lookups(batch)
-        found = (tables.out_of_range(ids) for tables in (self.tables, self.frozen_tables) if tables is not None)
+        row = rows["row"].to_numpy() if "row" in rows.column_names else None
+        found = (tables.out_of_range(ids, row) for tables in (self.tables, self.frozen_tables) if tables is not None)
         wrong = next((message for message in found if message is not None), None)
         total, refused = self.workers.sum(count, float(wrong is not None))
         if refused:
@@ -352,8 +357,9 @@ class Engine:
             FloatingPointError: the loss or a gradient is not finite; no weight has been changed. On all workers alike.
         """
         task, workers = self.task, self.workers
-        batch = self._to_device(task.collate(self._by_length(rows), step))
-        count = self._agree(batch, task.targets(batch).item())
+        rows = self._by_length(rows)
+        batch = self._to_device(task.collate(rows, step))
+        count = self._agree(batch, rows, task.targets(batch).item())
         if self.tables is not None and self.trains_tables:
             self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
         start = time.perf_counter()
@@ -419,7 +425,7 @@ class Engine:
                     report(number)
                 rows = self._to_score(rows)
                 batch = self._to_device(task.collate(rows, None))
-                self._agree(batch)
+                self._agree(batch, rows)
                 vectors = self._look_up(batch)
                 parts = self._parts(len(batch["weight"]))
                 scores = [
@@ -465,8 +471,9 @@ class Engine:
                 valid = int((batch_rows["weight"].to_numpy() > 0).sum())
                 share = -(-len(batch_rows) // workers.world_size)
                 places = np.arange(workers.rank * share, (workers.rank + 1) * share) % len(batch_rows)
-                batch = self._to_device(task.collate(batch_rows.take(places), None))
-                self._agree(batch)
+                own = batch_rows.take(places)
+                batch = self._to_device(task.collate(own, None))
+                self._agree(batch, own)
                 users = workers.gather(task.users(task.model, batch, self._look_up(batch)))[:valid]
                 excluded = Jagged.of(batch_rows["excluded"].slice(0, valid)).to(workers.device)
                 best = top_k(users, rows, first, k, (excluded.values, excluded.lengths), scores_of=task.products)

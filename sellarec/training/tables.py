@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -158,8 +159,12 @@ class ShardedTables:
         block = -(-rows // self.world_size)
         return torch.arange(min(self._rank * block, rows), min((self._rank + 1) * block, rows), device=self.device)
 
-    def out_of_range(self, ids: Mapping[str, Tensor | Jagged]) -> str | None:
-        """The first id that its table doesn't have, in words; None where all are there."""
+    def out_of_range(self, ids: Mapping[str, Tensor | Jagged], rows: np.ndarray | None = None) -> str | None:
+        """The first id that its table doesn't have, in words; None where all are there.
+
+        Args:
+            rows: int64 [b], the rows' ids in the log, by which the row is named; None: by its place in the slice.
+        """
         for table in self.tables:
             for feature in set(table.features) & set(ids):
                 found = _as_jagged(ids[feature])
@@ -167,8 +172,9 @@ class ShardedTables:
                 if bool(bad.any()):
                     place = int(bad.nonzero()[0])
                     row = int((found.lengths.cumsum(0) <= place).sum())
+                    where = f"place {row} of its slice" if rows is None else f"row {rows[row]}"
                     return (
-                        f"{feature} is {int(found.values[place])} in row {row} of a worker's slice, but table {table.name} has "
+                        f"{feature} is {int(found.values[place])} in {where} (worker {self._rank}), but table {table.name} has "
                         f"the ids 0 to {table.rows - 1}"
                     )
         return None

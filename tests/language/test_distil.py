@@ -1,7 +1,9 @@
 """Stage distil: the vector of each text is what the model gives for it alone; what stands is kept; other vectors are refused."""
 
+import inspect
 import json
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow as pa
@@ -141,6 +143,34 @@ def test_vectors_of_another_model_or_width_or_number_are_refused(tmp_path):
     (tmp_path / "good" / WRITTEN).unlink()
     with pytest.raises(UserError, match=f"holds no {WRITTEN}"):
         SavedVectors(tmp_path / "good", "mark")
+
+
+def test_the_encoder_computes_where_it_is_told_though_a_gpu_is_seen(decoder, adapter, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    source = llms.find_llm(str(decoder), None)
+    assert ItemEncoder(source, adapter, "movie", Distil()).encode(["a title"]).shape == (1, 16)
+    elsewhere = ItemEncoder(source, adapter, "movie", Distil(), device="meta")
+    assert {weight.device.type for weight in elsewhere._model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(("gpus", "device", "taken"), [(False, "cpu", None), (True, "cuda", 1)])
+def test_actors_compute_where_the_driver_decided(gpus, device, taken, decoder, adapter, tmp_path, monkeypatch):
+    import ray.data
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not gpus)
+    read = MagicMock()
+    dataset = read.return_value.rename_columns.return_value.filter.return_value.repartition.return_value
+    dataset.map_batches.return_value.iter_batches.return_value = []
+    monkeypatch.setattr(ray.data, "read_parquet", read)
+    pq.write_table(pa.table({"item": [0], "title": ["a"]}), tmp_path / "items.parquet")
+    with pytest.raises(RuntimeError, match="0 items have vectors"):
+        distil(
+            [str(tmp_path / "items.parquet")], Distil(), llms.find_llm(str(decoder), None), adapter, "movie", 2, gpus,
+            Place.of(str(tmp_path / "distil")), "mark", None,
+        )  # fmt: skip
+    asked = dataset.map_batches.call_args.kwargs
+    encoder = inspect.signature(ItemEncoder).bind(*asked["fn_constructor_args"][2:])
+    assert (encoder.arguments["device"], asked["num_gpus"]) == (device, taken)
 
 
 @pytest.mark.ray

@@ -156,7 +156,7 @@ def refusal(run: Run) -> dict[str, Any]:
     (part,) = slices(rows_of(order, task, task.prepare, 0, 1), order, workers.rank, workers.world_size, 0, 1)
     if run.damage is not None and run.damage[0] == workers.rank:
         part = damaged(part, *run.damage[1:])
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"rows": part["row"].to_pylist()}
     for what, call in (
         ("step", lambda: engine.step(part, 0, 1.0)),
         ("score", lambda: engine.score([part], lambda _: None)),

@@ -170,8 +170,8 @@ def resume(setup: Setup, folder: Path, steps: tuple[Step, ...], first: int) -> d
     return {"loaded": loaded, "looked up": looked_up, "after": local(tables)}
 
 
-def out_of_range(setup: Setup, ids: tuple[dict[str, Any], ...]) -> str | None:
-    return build(setup).out_of_range({name: as_ids(found) for name, found in ids[dist.get_rank()].items()})
+def out_of_range(setup: Setup, ids: tuple[dict[str, Any], ...], rows: np.ndarray | None) -> str | None:
+    return build(setup).out_of_range({name: as_ids(found) for name, found in ids[dist.get_rank()].items()}, rows)
 
 
 def refusal(setup: Setup) -> str | None:

@@ -446,15 +446,22 @@ def test_workers_that_hold_no_rows_take_part(gloo, tmp_path, optimizer, sharding
 @pytest.mark.parametrize(
     ("feature", "ids", "message"),
     [
-        ("user", [3, 13, 0], "user is 13 in row 1 of a worker's slice, but table user has the ids 0 to 12"),
-        ("user", [3, 1, -1], "user is -1 in row 2 of"),
-        ("candidate", [[0, 9], [1, 1], [10, 2]], "candidate is 10 in row 2 of .* table item has the ids 0 to 9"),
-        ("history", ([], [1], [2, 99]), "history is 99 in row 2 of"),
-        ("wide", [5, 0, 0], "wide is 5 in row 0 of"),
+        ("user", [3, 13, 0], "user is 13 in row 70 .worker 1., but table user has the ids 0 to 12"),
+        ("user", [3, 1, -1], "user is -1 in row 8 "),
+        ("candidate", [[0, 9], [1, 1], [10, 2]], "candidate is 10 in row 8 .* table item has the ids 0 to 9"),
+        ("history", ([], [1], [2, 99]), "history is 99 in row 8 "),
+        ("wide", [5, 0, 0], "wide is 5 in row 41 "),
     ],
 )
 def test_an_id_that_a_table_does_not_have_is_found_by_whoever_has_it(gloo, feature, ids, message):
+    """And named by its row's id in the log, of rows that lie in any order."""
     good, bad = ({"user": [1, 2, 3], "history": ([], [1], []), feature: found} for found in ([0, 1, 1], ids))
-    first, second = gloo.call(2, table_cases.out_of_range, setup_of("sgd"), (good, bad))
+    first, second = gloo.call(2, table_cases.out_of_range, setup_of("sgd"), (good, bad), np.array([41, 70, 8]))
     assert first is None
     assert second is not None and re.search(message, second)
+
+
+@pytest.mark.distributed
+def test_of_rows_without_ids_in_the_log_the_place_is_named(gloo):
+    found = gloo.call(2, table_cases.out_of_range, setup_of("sgd"), ({"user": [1]}, {"user": [1, 13]}), None)
+    assert found[0] is None and found[1].startswith("user is 13 in place 1 of its slice (worker 1), but")
