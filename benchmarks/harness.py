@@ -39,6 +39,7 @@ import numpy as np
 import yaml
 from environments import make_environment
 from machine import facts
+from threadpoolctl import threadpool_limits
 
 from sellarec.training.launch import KEEP_FREED_MEMORY
 
@@ -249,14 +250,15 @@ def _calibration() -> tuple[np.ndarray, np.ndarray]:
     return np.full((1024, 1024), 0.5, np.float32), np.zeros(32 << 20, np.float32)
 
 
-def calibrate() -> float:
-    """Seconds of a fixed piece of work: a product of matrices and a copy of 128 MiB, three times."""
+def calibrate(threads: int) -> float:
+    """Seconds of a fixed piece of work: a product of matrices and a copy of 128 MiB, three times; with as many threads as a side."""
     matrix, block = _calibration()
-    start = time.perf_counter()
-    for _ in range(3):
-        _ = matrix @ matrix
-        _ = block.copy()
-    return time.perf_counter() - start
+    with threadpool_limits(threads):
+        start = time.perf_counter()
+        for _ in range(3):
+            _ = matrix @ matrix
+            _ = block.copy()
+        return time.perf_counter() - start
 
 
 def measure(case: Case, environments: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -307,7 +309,7 @@ def measure(case: Case, environments: Path, say: Callable[[str], None]) -> dict[
                     answers[name] = {"seconds to build": built["seconds"], "first": first}
             _compare(case, {name: answer["first"]["found"] for name, answer in answers.items()})
             while len(_calm(rounds)) < case.run.rounds and len(rounds) < 2 * case.run.rounds:
-                one: dict[str, Any] = {"calibration seconds": calibrate()}
+                one: dict[str, Any] = {"calibration seconds": calibrate(case.run.threads)}
                 for name, process in processes.items():
                     if name not in lost and (answer := ask(name, process, "repeat")):
                         one[name] = answer

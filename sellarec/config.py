@@ -487,7 +487,9 @@ class Align(Steps, Selection, Dense, Sparse):
     block: int = runtime(512)
     """Rows of the global batch that the loss of alignment compares at once with a worker's own: more take more memory."""
     hidden: int = 128
-    """Width of the projection's hidden layer."""
+    """Width of the projection's hidden layers."""
+    layers: int = 1
+    """Hidden layers of the projection."""
     epochs: float = 10.0
     """Passes over the training rows, at most."""
 

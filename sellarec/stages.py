@@ -312,6 +312,7 @@ def _fuse_builder(this: Run, stage: str, language_weight: float = 1.0) -> Callab
         settings=config.fuse,
         seed=config.seed,
         language_weight=language_weight,
+        layers=config.align.layers,
     )
 
 

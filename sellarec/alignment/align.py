@@ -224,4 +224,5 @@ def build_align(
     semantic = Table("semantic", items, width, features, read=vectors, frozen=settings.semantic == "frozen")
     ends = (width, dim) if settings.contrastive == "rlmrec-con" else (dim, width)
     kind = Disentangling if settings.contrastive == "darec" else Projection
-    return AlignTask(collab, semantic, partial(kind, ends[0], settings.hidden, ends[1]), settings, measured, seed)
+    make = partial(kind, ends[0], settings.hidden, ends[1], settings.layers)
+    return AlignTask(collab, semantic, make, settings, measured, seed)

@@ -39,10 +39,10 @@ class Parts(NamedTuple):
 class Disentangling(nn.Module):
     """Four projections to the width of collaborative rows: D -> hidden -> D of these, H -> hidden -> D of semantic vectors."""
 
-    def __init__(self, dim: int, hidden: int, width: int) -> None:
+    def __init__(self, dim: int, hidden: int, width: int, layers: int = 1) -> None:
         super().__init__()
-        self.collab_shared, self.collab_specific = (Projection(dim, hidden, dim) for _ in range(2))
-        self.semantic_shared, self.semantic_specific = (Projection(width, hidden, dim) for _ in range(2))
+        self.collab_shared, self.collab_specific = (Projection(dim, hidden, dim, layers) for _ in range(2))
+        self.semantic_shared, self.semantic_specific = (Projection(width, hidden, dim, layers) for _ in range(2))
 
     def forward(self, rows: Tensor, semantic: Tensor) -> Parts:
         """Collaborative vectors [b, D] and semantic ones [b, H] -> their parts."""

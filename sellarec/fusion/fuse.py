@@ -213,6 +213,7 @@ def build_fuse(
     settings: Fuse,
     seed: int,
     language_weight: float = 1.0,
+    layers: int = 1,
 ) -> FuseTask | CodesTask:
     """The task of training what `settings.train` names, or (with `trained`) of scoring with trained projections.
 
@@ -220,10 +221,11 @@ def build_fuse(
         adapter: folder of the adapter that it starts from; None where adapt left a whole model.
         collab: the collaborative model, with the rows that it starts from, of what the tokens take; see `token_rows`.
         semantic: the table of distilled vectors; None where no token takes it.
-        hidden: width of the collaborative projection's hidden layer.
+        hidden: width of the collaborative projection's hidden layers.
         projection: file of the aligned projection to start from; None for random weights.
         trained: file of trained projections.
         language_weight: of those that `settings` names, the one that was kept.
+        layers: hidden layers of the collaborative projection.
     """  # fmt: skip
     if settings.represent == "codes":
         return build_codes(source, titles, prompt, noun, adapter, collab.network, settings, seed)
@@ -244,7 +246,7 @@ def build_fuse(
     if learned:
         projections["collaborative"], named = nn.Identity(), ()
     for name in named:
-        experts = [Projection(collab.network.dim, hidden, width) for _ in range(settings.experts)]
+        experts = [Projection(collab.network.dim, hidden, width, layers) for _ in range(settings.experts)]
         if projection is not None:
             for expert in experts:  # they then drift apart by what the gate, which is drawn, gives them
                 expert.load_state_dict(load_file(projection))

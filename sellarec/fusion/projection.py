@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 
 class Projection(nn.Module):
-    """Linear(D, hidden) - GELU - Linear(hidden, H), as SeLLa-Rec's Proj_{C->L}."""
+    """Linear(D, hidden) - GELU - Linear(hidden, H), as SeLLa-Rec's Proj_{C->L}; with more hidden layers, as many times
+    Linear(hidden, hidden) - GELU in between."""
 
-    def __init__(self, dim: int, hidden: int, width: int) -> None:
+    def __init__(self, dim: int, hidden: int, width: int, layers: int = 1) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, width))
+        between = [module for _ in range(layers - 1) for module in (nn.Linear(hidden, hidden), nn.GELU())]
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), *between, nn.Linear(hidden, width))
 
     def forward(self, rows: Tensor) -> Tensor:
         """[b, D] -> [b, H]."""

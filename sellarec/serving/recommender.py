@@ -313,6 +313,7 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         settings=config.fuse,
         seed=config.seed,
         language_weight=facts["language_weight"],
+        layers=config.align.layers,
     )
     adapted = (task.model.scorer if isinstance(task, FuseTask) else task.model).llm
     text = make_prompts(source.folder(), titles, config.prompt, noun, adapted, "text", config.adapt.loss)

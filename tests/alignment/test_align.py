@@ -48,6 +48,15 @@ def train_rows(number: int = 6) -> Any:
     return rows.take(np.arange(number) % 3)
 
 
+@pytest.mark.parametrize(("contrastive", "projections"), [("info-nce", 1), ("rlmrec-con", 1), ("darec", 4)])
+def test_projections_have_as_many_hidden_layers_as_are_set(tmp_path, contrastive, projections):
+    for layers in (1, 3):
+        task = aligned(tmp_path, replace(SETTINGS, contrastive=contrastive, layers=layers))
+        weights = [weight for weight in task.model.projection.parameters() if weight.dim() == 2]
+        assert len(weights) == projections * (layers + 1)
+        assert sum(weight.shape == (6, 6) for weight in weights) == projections * (layers - 1)
+
+
 @pytest.mark.parametrize(("name", "loss"), LOSSES)
 def test_the_loss_is_the_collaborative_one_and_the_contrastive_one_of_the_same_rows(name, loss, tmp_path):
     task = aligned(tmp_path, model=name, loss=loss)

@@ -62,7 +62,16 @@ def make(decoder, titles, tmp_path_factory):
         save_table(start / "tables", name, rows, (2,))
 
     def build(
-        projection=None, trained=None, adapter=None, seed=1, model="mf", dense=None, dim=DIM, plain=False, **changes
+        projection=None,
+        trained=None,
+        adapter=None,
+        seed=1,
+        model="mf",
+        dense=None,
+        dim=DIM,
+        plain=False,
+        layers=1,
+        **changes,
     ) -> FuseTask:
         torch.manual_seed(7)
         log = small_log(start, USERS, ITEMS, np.ones(ITEMS, bool))
@@ -81,7 +90,7 @@ def make(decoder, titles, tmp_path_factory):
         semantic = Table("semantic", ITEMS, WIDTH, ("semantic",), read=lambda low, high: TABLES["semantic"][low:high])
         return build_fuse(
             source, titles, PROMPT, "movie", adapter or folder / "adapter", collab,
-            semantic if "semantic" in tokens else None, HIDDEN, projection, trained, fuse, seed,
+            semantic if "semantic" in tokens else None, HIDDEN, projection, trained, fuse, seed, layers=layers,
         )  # fmt: skip
 
     return build
@@ -336,11 +345,16 @@ def test_what_is_saved_scores_alike_when_it_is_loaded(task, make, tmp_path):
     torch.testing.assert_close(task.score(task.model, batch, vectors), score)
 
 
-def test_training_starts_from_the_aligned_projection(make, tmp_path):
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_training_starts_from_the_aligned_projection(make, tmp_path, layers):
+    """Whose hidden layers are as many as are set."""
     torch.manual_seed(11)
-    aligned = Projection(DIM, HIDDEN, WIDTH)
+    aligned = Projection(DIM, HIDDEN, WIDTH, layers)
+    widths = [tuple(weight.shape) for weight in aligned.parameters() if weight.dim() == 2]
+    assert widths == [(HIDDEN, DIM), *[(HIDDEN, HIDDEN)] * (layers - 1), (WIDTH, HIDDEN)]
     save_file(aligned.state_dict(), tmp_path / "projection.safetensors")
-    warm, cold = make(projection=tmp_path / "projection.safetensors"), make()
+    warm, cold = make(projection=tmp_path / "projection.safetensors", layers=layers), make(layers=layers)
+    assert warm.model.projection.projections["collaborative"].state_dict().keys() == aligned.state_dict().keys()
     for name, weight in aligned.state_dict().items():
         assert torch.equal(warm.model.projection.projections["collaborative"].state_dict()[name], weight)
         assert not torch.equal(cold.model.projection.projections["collaborative"].state_dict()[name], weight)
