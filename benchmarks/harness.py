@@ -251,7 +251,7 @@ def _calibration() -> tuple[np.ndarray, np.ndarray]:
 
 
 def calibrate(threads: int) -> float:
-    """Seconds of a fixed piece of work: a product of matrices and a copy of 128 MiB, three times; with as many threads as a side."""
+    """Seconds of a fixed piece of work: a product of matrices and a copy of 128 MiB, three times, with so many threads."""
     matrix, block = _calibration()
     with threadpool_limits(threads):
         start = time.perf_counter()
