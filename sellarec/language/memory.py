@@ -237,7 +237,7 @@ def use_of(stage: str, config: Any, context: int) -> Use:
     if stage == "adapt" and settings.method == "full":
         trains, common["storage"] = "model", "float32"
     logits = "answer" if settings.loss == "answer" else "tokens"
-    compares = stage == "adapt" or settings.represent == "codes"
+    compares = trains != "nothing"  # with what other programs load
     return Use(**common, tokens=tokens, trains=trains, backward=True, logits=logits, compares=compares, validates=True)
 
 

@@ -78,7 +78,9 @@ def test_each_stage_uses_the_model_in_its_way():
     sequence = replace(config, adapt=Adapt(loss="sequence", checkpoint_activations=True))
     assert use_of("adapt", sequence, 1000).logits == "tokens" and use_of("adapt", sequence, 1000).checkpoints
     assert use_of("fuse", config, 250).tokens == 250 and use_of("fuse", config, 250).trains == "nothing"
-    assert use_of("fuse", replace(config, fuse=Fuse(train=("adapter",))), 250).trains == "adapter"
+    assert not use_of("fuse", config, 250).compares
+    tuned = use_of("fuse", replace(config, fuse=Fuse(train=("projections", "adapter"))), 250)
+    assert (tuned.trains, tuned.compares) == ("adapter", True)
     distil = use_of("distil", replace(config, distil=Distil(micro_batch=5)), 1000)
     assert (distil.workers, distil.micro_batch, distil.tokens, distil.backward) == (1, 5, 64, False)
     assert not distil.sharded
