@@ -196,7 +196,7 @@ def _distil(this: Run) -> dict[str, Any]:
 
     config, log = this.config, this.log()
     _check_model(this, "distil", this.llm())
-    return run_task(
+    facts = run_task(
         distil,
         "distil",
         this.console,
@@ -209,6 +209,12 @@ def _distil(this: Run) -> dict[str, Any]:
         output=this.artifact("distil"),
         mark=this.marks["distil"],
     )
+    if facts["texts_cut"]:
+        this.console.line(
+            f"distil    {facts['texts_cut']:,} of {facts['items']:,} texts were longer than what is read of one, and cut at "
+            f"their end (distil.max_tokens {config.distil.max_tokens}, or the model's context)"
+        )
+    return facts
 
 
 def _align(this: Run) -> dict[str, Any]:
