@@ -26,7 +26,7 @@ from sellarec.config import (
 from sellarec.errors import StageFailed, UserError
 from sellarec.language.templates import is_file, template_mark
 from sellarec.run import Run, facts_of, inputs_of, settings_of
-from sellarec.stages import carry_out, check_ahead, check_labels
+from sellarec.stages import carry_out, check_ahead, check_labels, collab_beside_align
 from sellarec.tracking import open_trackers
 from sellarec.training.launch import CHECKPOINTS, check_room, joins_cluster
 from sellarec.training.progress import duration
@@ -425,6 +425,11 @@ def _finish(this: Run) -> None:
         for stage in STAGES
         if stage in this.marks
     ]
+    for made in stages:
+        if made["stage"] == "align":
+            # what starts from scratch was made without collab, which the run has by now
+            valid = made["manifest"]["facts"]["alignment"]["valid"]
+            valid["collab"] = valid["collab"] or collab_beside_align(this)
     report = write_report(
         name=str(this.config.name),
         config_yaml=to_yaml(this.config),

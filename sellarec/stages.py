@@ -230,16 +230,23 @@ def _align(this: Run) -> dict[str, Any]:
         _build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align, measured, config.seed
     )
     facts = _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
-    valid = {"align": kept_metrics(facts), "collab": None}
-    rows = log.facts["rows"]["valid"]
-    alike = min(rows, config.collab.valid_rows) == min(rows, config.align.valid_rows)
-    if origin is not None and alike and config.collab.select_on in ("auc", "uauc"):
-        valid["collab"] = kept_metrics(this.manifest("collab")["facts"])
+    # from scratch it is made without stage collab, whose artifact may not be there
+    valid = {"align": kept_metrics(facts), "collab": collab_beside_align(this) if origin is not None else None}
     found = {"items": len(measured), **facts.pop("measured"), "valid": valid}
     where = this.artifact("align")
     this.persist(f"writing {where}/alignment.json", partial(where.write_json, "alignment.json", found))
     this.console.line(f"align     {summary(found)}")
     return {**facts, "alignment": found}
+
+
+def collab_beside_align(this: Run) -> dict[str, float | None] | None:
+    """The metrics on the valid split of what stage collab kept; None where align's are of other rows."""
+    from sellarec.alignment.measures import kept_metrics
+
+    collab, align, rows = this.config.collab, this.config.align, this.log().facts["rows"]["valid"]
+    if collab.select_on not in ("auc", "uauc") or min(rows, collab.valid_rows) != min(rows, align.valid_rows):
+        return None
+    return kept_metrics(this.manifest("collab")["facts"])
 
 
 def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:

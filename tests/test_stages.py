@@ -1,4 +1,5 @@
-"""What stages can't hold is refused before the first of them starts: tables and language models, on CPUs and on GPUs."""
+"""What stages can't hold is refused before the first of them starts: tables and language models, on CPUs and on GPUs. What is
+told of several stages at the end."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -136,6 +137,39 @@ def test_what_evaluate_cannot_hold_is_refused_once_the_log_is_there(models, tmp_
     monkeypatch.setattr(pipeline, "_stands", lambda this, name, artifact: name == "evaluate")
     with pytest.raises(Started):
         start(evaluate=large)
+
+
+@pytest.mark.parametrize(
+    ("changes", "beside"),
+    [
+        ({}, {"auc": 0.72, "uauc": 0.6}),
+        ({"align": Align(init="scratch", valid_rows=50)}, None),
+        ({"collab": Collab(select_on="ndcg@10")}, None),
+    ],
+    ids=["same rows", "other rows", "ranking"],
+)
+def test_the_report_names_collab_beside_what_was_aligned_from_scratch(tmp_path, monkeypatch, changes, beside):
+    """Of the state that it kept."""
+    this = Run.of(Config(**{"name": "run", "workspace": str(tmp_path), "align": Align(init="scratch")} | changes))
+    this.marks = dict.fromkeys(("prepare", "collab", "align", "evaluate"), "x")
+    this.seconds = dict.fromkeys(this.marks, None)
+    metrics = {"auc": 0.72, "uauc": 0.6}
+    facts: dict[str, dict[str, Any]] = {
+        "prepare": {},
+        "collab": {"kept_step": 4, "evaluations": [[2, {"auc": 0.7, "uauc": 0.5}], [4, metrics]]},
+        "align": {"alignment": {"valid": {"align": {"auc": 0.71, "uauc": 0.6}, "collab": None}}},
+        "evaluate": {},
+    }
+    for stage, found in facts.items():
+        this.artifact(stage).write_json("manifest.json", {"fingerprint": "x", "facts": found, "versions": {}})
+    this.artifact("evaluate").write_json("results.json", [])
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(Run, "log", lambda self: SimpleNamespace(facts={"rows": {"valid": 100}}))
+    monkeypatch.setattr("sellarec.evaluation.report.write_report", lambda **given: shown.extend(given["stages"]) or "")
+    monkeypatch.setattr("sellarec.evaluation.results.format_table", lambda records: "")
+    pipeline._finish(this)
+    (align,) = (found["manifest"]["facts"]["alignment"] for found in shown if found["stage"] == "align")
+    assert align["valid"] == {"align": {"auc": 0.71, "uauc": 0.6}, "collab": beside}
 
 
 def test_a_width_that_tables_cannot_have_is_refused_before_any_stage(tmp_path):
