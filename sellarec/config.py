@@ -445,6 +445,9 @@ class Distil(Language):
     normalisation, -2 the one before, ..."""
     pooling: Literal["last", "mean"] = "last"
     """Of a text's tokens the last one's state, or the mean of all."""
+    max_tokens: int = 64
+    """Longest text (tokens), with what stands around it: a longer one is cut at its end. The default is as published; a model
+    with a shorter context reads as much as that."""
 
 
 @dataclass(frozen=True, kw_only=True)

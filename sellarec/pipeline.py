@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from sellarec.artifacts import Place, fingerprint, free_bytes, in_json, lease
-from sellarec.checks import check_layer
+from sellarec.checks import check_layer, check_width
 from sellarec.config import (
     EMBEDDED,
     FLASH_ATTENTION,
@@ -26,7 +26,7 @@ from sellarec.config import (
 from sellarec.errors import StageFailed, UserError
 from sellarec.language.templates import is_file, template_mark
 from sellarec.run import Run, facts_of, inputs_of, settings_of
-from sellarec.stages import carry_out, check_labels
+from sellarec.stages import carry_out, check_ahead, check_labels, collab_beside_align
 from sellarec.tracking import open_trackers
 from sellarec.training.launch import CHECKPOINTS, check_room, gpus_here, joins_cluster, keep_logs, last_line, takes_gpus
 from sellarec.training.progress import duration
@@ -77,6 +77,7 @@ def _run(this: Run) -> None:
     this.store.check_writable()
     _check_sharding(this, wanted)
     _check_layer(this, wanted)
+    _check_width(this, wanted)
     if not joins_cluster():
         if config.least_workers < config.workers:
             raise UserError(
@@ -119,6 +120,7 @@ def _run(this: Run) -> None:
                     what = f"writing {this.place}/settings.json and config.yaml"
                     this.persist(what, partial(this.place.write_json, "settings.json", settings))
                     this.persist(what, partial(this.place.write_text, "config.yaml", to_yaml(this.config)))
+                    _check_ahead(this, wanted)
         if "evaluate" in wanted:
             _track_results(this)
         failed = False
@@ -269,6 +271,7 @@ def check_stage(this: Run, stage: str) -> None:
     """Raises UserError where a stage can't be carried out as asked for, whatever the data."""
     _check_sharding(this, (stage,))
     _check_layer(this, (stage,))
+    _check_width(this, (stage,))
     _check_computing(this, (stage,))
 
 
@@ -364,6 +367,29 @@ def _check_layer(this: Run, wanted: Sequence[str]) -> None:
         check_layer(layer, decoder_depth(this.given_llm), this.config.llm.model)
 
 
+def _check_width(this: Run, wanted: Sequence[str]) -> None:
+    """Raises UserError where tables can't have rows as wide as the language model: align's of distilled vectors, or fuse's of
+    learned tokens."""
+    from sellarec.language.llm import hidden_width
+
+    config = this.config
+    if "align" not in wanted and not ("fuse" in wanted and config.fuse.represent == "learned"):
+        return
+    if config.llm.model == EMBEDDED:
+        check_width("pretrain.hidden", config.pretrain.hidden)
+    else:
+        check_width(f"the width of the language model {config.llm.model}", hidden_width(this.given_llm))
+
+
+def _check_ahead(this: Run, wanted: Sequence[str]) -> None:
+    """Once the log is there, connect to Ray and refuse what the stages that don't stand can't hold."""
+    ahead = [name for name in wanted if name != "prepare" and not _stands(this, name, f"{name}-{this.marks[name]}")]
+    if ahead:
+        if this.cluster is None:
+            this.connect()
+        check_ahead(this, ahead)
+
+
 def _check_computing(this: Run, wanted: Sequence[str]) -> None:
     """Raises UserError where attention can't be computed, or layers compiled, as asked for. Of a cluster's compilers and
     packages, and of its GPUs before it is joined, nothing is known here: its workers say so."""
@@ -423,6 +449,11 @@ def _finish(this: Run) -> None:
         for stage in STAGES
         if stage in this.marks
     ]
+    for made in stages:
+        if made["stage"] == "align":
+            # what starts from scratch was made without collab, which the run has by now
+            valid = made["manifest"]["facts"]["alignment"]["valid"]
+            valid["collab"] = valid["collab"] or collab_beside_align(this)
     report = write_report(
         name=str(this.config.name),
         config_yaml=to_yaml(this.config),

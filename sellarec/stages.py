@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place
-from sellarec.config import Language, Selection
+from sellarec.config import EMBEDDED, Language, Selection
 from sellarec.data.log import Log, copy_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
 from sellarec.errors import StageFailed, TrainingStopped, UserError
@@ -196,7 +196,7 @@ def _distil(this: Run) -> dict[str, Any]:
 
     config, log = this.config, this.log()
     _check_model(this, "distil", this.llm())
-    return run_task(
+    facts = run_task(
         distil,
         "distil",
         this.console,
@@ -209,6 +209,12 @@ def _distil(this: Run) -> dict[str, Any]:
         output=this.artifact("distil"),
         mark=this.marks["distil"],
     )
+    if facts["texts_cut"]:
+        this.console.line(
+            f"distil    {facts['texts_cut']:,} of {facts['items']:,} texts were longer than what is read of one, and cut at "
+            f"their end (distil.max_tokens {config.distil.max_tokens}, or the model's context)"
+        )
+    return facts
 
 
 def _align(this: Run) -> dict[str, Any]:
@@ -217,8 +223,6 @@ def _align(this: Run) -> dict[str, Any]:
 
     config, log = this.config, this.log()
     vectors = SavedVectors(this.artifact("distil").local(), this.marks["distil"])
-    if vectors.width % 4:
-        raise UserError(f"the language model is {vectors.width} wide, but the table kernels need a multiple of 4")
     origin = this.artifact("collab") if config.align.init == "collab" else None
     collab = _collab_builder(this, origin, trains="align")
     measured = draw_items(log.items(["seen"])["seen"].to_numpy(), config.seed)
@@ -226,16 +230,23 @@ def _align(this: Run) -> dict[str, Any]:
         _build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align, measured, config.seed
     )
     facts = _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
-    valid = {"align": kept_metrics(facts), "collab": None}
-    rows = log.facts["rows"]["valid"]
-    alike = min(rows, config.collab.valid_rows) == min(rows, config.align.valid_rows)
-    if origin is not None and alike and config.collab.select_on in ("auc", "uauc"):
-        valid["collab"] = kept_metrics(this.manifest("collab")["facts"])
+    # from scratch it is made without stage collab, whose artifact may not be there
+    valid = {"align": kept_metrics(facts), "collab": collab_beside_align(this) if origin is not None else None}
     found = {"items": len(measured), **facts.pop("measured"), "valid": valid}
     where = this.artifact("align")
     this.persist(f"writing {where}/alignment.json", partial(where.write_json, "alignment.json", found))
     this.console.line(f"align     {summary(found)}")
     return {**facts, "alignment": found}
+
+
+def collab_beside_align(this: Run) -> dict[str, float | None] | None:
+    """The metrics on the valid split of what stage collab kept; None where align's are of other rows."""
+    from sellarec.alignment.measures import kept_metrics
+
+    collab, align, rows = this.config.collab, this.config.align, this.log().facts["rows"]["valid"]
+    if collab.select_on not in ("auc", "uauc") or min(rows, collab.valid_rows) != min(rows, align.valid_rows):
+        return None
+    return kept_metrics(this.manifest("collab")["facts"])
 
 
 def _build_align(collab: Callable[[], Any], *arguments: Any) -> Any:
@@ -418,7 +429,7 @@ def _train(
             f"{stage:<9} {stage}.max_steps {settings.max_steps} ends it after {done:.2f} of {settings.epochs:g} epochs"
         )
     if tables:
-        _check_tables(this, tables, settings)
+        _check_tables(this, tables, settings, _room(this))
     if isinstance(settings, Language):
         _check_model(this, stage, this.llm() if source is None else source)
     valid = None
@@ -502,19 +513,71 @@ def _tell_shortened(this: Run, stage: str, histories: dict[str, dict[str, int]])
         this.console.line(f"{stage:<9} histories cut to fit: {counts_in_words(histories)}")
 
 
-def _check_tables(this: Run, tables: Sequence[Any], settings: Any) -> None:
-    """Raises UserError where the kernels can't do what is asked of the tables, or this machine's memory can't hold them."""
+def check_ahead(this: Run, stages: Sequence[str]) -> None:
+    """Refuse what stages can't hold before the first of them starts, as far as it is known by the log and the settings. Each
+    looks again as it starts, for what is free then, and for a language model that this run builds.
+
+    Raises:
+        UserError: as the stage itself would.
+    """
+    config, room = this.config, _room(this)
+    for stage in stages:
+        tables = _tables_ahead(this, stage)
+        if tables:
+            _check_tables(this, tables, getattr(config, stage), room)
+        if isinstance(getattr(config, stage), Language) and config.llm.model != EMBEDDED:
+            _check_model_fits(this, stage, _memory_of_model(this, stage, this.given_llm), room)
+
+
+def _tables_ahead(this: Run, stage: str) -> tuple[Any, ...]:
+    """The tables that a stage will look up in, by the log and the settings alone; none where it has none, or where they
+    (learned tokens) are as wide as a language model that this run has yet to build."""
+    from sellarec.collab.task import build_collab
+    from sellarec.fusion.fuse import represented, tables_of, token_rows
+    from sellarec.language.llm import hidden_width
+    from sellarec.training.table import Table
+
+    config, fuse, is_built = this.config, this.config.fuse, this.config.llm.model == EMBEDDED
+    learned = fuse.represent == "learned"
+    if stage not in ("collab", "align", "fuse") or (stage == "fuse" and learned and is_built):
+        return ()
+    rows = dataclasses.replace(config.collab, train_on="rows")
+    if stage == "collab":
+        return tuple(build_collab(this.log(), rows, None).tables)
+    width = config.pretrain.hidden if is_built else hidden_width(this.given_llm)
+    semantic = Table("semantic", this.log().facts["items"], width, ("semantic",))
+    if stage == "align":
+        frozen = config.align.semantic == "frozen"
+        return (*build_collab(this.log(), rows, None).tables, dataclasses.replace(semantic, frozen=frozen))
+    if learned:
+        rows = token_rows(fuse, config.collab, this.given_llm)
+    collab = build_collab(this.log(), rows, None, represented=represented(fuse))
+    return tables_of(collab, semantic if "semantic" in fuse.tokens else None, fuse)
+
+
+def _room(this: Run) -> tuple[int, str] | None:
+    """Bytes that each worker has for tables or a model, and what has that room; None where that isn't known here, as of a
+    cluster's machines without GPUs."""
+    assert this.cluster is not None
+    if this.gpus():
+        return free_gpu_memory(this.cluster.share), "its share of a GPU"
+    if this.cluster.local:
+        # its workers' own memory was seen to be free before Ray was started
+        at_once = this.config.workers * this.cluster.groups
+        return room_of_worker(at_once), f"each of {at_once} workers on this machine"
+    return None
+
+
+def _check_tables(this: Run, tables: Sequence[Any], settings: Any, room: tuple[int, str] | None) -> None:
+    """Raises UserError where the kernels can't do what is asked of the tables, or a worker has no room for its part of them. Rows
+    that GPUs read from their host's memory (`tables.placement`) aren't weighed against it."""
     from sellarec.training.plan import check_fits, place
 
-    assert this.cluster is not None
     workers, storage = this.config.least_workers, this.config.tables
     optimizer = None if all(table.frozen for table in tables) else settings
     placements = place(tables, storage, optimizer, workers, "cuda" if this.gpus() else "cpu")
-    if this.cluster.local and not this.gpus():
-        # its workers' own memory was seen to be free before Ray was started
-        at_once = workers * this.cluster.groups
-        whose = f"each of {at_once} workers on this machine"
-        check_fits(placements, storage, optimizer, workers, room_of_worker(at_once), whose)
+    if room is not None and storage.placement == "device":
+        check_fits(placements, storage, optimizer, workers, *room)
 
 
 def _check_model(this: Run, stage: str, source: Any) -> None:
@@ -523,23 +586,31 @@ def _check_model(this: Run, stage: str, source: Any) -> None:
     Raises:
         UserError: the worker's GPU, or this machine's memory, has less free.
     """
-    from sellarec.language.llm import context_length, read_config
-    from sellarec.language.memory import advice_of, check_model_fits, phases, shape_of, summary, use_of
+    from sellarec.language.memory import summary
 
-    assert this.cluster is not None
+    found = _memory_of_model(this, stage, source)
+    this.console.line(f"{stage:<9} the language model takes about, of each worker, {summary(found)}")
+    _check_model_fits(this, stage, found, _room(this))
+
+
+def _memory_of_model(this: Run, stage: str, source: Any) -> dict[str, dict[str, int]]:
+    """What a stage's language model takes of each worker: `sellarec.language.memory.phases`."""
+    from sellarec.language.llm import context_length, read_config
+    from sellarec.language.memory import phases, shape_of, use_of
+
     config = this.config
     shape = shape_of(source, None if stage == "pretrain" or config.adapt.method == "full" else config.adapt)
     use = use_of(stage, config, context_length(read_config(source.name, source.revision)))
     if this.gpus():  # what is saved is loaded again into the host's memory
         use = dataclasses.replace(use, compares=False)
-    found = phases(shape, use)
-    this.console.line(f"{stage:<9} the language model takes about, of each worker, {summary(found)}")
-    advice = advice_of(stage, config)
-    if this.gpus():
-        check_model_fits(found, free_gpu_memory(this.cluster.share), "its share of a GPU", advice)
-    elif this.cluster.local:
-        at_once = config.workers * this.cluster.groups
-        check_model_fits(found, room_of_worker(at_once), f"each of {at_once} workers on this machine", advice)
+    return phases(shape, use)
+
+
+def _check_model_fits(this: Run, stage: str, found: dict[str, dict[str, int]], room: tuple[int, str] | None) -> None:
+    from sellarec.language.memory import advice_of, check_model_fits
+
+    if room is not None:
+        check_model_fits(found, *room, advice_of(stage, this.config))
 
 
 def check_labels(this: Run, stages: Sequence[str]) -> None:

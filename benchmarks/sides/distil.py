@@ -9,7 +9,7 @@ import torch
 from sides.language import model_folder, titles, write_model
 
 from sellarec.config import Distil
-from sellarec.language.distil import MAX_TOKENS, ItemEncoder
+from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
 
 SHOWN = 3
@@ -44,7 +44,9 @@ def plain(work: dict[str, Any], folder: Path, padding: str) -> Callable[[], tupl
         vectors = []
         for start in range(0, len(texts), work["micro_batch"]):
             some = texts[start : start + work["micro_batch"]]
-            batch = tokenizer(some, padding=padding, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+            batch = tokenizer(
+                some, padding=padding, truncation=True, max_length=Distil().max_tokens, return_tensors="pt"
+            )
             mask = batch["attention_mask"].to(device)
             output = model(input_ids=batch["input_ids"].to(device), attention_mask=mask, output_hidden_states=True)
             states = output.hidden_states[-1]

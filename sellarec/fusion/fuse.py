@@ -27,7 +27,14 @@ from sellarec.fusion.codes import CodesTask, build_codes
 from sellarec.fusion.projection import HybridProjection, MixtureProjection, Projection
 from sellarec.fusion.rows import prepare
 from sellarec.language import llm as llms
-from sellarec.language.adapt import answer_score, count_targets, make_prompts, prompt_batch, prompt_loss
+from sellarec.language.adapt import (
+    answer_score,
+    compare_saved,
+    count_targets,
+    make_prompts,
+    prompt_batch,
+    prompt_loss,
+)
 from sellarec.language.prompts import SOFT, Prompts
 from sellarec.language.scorer import PromptScorer, prefixes_of, share_prefixes
 from sellarec.training.stream import Prepare
@@ -69,8 +76,11 @@ class Recommender(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, batch: Batch, vectors: Vectors) -> Tensor:
-        """Logits [b, V] at the deciding position; where the batch has `targets`, their losses [b]."""
+    def forward(self, batch: Batch, vectors: Vectors | None) -> Tensor:
+        """Logits [b, V] at the deciding position; where the batch has `targets`, their losses [b]. Without vectors the language
+        model's own logits, of prompts with the tokens that stand in their slots."""
+        if vectors is None:
+            return self.scorer(batch["tokens"], batch["mask"], {}, {})
         made_by: dict[str, Callable[[], Tensor]] = {
             "user": partial(self.network.represent_user, batch, vectors),
             "item": partial(self.network.represent_item, batch, vectors),
@@ -102,6 +112,7 @@ class FuseTask(Task):
 
     def __init__(
         self,
+        source: llms.LlmSource,
         recommender: Recommender,
         collab: CollabTask,
         semantic: Table | None,
@@ -109,6 +120,7 @@ class FuseTask(Task):
         settings: Fuse,
         seed: int,
     ) -> None:
+        self.source = source
         self.model = recommender
         self.blocks = recommender.scorer.blocks
         self.collab = collab
@@ -188,6 +200,15 @@ class FuseTask(Task):
         if adapter:
             self.model.scorer.llm.save_pretrained(folder / "adapter", state_dict=adapter)
 
+    @torch.no_grad()
+    def check_saved(self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype) -> None:
+        """The adapter, where it was trained, on prompts as text: what other programs load knows no soft tokens."""
+        if "adapter" not in self._settings.train:
+            return
+        logits = model(batch, None)
+        if folder is not None:
+            compare_saved(logits, batch, self.source, folder, True, dtype)
+
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         return {
@@ -261,7 +282,7 @@ def build_fuse(
     collab.network.requires_grad_("tables" in settings.train and ("user" in tokens or settings.collab_score))
     adds_to = prompts.segments.yes if settings.collab_score else None
     recommender = Recommender(adapted, hybrid, collab.network, adds_to, language_weight)
-    return FuseTask(recommender, collab, semantic, prompts, settings, seed)
+    return FuseTask(source, recommender, collab, semantic, prompts, settings, seed)
 
 
 def made_by(settings: Fuse) -> dict[str, str]:

@@ -88,42 +88,54 @@ class TextTask(Task):
             tokenizer = llms.load_tokenizer(self.source.folder())
             llms.save_model(self.model.llm, state, tokenizer, folder / "model")
 
-    @torch.no_grad()
     def check_saved(self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype) -> None:
-        """Logits of each prompt's last position, against those of PEFT's or Transformers' own loading: without padding, and on
-        the CPU, where the worker has held the whole model before."""
-        from peft import PeftModel
-
         logits = model(batch["tokens"], batch["mask"], {}, {})
-        if folder is None:
-            return
-        if self._has_adapter:
-            what = f"the adapter in {folder / 'adapter'}, loaded with PEFT {version('peft')},"
-            base = llms.load_model(self.source.folder(), self.source.storage)
-            plain = PeftModel.from_pretrained(base, folder / "adapter").eval()
-        else:
-            what = f"the model in {folder / 'model'}, loaded with Transformers {version('transformers')},"
-            plain = llms.load_model(folder / "model").eval()
-        for weight in plain.parameters():
-            if weight.itemsize > dtype.itemsize:
-                weight.data = weight.data.to(dtype)
-        llms.compute_in(plain, dtype)
-        logits, every_token, every_mask = logits.cpu(), batch["tokens"].cpu(), batch["mask"].cpu()
-        prompts = (tokens[mask][None] for tokens, mask in zip(every_token, every_mask, strict=True))
-        again = torch.stack([plain(input_ids=tokens, use_cache=False).logits[0, -1].float() for tokens in prompts])
-        difference = (again - logits).abs().max().item()
-        allowed = TOLERANCE[dtype] * logits.abs().max().item()
-        if not difference <= allowed:
-            raise UserError(
-                f"{what} gives other logits than the trained model: they differ by up to {difference:.3g}, and {allowed:.3g} is "
-                "allowed for rounding. Whatever loads it would score otherwise, so the stage ends here: report it with the "
-                "output of jobs/env.py"
-            )
+        if folder is not None:
+            compare_saved(logits, batch, self.source, folder, self._has_adapter, dtype)
 
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
         everything = sum(weight.numel() for weight in self.model.parameters())
         return {**self.prompts.facts(), "trained_weights": trained, "weights": everything}
+
+
+@torch.no_grad()
+def compare_saved(
+    logits: Tensor, batch: Batch, source: llms.LlmSource, folder: Path, has_adapter: bool, dtype: torch.dtype
+) -> None:
+    """Compare a trained model's logits of each prompt's last position with those of PEFT's or Transformers' own loading: without
+    padding, and on the CPU, where the worker has held the whole model before.
+
+    Args:
+        folder: where it was saved, as `adapter` where it `has_adapter`, else as `model`.
+
+    Raises:
+        UserError: they differ by more than rounding.
+    """
+    from peft import PeftModel
+
+    if has_adapter:
+        what = f"the adapter in {folder / 'adapter'}, loaded with PEFT {version('peft')},"
+        base = llms.load_model(source.folder(), source.storage)
+        plain = PeftModel.from_pretrained(base, folder / "adapter").eval()
+    else:
+        what = f"the model in {folder / 'model'}, loaded with Transformers {version('transformers')},"
+        plain = llms.load_model(folder / "model").eval()
+    for weight in plain.parameters():
+        if weight.itemsize > dtype.itemsize:
+            weight.data = weight.data.to(dtype)
+    llms.compute_in(plain, dtype)
+    logits, every_token, every_mask = logits.cpu(), batch["tokens"].cpu(), batch["mask"].cpu()
+    prompts = (tokens[mask][None] for tokens, mask in zip(every_token, every_mask, strict=True))
+    again = torch.stack([plain(input_ids=tokens, use_cache=False).logits[0, -1].float() for tokens in prompts])
+    difference = (again - logits).abs().max().item()
+    allowed = TOLERANCE[dtype] * logits.abs().max().item()
+    if not difference <= allowed:
+        raise UserError(
+            f"{what} gives other logits than the trained model: they differ by up to {difference:.3g}, and {allowed:.3g} is "
+            "allowed for rounding. Whatever loads it would score otherwise, so the stage ends here: report it with the "
+            "output of jobs/env.py"
+        )
 
 
 def prompt_batch(rows: pa.Table, loss: str) -> Batch:

@@ -25,9 +25,6 @@ from sellarec.language import llm as llms
 from sellarec.language.scorer import base_model
 from sellarec.training.progress import PROGRESS_SECONDS
 
-MAX_TOKENS = 64
-"""Longest text that is read of an item (tokens), as published."""
-
 BLOCK_ROWS = 4096
 """Items that an actor takes at a time, and sorts by length."""
 
@@ -35,7 +32,8 @@ PART_ROWS = 65_536
 """Items of a file of vectors: what a distillation that was killed begins anew at most."""
 
 WRITTEN = "vectors.json"
-"""File beside the vectors: of which fingerprint they are, how many parts and items are written, and the width."""
+"""File beside the vectors: of which fingerprint they are, how many parts and items are written, of how many of these the text was
+cut, and the width."""
 
 
 class ItemEncoder:
@@ -64,13 +62,21 @@ class ItemEncoder:
         self._model = model.to(self._device).eval()
         self._tokenizer = llms.load_tokenizer(folder)
         self._noun, self._settings = noun, settings
-        self._limit = min(MAX_TOKENS, llms.context_length(model.config))
+        self._limit = min(settings.max_tokens, llms.context_length(model.config))
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """float32 [b, H]. Texts go through the model in the order of their lengths, so that little is padded."""
+        """float32 [b, H]."""
+        return self.vectors(self.tokens(texts)[0])
+
+    def tokens(self, texts: list[str]) -> tuple[list[list[int]], np.ndarray]:
+        """Token ids of texts in their prompts, as many as are read, and bool [b], which were cut for that."""
         form, noun = self._settings.prompt, self._noun
         read = [form.format(noun=noun, Noun=noun.capitalize(), text=text) for text in texts]
-        ids = [tokens[: self._limit] for tokens in self._tokenizer(read)["input_ids"]]
+        whole = self._tokenizer(read)["input_ids"]
+        return [tokens[: self._limit] for tokens in whole], np.array([len(tokens) > self._limit for tokens in whole])
+
+    def vectors(self, ids: list[list[int]]) -> np.ndarray:
+        """float32 [b, H]. Texts go through the model in the order of their lengths, so that little is padded."""
         order = np.argsort([len(tokens) for tokens in ids], kind="stable")
         vectors: np.ndarray | None = None
         for start in range(0, len(ids), self._settings.micro_batch):
@@ -114,14 +120,15 @@ class Actor:
         self._board, self._catalog, self._told = board, catalog, time.monotonic()
 
     def __call__(self, items: pa.Table) -> pa.Table:
-        """Columns item, text -> item, vector (fixed-size list of H float32)."""
+        """Columns item, text -> item, vector (fixed-size list of H float32), cut (whether not all of the text was read)."""
         if time.monotonic() - self._told > PROGRESS_SECONDS:
             self._told = time.monotonic()
             # blocks are encoded nearly in order, so the first item of this one tells how far the catalog is
             self._board.put.remote({"stage": "distil", "done": items["item"][0].as_py(), "items": self._catalog})
-        found = self._encoder.encode(items["text"].to_pylist())
+        ids, cut = self._encoder.tokens(items["text"].to_pylist())
+        found = self._encoder.vectors(ids)
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1])
-        return pa.table({"item": items["item"], "vector": vectors})
+        return pa.table({"item": items["item"], "vector": vectors, "cut": cut})
 
 
 def distil(
@@ -149,7 +156,7 @@ def distil(
         part_rows: items of a part.
 
     Returns:
-        Facts for the manifest: items and width, and how many items stood already.
+        Facts for the manifest: items and width, of how many the text was cut, and how many stood already.
 
     Raises:
         RuntimeError: a vector is not finite, or the items aren't exactly those of the catalog.
@@ -162,7 +169,7 @@ def distil(
     if written is None or written["fingerprint"] != mark:
         # what lies there is of nothing that is known
         output.delete("vectors")
-        written = {"fingerprint": mark, "parts": 0, "items": 0, "width": 0}
+        written = {"fingerprint": mark, "parts": 0, "items": 0, "texts_cut": 0, "width": 0}
     first = written["items"]
     if first < catalog:
         context = ray.data.DataContext.get_current()
@@ -187,7 +194,12 @@ def distil(
             written = _write_part(table, written, output)
     if written["items"] != catalog:
         raise RuntimeError(f"distil: {written['items']} items have vectors, but the catalog has {catalog}")
-    return {"items": catalog, "width": written["width"], "items_that_stood": first}
+    return {
+        "items": catalog,
+        "width": written["width"],
+        "texts_cut": written["texts_cut"],
+        "items_that_stood": first,
+    }
 
 
 def _write_part(table: pa.Table, written: dict[str, Any], output: Place) -> dict[str, Any]:
@@ -202,9 +214,10 @@ def _write_part(table: pa.Table, written: dict[str, Any], output: Place) -> dict
     with (output / "vectors").writing() as folder:
         name = f"part-{written['parts']:05d}.parquet"
         # a name that no reader takes, until it is whole
-        pq.write_table(table, folder / f".{name}")
+        pq.write_table(table.drop_columns(["cut"]), folder / f".{name}")
         (folder / f".{name}").replace(folder / name)
-    written = {**written, "parts": written["parts"] + 1, "items": done + len(table), "width": width}
+    cut = written["texts_cut"] + int(table["cut"].to_numpy().sum())
+    written = {**written, "parts": written["parts"] + 1, "items": done + len(table), "texts_cut": cut, "width": width}
     output.write_json(WRITTEN, written)
     return written
 

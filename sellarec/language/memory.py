@@ -221,11 +221,8 @@ def use_of(stage: str, config: Any, context: int) -> Use:
         "dtype": llm.dtype,
     }
     if stage == "distil":
-        from sellarec.language.distil import MAX_TOKENS
-
-        return Use(
-            **common | {"workers": 1, "dtype": "float32"}, tokens=min(MAX_TOKENS, context), logits="none", sharded=False
-        )
+        tokens = min(settings.max_tokens, context)
+        return Use(**common | {"workers": 1, "dtype": "float32"}, tokens=tokens, logits="none", sharded=False)
     if stage == "evaluate":
         return Use(**common, tokens=tokens, before=1)
     common["checkpoints"] = settings.checkpoint_activations
@@ -237,7 +234,7 @@ def use_of(stage: str, config: Any, context: int) -> Use:
     if stage == "adapt" and settings.method == "full":
         trains, common["storage"] = "model", "float32"
     logits = "answer" if settings.loss == "answer" else "tokens"
-    compares = stage == "adapt" or settings.represent == "codes"
+    compares = trains != "nothing"  # with what other programs load
     return Use(**common, tokens=tokens, trains=trains, backward=True, logits=logits, compares=compares, validates=True)
 
 
@@ -245,7 +242,9 @@ def advice_of(stage: str, config: Any) -> dict[str, str]:
     """By name of a part the settings that make it smaller, with what they are now."""
     settings = getattr(config, stage)
     batch = f"lower {stage}.micro_batch ({settings.micro_batch})"
-    shorter = "" if stage in ("distil", "pretrain") else f" or prompt.max_tokens ({config.prompt.max_tokens})"
+    shorter = "" if stage == "pretrain" else f" or prompt.max_tokens ({config.prompt.max_tokens})"
+    if stage == "distil":
+        shorter = f" or distil.max_tokens ({settings.max_tokens})"
     again = "" if getattr(settings, "checkpoint_activations", True) else f", set {stage}.checkpoint_activations"
     advice = {"activations": batch + shorter + again, "logits": batch + shorter}
     tunes_all = stage == "adapt" and settings.method == "full"

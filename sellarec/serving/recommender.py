@@ -91,7 +91,7 @@ class Recommender:
         log: its catalog.
         task: stage fuse's task, whose prompts know one title more than the catalog has: that of an unknown item, an empty one,
             as items without a title have it.
-        text_task: the text-only task on the same language model.
+        text_task: the text-only task on the same language model, with the same adapter.
         chunk: pairs whose rows are looked up at once.
         micro_batch: pairs that go through the language model at once.
         dtype: compute type, as `llm.dtype`.
@@ -158,8 +158,10 @@ class Recommender:
 
         Returns:
             score: the log-odds; tokens: by name (of those in the prompt), what the score loses without it; collab: the
-            collaborative model's score in it (`fuse.collab_score`), or None; text_only: the score
-            of the adapted language model on the prompt without soft tokens; unknown_user and unknown_item.
+            collaborative model's score in it (`fuse.collab_score`), or None; text_only: the score of the export's language model,
+            with the adapter that the score itself is made with, on the prompt without soft tokens. Where stage fuse trained
+            that adapter it knows such prompts from stage adapt alone, and isn't the model "text-only" of the results;
+            unknown_user and unknown_item.
         """
         users, items, found = self._find([user], [item], None if history is None else [history])
         shown = lists(*found)

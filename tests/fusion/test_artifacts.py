@@ -13,7 +13,7 @@ from small import save_table
 
 from sellarec import stages
 from sellarec.artifacts import fingerprint
-from sellarec.config import Adapt, Align, Collab, Config, Fuse, Llm, Prompt, Tables
+from sellarec.config import Adapt, Align, Collab, Config, Fuse, Llm, Pretrain, Prompt, Tables
 from sellarec.errors import UserError
 from sellarec.fusion.projection import Projection
 from sellarec.language.adapt import build_adapt
@@ -21,7 +21,7 @@ from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
 from sellarec.pipeline import _check_sharding
 from sellarec.run import Run, inputs_of
-from sellarec.stages import _fuse, _fuse_builder, _tables_of_fuse
+from sellarec.stages import _fuse, _fuse_builder, _tables_of_fuse, check_ahead
 from sellarec.training.launch import Cluster
 
 DIM, HIDDEN, WIDTH = 4, 6, 16
@@ -189,7 +189,8 @@ def test_a_wholly_tuned_model_is_what_all_later_stages_read(workspace):
     ids=str,
 )
 def test_tables_without_room_are_refused_before_workers_start(workspace, monkeypatch, changes, held):
-    """With what fuse's own optimizer keeps of them; one byte less than they take is too little."""
+    """With what fuse's own optimizer keeps of them; one byte less than they take is too little, before stages that they are made
+    by too."""
 
     class Started(Exception):
         pass
@@ -198,16 +199,26 @@ def test_tables_without_room_are_refused_before_workers_start(workspace, monkeyp
         raise Started
 
     run = Run.of(
-        Config(workspace=str(workspace), collab=Collab(dim=DIM), align=Align(hidden=HIDDEN), fuse=Fuse(**changes))
+        Config(
+            workspace=str(workspace),
+            collab=Collab(dim=DIM),
+            align=Align(hidden=HIDDEN),
+            fuse=Fuse(**changes),
+            pretrain=Pretrain(hidden=WIDTH),
+        )
     )
-    run.marks = dict.fromkeys(("prepare", "pretrain", "adapt", "align", "fuse"), "x")
+    run.marks = {"prepare": "x"}
     run.cluster = Cluster(local=True, gpus=False)
     monkeypatch.setattr(stages, "train", start)
     monkeypatch.setattr(stages, "_check_model", lambda *_: None)  # of its own, and larger
     monkeypatch.setattr(stages, "room_of_worker", lambda workers: held - 1)
     with pytest.raises(UserError, match=r"worker 0 of 2 would hold .* of tables"):
+        check_ahead(run, ["fuse"])
+    run.marks = dict.fromkeys(("prepare", "pretrain", "adapt", "align", "fuse"), "x")
+    with pytest.raises(UserError, match=r"worker 0 of 2 would hold .* of tables"):
         _fuse(run)
     monkeypatch.setattr(stages, "room_of_worker", lambda workers: held)
+    check_ahead(run, ["fuse"])
     with pytest.raises(Started):
         _fuse(run)
 

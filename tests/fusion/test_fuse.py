@@ -273,6 +273,31 @@ def test_an_adapter_with_a_tensor_missing_is_refused(make, tmp_path):
         make(train=("adapter",), tokens=("user",), adapter=tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("train", [("adapter",), ("tables", "projections", "adapter")], ids=" ".join)
+def test_a_saved_adapter_that_lacks_a_tensor_ends_the_stage(make, tmp_path, train):
+    """It is compared on prompts as text, whatever the soft tokens are."""
+    task = make(train=train)
+    trained = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for weight in trained.values():
+            weight.add_(0.05)
+    task.model.eval()
+    task.save(tmp_path, {name: weight.detach() for name, weight in trained.items()})
+    batch = batch_of(task, rows(), None)
+    task.check_saved(task.model, batch, tmp_path, torch.float32)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    del weights[next(name for name in weights if "lora_B" in name)]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"the adapter in .*, loaded with PEFT .* gives other logits than the trained"):
+        task.check_saved(task.model, batch, tmp_path, torch.float32)
+    task.check_saved(task.model, batch, None, torch.float32)
+
+
+def test_where_no_adapter_is_trained_none_is_compared(task, tmp_path):
+    task.check_saved(task.model, batch_of(task, rows(), None), tmp_path, torch.float32)
+
+
 def test_rows_of_weight_zero_have_no_effect(task):
     weight = np.array([1, 0, 1, 0], np.float32)
     batch = batch_of(task, rows(weight=weight), None)

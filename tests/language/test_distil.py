@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from sellarec import stages
 from sellarec.artifacts import Place
 from sellarec.checks import check
 from sellarec.config import Adapt, Config, Distil, Llm, Pretrain, Prompt
@@ -19,6 +21,8 @@ from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
 from sellarec.language.distil import WRITTEN, ItemEncoder, SavedVectors, distil
 from sellarec.language.scorer import base_model
+from sellarec.run import Run, settings_of
+from sellarec.training.launch import Cluster
 from sellarec.training.progress import Console, ProgressBoard
 
 torch.set_num_threads(1)
@@ -69,6 +73,39 @@ def test_the_default_is_the_last_state_of_noun_and_title(decoder, adapter, title
         np.testing.assert_allclose(vector, alone(decoder, adapter, f"Movie: {title}", -1)[-1], atol=1e-5)
 
 
+@pytest.mark.parametrize("limit", [3, 6])
+def test_longer_texts_are_cut_to_the_setting_and_counted(decoder, adapter, titles, limit):
+    source, tokenizer = llms.find_llm(str(decoder), None), llms.load_tokenizer(decoder)
+    encoder = ItemEncoder(source, adapter, "movie", Distil(max_tokens=limit))
+    whole = tokenizer([f"Movie: {title}" for title in titles])["input_ids"]
+    ids, cut = encoder.tokens(titles)
+    assert ids == [tokens[:limit] for tokens in whole]
+    assert cut.tolist() == [len(tokens) > limit for tokens in whole] and cut.any()
+    for title, vector in zip(titles, encoder.encode(titles), strict=True):
+        np.testing.assert_allclose(vector, alone(decoder, adapter, f"Movie: {title}", -1)[:limit][-1], atol=1e-5)
+
+
+def test_how_much_is_read_is_part_of_the_result():
+    of_setting = {limit: settings_of("distil", Config(distil=Distil(max_tokens=limit))) for limit in (64, 65)}
+    assert of_setting[64] != of_setting[65] and of_setting[64] == settings_of("distil", Config())
+
+
+@pytest.mark.parametrize("cut", [0, 1200])
+def test_cut_texts_are_told(monkeypatch, tmp_path, cut, capsys):
+    this = Run.of(Config(workspace=str(tmp_path), distil=Distil(max_tokens=30)))
+    this.cluster, this.marks = (
+        Cluster(local=True, gpus=False),
+        dict.fromkeys(("prepare", "pretrain", "adapt", "distil"), "x"),
+    )
+    monkeypatch.setattr(Run, "log", lambda self: SimpleNamespace(paths=lambda table: [], facts={"noun": "movie"}))
+    monkeypatch.setattr(stages, "_check_model", lambda *_: None)
+    monkeypatch.setattr(stages, "first_workers", lambda *_: 1)
+    monkeypatch.setattr(stages, "run_task", lambda *_, **given: {"items": 34567, "texts_cut": cut})
+    assert stages.carry_out(this, "distil")["texts_cut"] == cut
+    told = capsys.readouterr().out
+    assert ("1,200 of 34,567 texts were longer" in told and "distil.max_tokens 30" in told) == (cut > 0), told
+
+
 def test_little_is_padded(decoder, adapter):
     """Short and long texts by turns: in micro-batches by length, no short text is padded to a long one's length."""
     encoder = ItemEncoder(llms.find_llm(str(decoder), None), adapter, "movie", Distil(micro_batch=4))
@@ -92,6 +129,7 @@ def test_little_is_padded(decoder, adapter):
         ({"prompt": "{text"}, "braces don't close"),
         ({"layer": 4}, "distil.layer is 4, but the embedded model (pretrain.layers) has 3 layers: -4 to 3"),
         ({"layer": -5}, "distil.layer is -5"),
+        ({"max_tokens": 0}, "distil.max_tokens is 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, words):
@@ -108,7 +146,6 @@ def test_layers_of_the_embedded_model_are_taken():
 
 def test_a_layer_that_the_given_model_lacks_is_refused_before_any_stage(decoder, tmp_path):
     from sellarec.pipeline import run
-    from sellarec.run import Run
 
     config = Config(distil=Distil(layer=3), llm=Llm(model=str(decoder)), workspace=str(tmp_path), name="run", workers=1)
     with pytest.raises(UserError, match=r"distil.layer is 3, but .* has 2 layers: -3 to 2"):
@@ -195,24 +232,31 @@ def test_what_stands_is_kept(decoder, adapter, titles, tmp_path, monkeypatch):
         output = Place.of(str(tmp_path / "distil"))
         source = llms.find_llm(str(decoder), None)
 
-        def run(mark: str) -> dict:
-            return distil(files, Distil(), source, adapter, "movie", 1, False, output, mark, board, part_rows=60)
+        lengths = [len(ids) for ids in llms.load_tokenizer(decoder)([f"Movie: {text}" for text in texts])["input_ids"]]
+        settings = Distil(max_tokens=int(np.median(lengths)))
+        cut = np.array(lengths) > settings.max_tokens
+        assert 0 < cut[:120].sum() < cut.sum() < 250
 
-        assert run("mark") == {"items": 250, "width": 16, "items_that_stood": 0}
+        def run(mark: str) -> dict:
+            return distil(files, settings, source, adapter, "movie", 1, False, output, mark, board, part_rows=60)
+
+        facts = {"items": 250, "width": 16, "texts_cut": cut.sum()}
+        assert run("mark") == {**facts, "items_that_stood": 0}
         folder = tmp_path / "distil"
         parts = sorted((folder / "vectors").iterdir())
         assert [pq.read_metadata(part).num_rows for part in parts] == [60, 60, 60, 60, 10]
         vectors = SavedVectors(folder, "mark").read(0, 250)
-        expected = ItemEncoder(source, adapter, "movie", Distil()).encode(texts)
+        expected = ItemEncoder(source, adapter, "movie", settings).encode(texts)
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
         # as a kill leaves it: two parts told of, one more that isn't, half of a fourth
         for part in parts[3:]:
             part.unlink()
         (folder / "vectors/.part-00003.parquet").write_bytes(b"PAR1")
-        (folder / WRITTEN).write_text(json.dumps({"fingerprint": "mark", "parts": 2, "items": 120, "width": 16}))
+        told = {"fingerprint": "mark", "parts": 2, "items": 120, "texts_cut": int(cut[:120].sum()), "width": 16}
+        (folder / WRITTEN).write_text(json.dumps(told))
         stood = {part: part.stat().st_mtime_ns for part in parts[:2]}
-        assert run("mark") == {"items": 250, "width": 16, "items_that_stood": 120}
+        assert run("mark") == {**facts, "items_that_stood": 120}
         assert stood == {part: part.stat().st_mtime_ns for part in parts[:2]}
         np.testing.assert_allclose(SavedVectors(folder, "mark").read(0, 250), vectors, atol=1e-5)
         assert run("mark")["items_that_stood"] == 250

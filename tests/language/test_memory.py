@@ -78,10 +78,14 @@ def test_each_stage_uses_the_model_in_its_way():
     sequence = replace(config, adapt=Adapt(loss="sequence", checkpoint_activations=True))
     assert use_of("adapt", sequence, 1000).logits == "tokens" and use_of("adapt", sequence, 1000).checkpoints
     assert use_of("fuse", config, 250).tokens == 250 and use_of("fuse", config, 250).trains == "nothing"
-    assert use_of("fuse", replace(config, fuse=Fuse(train=("adapter",))), 250).trains == "adapter"
+    assert not use_of("fuse", config, 250).compares
+    tuned = use_of("fuse", replace(config, fuse=Fuse(train=("projections", "adapter"))), 250)
+    assert (tuned.trains, tuned.compares) == ("adapter", True)
     distil = use_of("distil", replace(config, distil=Distil(micro_batch=5)), 1000)
     assert (distil.workers, distil.micro_batch, distil.tokens, distil.backward) == (1, 5, 64, False)
     assert not distil.sharded
+    longer = replace(config, distil=Distil(max_tokens=90))
+    assert [use_of("distil", longer, context).tokens for context in (1000, 80)] == [90, 80]
     assert use_of("evaluate", config, 1000).before == 1 and not use_of("evaluate", config, 1000).backward
 
 
@@ -106,7 +110,7 @@ def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():
     with pytest.raises(UserError, match="GiB: take a smaller model or a larger machine"):
         check_model_fits(large, 2**30, "its GPU", advice_of("adapt", stored))
     assert "checkpoint" not in advice_of("evaluate", config)["activations"]
-    assert advice_of("distil", config)["activations"] == "lower distil.micro_batch (16)"
+    assert advice_of("distil", config)["activations"] == "lower distil.micro_batch (16) or distil.max_tokens (64)"
     assert "weights" not in advice_of("pretrain", Config(pretrain=Pretrain()))
 
 

@@ -233,6 +233,15 @@ def stage_scores(workspace: Workspace, rows: pa.Table, **batch: torch.Tensor) ->
     return workspace.task.score(workspace.task.model, found | batch, vectors).numpy()
 
 
+def text_only(workspace: Workspace, stage: str, row: pa.Table) -> float:
+    """The score of one row's text-only prompt, by a stage's adapter."""
+    titles, noun = workspace.log.items(["title"])["title"].to_pylist(), workspace.log.facts["noun"]
+    adapter = workspace.artifact(stage) / "adapter"
+    task = build_adapted(workspace.source, titles, workspace.config.prompt, noun, adapter, "answer")
+    with torch.no_grad():
+        return task.score(task.model, small.batch_of(task, row, None), {}).item()
+
+
 def named(workspace: Workspace, rows: pa.Table) -> tuple[list[str], list[str], list[list[str]]]:
     """Users, items and histories of rows by the source's ids."""
     users, items = (
@@ -377,14 +386,7 @@ def test_explanations_are_what_the_score_loses(made, recommender):
         without = workspace.task.score(workspace.task.model, batch, vectors).item()
     assert found["tokens"]["semantic"] == pytest.approx(whole - without, abs=1e-5)
     assert all(abs(part) > 1e-4 for part in found["tokens"].values())
-    titles = workspace.log.items(["title"])["title"].to_pylist()
-    adapter = workspace.artifact("adapt") / "adapter"
-    text_task = build_adapted(
-        workspace.source, titles, workspace.config.prompt, workspace.log.facts["noun"], adapter, "answer"
-    )
-    with torch.no_grad():
-        text_only = text_task.score(text_task.model, small.batch_of(text_task, rows, None), {}).item()
-    assert found["text_only"] == pytest.approx(text_only, abs=1e-5)
+    assert found["text_only"] == pytest.approx(text_only(workspace, "adapt", rows), abs=1e-5)
     # nothing is left on the model
     assert recommender.score([user], [item], [history]).scores[0] == pytest.approx(whole, abs=1e-5)
     unknown = recommender.explain("nobody", item, [])
@@ -544,6 +546,10 @@ def test_codes_are_exported(decoder, titles, tmp_path):
     for user, parts in explained.items():
         assert set(parts["tokens"]) == {"user", "item"} and parts["collab"] is None
         assert (abs(parts["tokens"]["user"]) > 1e-4) == (user == "1") and abs(parts["tokens"]["item"]) > 1e-4
+    # by the adapter that fuse trained, not by adapt's, which evaluate scores "text-only" with
+    by_fuse, by_adapt = (text_only(workspace, stage, rows.slice(0, 1)) for stage in ("fuse", "adapt"))
+    found_alone = recommender.explain(users[0], items[0], histories[0])["text_only"]
+    assert found_alone == pytest.approx(by_fuse, abs=1e-5) and abs(by_fuse - by_adapt) > 1e-3
     without = explained["1"]["score"] - explained["1"]["tokens"]["user"]
     assert explained[unseen]["score"] == pytest.approx(without, abs=1e-5)
     assert explained["nobody"]["score"] == pytest.approx(without, abs=1e-5)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from engine_cases import SEED, rate_at, storage_of, workers_of
+from language_cases import spoil
 
 from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Collab, Evaluate, Fuse, Prompt, Tables
 from sellarec.data.log import read_log
+from sellarec.errors import UserError
 from sellarec.fusion.codes import CodesTask
 from sellarec.fusion.fuse import FuseTask, build_fuse, represented, semantic_table, token_rows
 from sellarec.language.llm import find_llm
@@ -81,8 +83,8 @@ def scores_of(case: Case, task: FuseTask, engine: Engine) -> Any:
 
 
 def train(case: Case) -> dict[str, Any]:
-    """What a worker finds: losses, what its task trains, and on worker 0 scores, by the engine that has trained and by one that
-    is made of what was exported."""
+    """What a worker finds: losses, what its task trains, what the check of the export says, of what was written and of a spoilt
+    adapter, and on worker 0 scores, by the engine that has trained and by one that is made of what was exported."""
     workers = workers_of()
     task = task_of(case, trained=False)
     make = partial(Engine, workers=workers, seed=SEED, storage=Tables(), dtype="float32")
@@ -98,5 +100,27 @@ def train(case: Case) -> dict[str, Any]:
     engine.export(Place.of(str(case.output)), storage_of(workers))
     dist.barrier(group=workers.control)
     found = {"losses": losses, "facts": task.facts(), "scores": scores_of(case, task, engine)}
+    found["checked"] = check(case, task, engine)
     again = task_of(case, trained=True)
-    return found | {"again": scores_of(case, again, make(again, settings=Evaluate()))}
+    found["again"] = scores_of(case, again, make(again, settings=Evaluate()))
+    if "adapter" in case.settings.train:
+        dist.barrier(group=workers.control)
+        kept = (case.output / "adapter" / "adapter_model.safetensors").read_bytes()
+        if workers.rank == 0:
+            spoil(case.output / "adapter" / "adapter_model.safetensors")
+        found["spoilt"] = check(case, task, engine)
+        if workers.rank == 0:
+            (case.output / "adapter" / "adapter_model.safetensors").write_bytes(kept)
+    return found
+
+
+def check(case: Case, task: FuseTask | CodesTask, engine: Engine) -> str | None:
+    """What the check of the export says on this worker."""
+    valid = order_of(case, "valid", 7, None)
+    pieces = (prepared(valid, piece, task.columns, task.prepare_to_score) for piece in valid.pieces(0, 1))
+    (some,) = slices(chain.from_iterable(pieces), valid, dist.get_rank(), dist.get_world_size(), 0, 1)
+    try:
+        engine.check_export(some.slice(0, 2), Place.of(str(case.output)))
+    except UserError as error:
+        return str(error)
+    return None

@@ -192,7 +192,7 @@ def train(case: Case, log: Log | None = None) -> dict[str, Any]:
         engine.export(output, storage_of(workers))
         found["checked"] = check(engine, task, output)
         if workers.rank == 0:
-            _spoil(next(file for file in case.folder.rglob("*.safetensors")))
+            spoil(next(file for file in case.folder.rglob("*.safetensors")))
         dist.barrier(group=workers.control)
         found["spoilt"] = check(engine, task, output)
     return found
@@ -207,7 +207,7 @@ def check(engine: Engine, task: Task, output: Place) -> str | None:
     return None
 
 
-def _spoil(file: Path) -> None:
+def spoil(file: Path) -> None:
     """Change one tensor by a little."""
     from safetensors.torch import load_file, save_file
 

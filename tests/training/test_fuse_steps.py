@@ -146,6 +146,9 @@ def test_any_number_of_workers_takes_the_same_steps_and_leaves_what_is_scored_wi
         # the engine that has trained, and one made of its artifact and, for what was frozen, those before
         np.testing.assert_allclose(found[0]["again"]["score"], found[0]["scores"]["score"], rtol=1e-5, atol=1e-6)
         assert all(worker["losses"] == found[0]["losses"] for worker in found)
+        assert all(worker["checked"] is None for worker in found), found[0]["checked"]
+        if "adapter" in case.settings.train:
+            assert "loaded with PEFT" in found[0]["spoilt"] and all(worker["spoilt"] is None for worker in found[1:])
     expected, weights = runs[1]
     tables, files = LEFT[name]
     assert {key.removeprefix("table ") for key in weights if key.startswith("table ")} == tables

@@ -1,0 +1,194 @@
+"""What stages can't hold is refused before the first of them starts: tables and language models, on CPUs and on GPUs. What is
+told of several stages at the end."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from small import small_log
+from transformers import LlamaConfig
+
+from sellarec import pipeline, stages
+from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Tables
+from sellarec.errors import UserError
+from sellarec.run import Run
+from sellarec.stages import check_ahead
+from sellarec.training.launch import Cluster
+
+USERS, ITEMS, DIM, WIDTH = 30, 40, 8, 16
+ROWS = {"user": USERS // 2, "item": ITEMS // 2, "semantic": ITEMS // 2}
+"""Of each of two workers."""
+HERE = Cluster(local=True, gpus=False)
+ON_GPUS = Cluster(local=False, gpus=True, share=0.5)
+
+
+@pytest.fixture
+def of(models, tmp_path, monkeypatch):
+    """Makes a connected run with a prepared log."""
+    log = small_log(tmp_path, USERS, ITEMS, np.ones(ITEMS, bool))
+    monkeypatch.setattr(Run, "log", lambda self: log)
+
+    def make(cluster: Cluster = HERE, **changes: Any) -> Run:
+        llm = Llm(model=str(models["llama"]))
+        this = Run.of(Config(**{"workspace": str(tmp_path), "llm": llm, "collab": Collab(dim=DIM)} | changes))
+        this.cluster = cluster
+        return this
+
+    return make
+
+
+def set_room(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(stages, "room_of_worker", lambda workers: size)
+    monkeypatch.setattr(stages, "free_gpu_memory", lambda share: int(2 * share * size))
+
+
+HELD = {
+    # a row's weights, and one number of its optimizer
+    "collab": (ROWS["user"] + ROWS["item"]) * (4 * DIM + 4),
+    "align": (ROWS["user"] + ROWS["item"]) * (4 * DIM + 4) + ROWS["semantic"] * (4 * WIDTH + 4),
+}
+
+
+@pytest.mark.parametrize("cluster", [HERE, ON_GPUS], ids=["cpus", "gpus"])
+@pytest.mark.parametrize("llm", ["given", "embedded"])
+@pytest.mark.parametrize("stage", HELD)
+def test_tables_are_counted_before_what_they_are_made_of_is_there(of, monkeypatch, stage, llm, cluster):
+    built = {"llm": Llm(), "pretrain": Pretrain(hidden=WIDTH)}
+    this = of(cluster, **(built if llm == "embedded" else {}))
+    whose = "its share of a GPU" if cluster.gpus else "each of 2 workers on this machine"
+    set_room(monkeypatch, HELD[stage] - 1)
+    with pytest.raises(UserError, match=rf"worker 0 of 2 would hold .* of tables .*but {whose} has room"):
+        check_ahead(this, [stage])
+    set_room(monkeypatch, HELD[stage])
+    check_ahead(this, [stage])
+
+
+def test_a_frozen_table_of_distilled_vectors_has_no_optimizer(of, monkeypatch):
+    set_room(monkeypatch, HELD["align"] - 4 * ROWS["semantic"])
+    check_ahead(of(align=Align(semantic="frozen")), ["align"])
+    with pytest.raises(UserError, match="of tables"):
+        check_ahead(of(), ["align"])
+
+
+def test_learned_tokens_are_as_wide_as_the_language_model(of, monkeypatch):
+    this = of(fuse=Fuse(represent="learned", tokens=("user", "item"), train=("tables",)))
+    monkeypatch.setattr(stages, "_check_model_fits", lambda *_: None)  # of its own, and larger
+    held = (ROWS["user"] + ROWS["item"]) * (4 * WIDTH + 4)
+    set_room(monkeypatch, held)
+    check_ahead(this, ["fuse"])
+    set_room(monkeypatch, held - 1)
+    with pytest.raises(UserError, match="of tables"):
+        check_ahead(this, ["fuse"])
+
+
+def test_rows_in_the_hosts_memory_and_a_clusters_machines_without_gpus_are_not_weighed(of, monkeypatch):
+    set_room(monkeypatch, 1)
+    check_ahead(of(ON_GPUS, tables=Tables(placement="uvm")), ["collab", "align"])
+    check_ahead(of(Cluster(local=False, gpus=False)), ["collab", "align", "adapt", "evaluate"])
+
+
+@pytest.mark.parametrize("cluster", [HERE, ON_GPUS], ids=["cpus", "gpus"])
+@pytest.mark.parametrize("stage", ["adapt", "distil", "fuse", "evaluate"])
+def test_a_given_language_model_is_weighed_for_each_stage(of, monkeypatch, stage, cluster):
+    this = of(cluster)
+    set_room(monkeypatch, 1 << 30)
+    check_ahead(this, ["adapt", "distil", "fuse", "evaluate"])
+    large = replace(getattr(this.config, stage), micro_batch=100_000_000)
+    with pytest.raises(UserError, match=rf"lower {stage}\.micro_batch \(100000000\)"):
+        check_ahead(of(cluster, **{stage: large}), ["adapt", "distil", "fuse", "evaluate"])
+
+
+def test_what_evaluate_cannot_hold_is_refused_once_the_log_is_there(models, tmp_path, monkeypatch):
+    """Before adapt starts; a stage that stands is passed over."""
+    done: list[str] = []
+
+    class Started(Exception):
+        pass
+
+    def stage(this: Run, name: str) -> None:
+        done.append(name)
+        if name != "prepare":
+            raise Started
+
+    def connect(this: Run) -> None:
+        this.cluster = HERE
+
+    def start(**changes: Any) -> None:
+        done.clear()
+        config = Config(name="run", workspace=str(tmp_path), llm=Llm(model=str(models["llama"])), trackers=())
+        pipeline._run(Run.of(replace(config, **changes)))
+
+    facts = {"users": 9, "items": 9, "noun": "movie", "positives": {"train": 4, "valid": 4}, "rows": {}}
+    facts["rows"] = {"train": 9, "valid": 9, "test": 9}
+    log = replace(small_log(tmp_path / "log", 9, 9, np.ones(9, bool)), facts=facts)
+    monkeypatch.setattr(Run, "log", lambda self: log)
+    monkeypatch.setattr(Run, "connect", connect)
+    monkeypatch.setattr(pipeline, "_stage", stage)
+    monkeypatch.setattr(pipeline, "check_room", lambda workers: None)
+    large = replace(Config().evaluate, micro_batch=100_000_000)
+    with pytest.raises(UserError, match=r"lower evaluate\.micro_batch"):
+        start(evaluate=large)
+    assert done == ["prepare"]
+    with pytest.raises(Started):
+        start()
+    assert done == ["prepare", "adapt"]
+    monkeypatch.setattr(pipeline, "_stands", lambda this, name, artifact: name == "evaluate")
+    with pytest.raises(Started):
+        start(evaluate=large)
+
+
+@pytest.mark.parametrize(
+    ("changes", "beside"),
+    [
+        ({}, {"auc": 0.72, "uauc": 0.6}),
+        ({"align": Align(init="scratch", valid_rows=50)}, None),
+        ({"collab": Collab(select_on="ndcg@10")}, None),
+    ],
+    ids=["same rows", "other rows", "ranking"],
+)
+def test_the_report_names_collab_beside_what_was_aligned_from_scratch(tmp_path, monkeypatch, changes, beside):
+    """Of the state that it kept."""
+    this = Run.of(Config(**{"name": "run", "workspace": str(tmp_path), "align": Align(init="scratch")} | changes))
+    this.marks = dict.fromkeys(("prepare", "collab", "align", "evaluate"), "x")
+    this.seconds = dict.fromkeys(this.marks, None)
+    metrics = {"auc": 0.72, "uauc": 0.6}
+    facts: dict[str, dict[str, Any]] = {
+        "prepare": {},
+        "collab": {"kept_step": 4, "evaluations": [[2, {"auc": 0.7, "uauc": 0.5}], [4, metrics]]},
+        "align": {"alignment": {"valid": {"align": {"auc": 0.71, "uauc": 0.6}, "collab": None}}},
+        "evaluate": {},
+    }
+    for stage, found in facts.items():
+        this.artifact(stage).write_json("manifest.json", {"fingerprint": "x", "facts": found, "versions": {}})
+    this.artifact("evaluate").write_json("results.json", [])
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(Run, "log", lambda self: SimpleNamespace(facts={"rows": {"valid": 100}}))
+    monkeypatch.setattr("sellarec.evaluation.report.write_report", lambda **given: shown.extend(given["stages"]) or "")
+    monkeypatch.setattr("sellarec.evaluation.results.format_table", lambda records: "")
+    pipeline._finish(this)
+    (align,) = (found["manifest"]["facts"]["alignment"] for found in shown if found["stage"] == "align")
+    assert align["valid"] == {"align": {"auc": 0.71, "uauc": 0.6}, "collab": beside}
+
+
+def test_a_width_that_tables_cannot_have_is_refused_before_any_stage(tmp_path):
+    """Align's distilled vectors are as wide as the language model, as are learned tokens."""
+    narrow = LlamaConfig(hidden_size=10, num_attention_heads=1, vocab_size=9, architectures=["LlamaForCausalLM"])
+    narrow.save_pretrained(tmp_path / "narrow")
+    given, learned = Llm(model=str(tmp_path / "narrow")), Fuse(represent="learned", tokens=("user",), train=("tables",))
+
+    def check(stage: str, **changes: Any) -> None:
+        this = Run.of(Config(**changes))
+        this.__dict__["given_llm"] = SimpleNamespace(name=changes.get("llm", given).model, revision=None)
+        pipeline._check_width(this, (stage,))
+
+    with pytest.raises(UserError, match=r"the width of the language model .*narrow is 10: .* a multiple of 4"):
+        check("align", llm=given)
+    with pytest.raises(UserError, match="narrow is 10"):
+        check("fuse", llm=given, fuse=learned)
+    with pytest.raises(UserError, match=r"pretrain.hidden is 18: .* a multiple of 4"):
+        check("align", pretrain=Pretrain(hidden=18, heads=3))
+    check("fuse", llm=given)
+    check("adapt", llm=given, fuse=learned)
+    check("align", pretrain=Pretrain(hidden=20, heads=2))
