@@ -14,7 +14,6 @@ from small import (
     HISTORIES,
     ITEMS,
     RATE,
-    Alone,
     batch_of,
     leaves,
     make,
@@ -31,7 +30,7 @@ from sellarec.collab.models import binary_mf, din, fism, lightgcn, mf, sasrec, s
 from sellarec.collab.task import build_collab
 from sellarec.config import COLLAB_MODELS, DENSE_SETTINGS, MODEL_SETTINGS, Collab
 from sellarec.training.table import Jagged
-from sellarec.training.task import WHOLE
+from sellarec.training.task import WHOLE, Alone
 
 torch.set_num_threads(1)
 
