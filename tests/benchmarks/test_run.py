@@ -5,13 +5,13 @@ from scripts import BENCHMARKS, command
 
 CASES = sorted(path.stem for path in (BENCHMARKS / "cases").glob("*.yaml"))
 
-INSTALLS = ("bpr",)
-"""Cases with a peer that is installed first."""
+LONG = ("bpr", "launch")
+"""Cases with a peer that is installed first, and with whole jobs as sides."""
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case in INSTALLS else case for case in CASES]
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LONG else case for case in CASES]
 )
 def test_a_case_runs_in_its_quick_form(case, tmp_path):
     out = tmp_path / "result.json"
@@ -22,7 +22,9 @@ def test_a_case_runs_in_its_quick_form(case, tmp_path):
     assert result["case"] == case and list(result["ratios"]) == others
     kept, tried, wanted = result["rounds kept"], len(result["rounds"]), result["settings"]["run"]["rounds"]
     assert 1 <= kept <= wanted and (kept == wanted <= tried or tried == 2 * wanted)
-    assert all(side["units/s"] > 0 and side["bytes above"] > 0 for side in result["sides"].values())
+    assert all(side["units/s"] > 0 for side in result["sides"].values())
+    # the memory of launch's sides is that of processes which they start
+    assert case == "launch" or all(side["bytes above"] > 0 for side in result["sides"].values())
     for name in others:
         ratio = result["ratios"][name]["speed"]
         assert 0 < ratio["lowest"] <= ratio["median"] <= ratio["highest"]
