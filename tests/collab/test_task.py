@@ -559,6 +559,7 @@ assert pathlib.Path(sellarec.__file__).is_relative_to(folder), sellarec.__file__
 from sellarec.command_line import parse
 from sellarec.errors import UserError
 from small import batch_of, make, some_rows, vectors_of
+from sellarec.training.task import Alone
 config = parse(["--collab", "popularity", "--collab.dropout", "0.5"])
 assert config.collab.model == "popularity"
 try:
