@@ -13,7 +13,7 @@ from sellarec.artifacts import Place, Store, fingerprint, persist
 from sellarec.checks import check_same_model
 from sellarec.config import Config, Dense, Selection, Sparse, Steps, result_settings
 from sellarec.data.files import file_hash, file_hashes
-from sellarec.data.log import Log, read_log
+from sellarec.data.log import FACTS_FILE, Log, read_log
 from sellarec.data.raw import Source
 from sellarec.data.sources import open_source
 from sellarec.errors import UserError
@@ -181,6 +181,15 @@ class Run:
         place, manifest = self._given_collab
         check_same_model(self.config.collab, manifest["settings"]["collab"])
         return place, manifest["fingerprint"]
+
+    @property
+    def log_of_start(self) -> Path | None:
+        """The prepared log that the model of collab.init_from was trained on, where it lies beside it on this machine."""
+        place, manifest = self._given_collab
+        if not place.is_local:
+            return None
+        beside = place.folder.parent / f"prepare-{manifest['inputs']['prepare']}"
+        return beside if (beside / FACTS_FILE).is_file() else None
 
     @cached_property
     def _given_collab(self) -> tuple[Place, dict[str, Any]]:

@@ -521,12 +521,35 @@ def check_ahead(this: Run, stages: Sequence[str]) -> None:
         UserError: as the stage itself would.
     """
     config, room = this.config, _room(this)
+    if "collab" in stages and config.collab.init_from is not None:
+        _check_start(this)
     for stage in stages:
         tables = _tables_ahead(this, stage)
         if tables:
             _check_tables(this, tables, getattr(config, stage), room)
         if isinstance(getattr(config, stage), Language) and config.llm.model != EMBEDDED:
             _check_model_fits(this, stage, _memory_of_model(this, stage, this.given_llm), room)
+
+
+def _check_start(this: Run) -> None:
+    """Refuse to train rows on as other users' or items'."""
+    from sellarec.data.log import first_other_id, read_log
+
+    start, beside = this.config.collab.init_from, this.log_of_start
+    if beside is None:
+        this.console.line(
+            f"collab    {start} lies without the log that it was trained on, so it isn't compared whether ids still mean the same"
+        )
+        return
+    for kind in [table.name for table in _tables_ahead(this, "collab") if table.name in ("user", "item")]:
+        other = first_other_id(this.log(), read_log(beside), kind)
+        if other is not None:
+            number, theirs, mine = other
+            raise UserError(
+                f"{kind} {number} was '{theirs}' in {beside}, on which {start} was trained, but is "
+                f"{'not there' if mine is None else repr(mine)} in the log of this run: its rows would become others'. Prepare "
+                "the data with --init-from that log (jobs/prepare.py), or leave collab.init_from out"
+            )
 
 
 def _tables_ahead(this: Run, stage: str) -> tuple[Any, ...]:

@@ -1,17 +1,21 @@
 """What stages can't hold is refused before the first of them starts: tables and language models, on CPUs and on GPUs. What is
 told of several stages at the end."""
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small import small_log
 from transformers import LlamaConfig
 
 from sellarec import pipeline, stages
 from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Tables
+from sellarec.data.log import FACTS_FILE, Log
 from sellarec.errors import UserError
 from sellarec.run import Run
 from sellarec.stages import check_ahead
@@ -192,3 +196,61 @@ def test_a_width_that_tables_cannot_have_is_refused_before_any_stage(tmp_path):
     check("fuse", llm=given)
     check("adapt", llm=given, fuse=learned)
     check("align", pretrain=Pretrain(hidden=20, heads=2))
+
+
+def write_ids(folder, **ids) -> Log:
+    """A log of which only what users and items are called is there."""
+    for kind, names in ids.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        table = pa.table({"external_id": pa.array(names, pa.string())})
+        pq.write_table(table, folder / kind / "part-0.parquet")
+    return Log(folder, {})
+
+
+@pytest.fixture
+def start(tmp_path):
+    """An mf of two users and three items, trained on prepare-1, which lies beside it."""
+    folder = tmp_path / "artifacts" / "collab-2"
+    folder.mkdir(parents=True)
+    manifest = {"stage": "collab", "fingerprint": "2", "inputs": {"prepare": "1"}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    log = write_ids(folder.parent / "prepare-1", users=["a", "b"], items=["x", "y", "z"])
+    (log.directory / FACTS_FILE).write_text(json.dumps({"facts": {"users": 2, "items": 3}}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "users", "items", "named"),
+    [
+        ("mf", ["a", "b", "c"], ["x", "y", "z", "w"], None),
+        ("mf", ["a", "b"], ["x", "z", "y"], ["item 1 was 'y' in", "is 'z' in the log of this run", "--init-from"]),
+        ("mf", ["b", "a"], ["x", "y", "z"], ["user 0 was 'a'", "is 'b'"]),
+        ("mf", ["a", "b"], ["x", "y"], ["item 2 was 'z'", "is not there"]),
+        ("sasrec", ["b", "a"], ["x", "y", "z"], None),
+    ],
+    ids=["grown", "items in another order", "users in another order", "an item less", "a model without rows of users"],
+)
+def test_rows_are_not_trained_on_as_those_of_others(of, monkeypatch, start, tmp_path, model, users, items, named):
+    own = {"user_rows": False} if model == "sasrec" else {}
+    settings = Collab(model=model, dim=DIM, init_from=str(start), **own)
+    this = of(stages=("prepare", "collab"), collab=settings)
+    set_room(monkeypatch, 1 << 40)
+    whole, ids = this.log(), write_ids(tmp_path / "now", users=users, items=items)
+    both = replace(whole, directory=ids.directory)
+    table = pa.table({"external_id": pa.array(items, pa.string()), "seen": [True] * len(items)})
+    pq.write_table(table, ids.directory / "items" / "part-0.parquet")
+    monkeypatch.setattr(Run, "log", lambda self: both)
+    if named is None:
+        check_ahead(this, ("collab",))
+        return
+    with pytest.raises(UserError) as refused:
+        check_ahead(this, ("collab",))
+    assert all(word in str(refused.value) for word in (*named, str(start))), refused.value
+
+
+def test_without_the_log_of_the_start_it_is_told_that_ids_are_not_compared(of, monkeypatch, start, capsys):
+    this = of(stages=("prepare", "collab"), collab=Collab(dim=DIM, init_from=str(start)))
+    set_room(monkeypatch, 1 << 40)
+    (start.parent / "prepare-1" / FACTS_FILE).unlink()
+    check_ahead(this, ("collab",))
+    assert "isn't compared whether ids still mean the same" in capsys.readouterr().out

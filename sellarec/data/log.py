@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sellarec.data.raw import ATTRIBUTES, SPLITS
@@ -115,6 +117,34 @@ class Log:
     def users(self, columns: list[str] | None = None) -> pa.Table:
         """All users, by dense id; all columns of USERS, or `columns` of them."""
         return _read(self.paths("users"), columns)
+
+
+def first_other_id(log: Log, earlier: Log, kind: str) -> tuple[int, str, str | None] | None:
+    """The first user or item of an earlier log that another log doesn't have under the same number; None where it has all.
+
+    Returns:
+        The number, what the earlier log means by it, and what the other one does (None: it has none of that number).
+    """
+    number, rest = 0, _external_ids(log, kind)
+    held = pa.array([], pa.string())
+    for theirs in _external_ids(earlier, kind):
+        while len(theirs):
+            if not len(held):
+                held = next(rest, None)
+                if held is None:
+                    return number, theirs[0].as_py(), None
+            both = min(len(held), len(theirs))
+            place = pc.index(pc.not_equal(held[:both], theirs[:both]), True).as_py()
+            if place >= 0:
+                return number + place, theirs[place].as_py(), held[place].as_py()
+            number, held, theirs = number + both, held[both:], theirs[both:]
+    return None
+
+
+def _external_ids(log: Log, kind: str) -> Iterator[pa.Array]:
+    for path in log.paths(f"{kind}s"):
+        for rows in pq.ParquetFile(path).iter_batches(columns=["external_id"]):
+            yield rows.column(0)
 
 
 def item_counts(log: Log) -> np.ndarray:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sellarec.artifacts import Place
@@ -22,7 +21,7 @@ from sellarec.collab.rows import flat, lists
 from sellarec.collab.task import build_collab
 from sellarec.command_line import parse
 from sellarec.config import Config, Evaluation
-from sellarec.data.log import FACTS_FILE, Log, read_log
+from sellarec.data.log import FACTS_FILE, Log, first_other_id, read_log
 from sellarec.errors import UserError
 from sellarec.evaluation.queries import PROTOCOL, write_candidates, write_queries
 from sellarec.evaluation.ranking import UserMetrics, ranking_records, user_metrics
@@ -89,18 +88,13 @@ def check_ids(trained: Trained, log: Log, kinds: Sequence[str]) -> None:
         )
     origin = read_log(beside)
     for kind in kinds:
-        first = 0
-        for mine, theirs in zip(*(each.paths(f"{kind}s") for each in (log, origin)), strict=True):
-            ids = [pq.read_table(path, columns=["external_id"])["external_id"] for path in (mine, theirs)]
-            other = pc.not_equal(*ids)
-            if pc.any(other).as_py():
-                place = pc.index(other, True).as_py()
-                found, expected = (each[place].as_py() for each in ids)
-                raise UserError(
-                    f"{kind} {first + place} of the log in {log.directory} is '{found}', but {trained.folder} was trained on "
-                    f"{beside}, where it is '{expected}': evaluate it on that, or on a log prepared with --init-from that"
-                )
-            first += len(other)
+        other = first_other_id(log, origin, kind)
+        if other is not None:
+            number, expected, found = other
+            raise UserError(
+                f"{kind} {number} of the log in {log.directory} is '{found}', but {trained.folder} was trained on "
+                f"{beside}, where it is '{expected}': evaluate it on that, or on a log prepared with --init-from that"
+            )
 
 
 def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from sellarec.data.log import (
     USERS,
     Log,
     copy_log,
+    first_other_id,
     item_counts,
     read_log,
     write_manifest,
@@ -199,3 +200,35 @@ def test_a_log_is_copied_as_it_is(log, tmp_path, monkeypatch, linked):
     assert files_of(tmp_path / "copy") == before
     assert read_log(tmp_path / "copy").facts == log.facts
     assert (half.stat().st_ino == part.stat().st_ino) == linked
+
+
+def write_users(folder: Path, parts: list[list[str]], group: int) -> Log:
+    (folder / "users").mkdir(parents=True)
+    for number, names in enumerate(parts):
+        table = pa.table({"external_id": pa.array(names, pa.string())})
+        pq.write_table(table, folder / "users" / f"part-{number}.parquet", row_group_size=group)
+    return Log(folder, {})
+
+
+@given(
+    st.lists(st.integers(0, 2), max_size=12),
+    st.lists(st.integers(0, 2), max_size=12),
+    st.lists(st.integers(0, 12), min_size=2, max_size=2),
+    st.lists(st.integers(1, 4), min_size=2, max_size=2),
+)
+def test_the_first_other_id_is_found_however_logs_are_cut(tmp_path_factory, earlier, now, cuts, groups):
+    """Into files and row groups; a log that has grown has all of the earlier one."""
+    folder = tmp_path_factory.mktemp("ids")
+    logs = []
+    for name, ids, cut, group in zip(("earlier", "now"), (earlier, now), cuts, groups, strict=True):
+        names = [f"u{number}" for number in ids]
+        logs.append(write_users(folder / name, [names[:cut], names[cut:]], group))
+    expected = next(
+        (
+            (number, f"u{theirs}", f"u{now[number]}" if number < len(now) else None)
+            for number, theirs in enumerate(earlier)
+            if number >= len(now) or now[number] != theirs
+        ),
+        None,
+    )
+    assert first_other_id(logs[1], logs[0], "user") == expected
