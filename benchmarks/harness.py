@@ -312,7 +312,7 @@ def measure(case: Case, environments: Path, say: Callable[[str], None]) -> dict[
                 one: dict[str, Any] = {"calibration seconds": calibrate(case.run.threads)}
                 for name, process in processes.items():
                     if name not in lost and (answer := ask(name, process, "repeat")):
-                        one[name] = answer
+                        one[name] = {key: value for key, value in answer.items() if key != "found"}  # the first tells
                 rounds.append(one)
         finally:
             for process in processes.values():

@@ -521,8 +521,7 @@ def check_ahead(this: Run, stages: Sequence[str]) -> None:
         UserError: as the stage itself would.
     """
     config, room = this.config, _room(this)
-    if "collab" in stages and config.collab.init_from is not None:
-        _check_start(this)
+    check_start(this, stages)
     for stage in stages:
         tables = _tables_ahead(this, stage)
         if tables:
@@ -531,11 +530,18 @@ def check_ahead(this: Run, stages: Sequence[str]) -> None:
             _check_model_fits(this, stage, _memory_of_model(this, stage, this.given_llm), room)
 
 
-def _check_start(this: Run) -> None:
-    """Refuse to train rows on as other users' or items'."""
+def check_start(this: Run, stages: Sequence[str]) -> None:
+    """Once the log is there, refuse to train rows of `collab.init_from` on as other users' or items'.
+
+    Raises:
+        UserError: the first id, with what both logs mean by it.
+    """
     from sellarec.data.log import first_other_id, read_log
 
-    start, beside = this.config.collab.init_from, this.log_of_start
+    start = this.config.collab.init_from
+    if start is None or "collab" not in stages:
+        return
+    beside = this.log_of_start
     if beside is None:
         this.console.line(
             f"collab    {start} lies without the log that it was trained on, so it isn't compared whether ids still mean the same"

@@ -14,7 +14,7 @@ from sellarec.config import EMBEDDED, STAGES, Config, Sweep, result_settings, to
 from sellarec.errors import StageFailed, UserError
 from sellarec.pipeline import check_stage, marks_of, run
 from sellarec.run import Run
-from sellarec.stages import check_labels
+from sellarec.stages import check_labels, check_start
 from sellarec.training.launch import check_room, connect, joins_cluster, last_line
 from sellarec.training.progress import Console
 from sellarec.tuning.results import Row, format_rows, write_results
@@ -129,6 +129,7 @@ def _run_stages_before(config: Config, stage: str, reads: Sequence[str], setting
     this.groups, this.share = settings.concurrent, settings.share
     run(this)
     check_labels(this, (stage,))
+    check_start(this, (stage,))
     return dict(this.marks)
 
 
