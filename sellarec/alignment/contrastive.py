@@ -1,10 +1,9 @@
 """Contrastive alignment of two views of the items, or users, in a batch.
 
-Shapes: b rows of one worker, B rows of all workers, m of them that are gone through at once, H columns of either view.
+Shapes: b rows of one worker, B rows of all workers, H columns of either view.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sellarec.config import Align
+from sellarec.training.pairs import Alike, blocks, log_sum_exp
 from sellarec.training.task import Peers
 
 
@@ -76,12 +76,12 @@ def contrastive_loss(views: Views, settings: Align, peers: Peers) -> Tensor:
     positive = (collab * semantic).sum(1) / settings.temperature
     backwards = settings.contrastive.startswith("rlmrec")
     if settings.direction == "both" and not backwards and _has_room(collab.dtype, settings):
-        negatives = log_sums_exp(semantic, all_collab, views, settings, peers)
+        negatives = _both_ways(semantic, all_collab, views, settings, peers)
     else:
         sides = [] if backwards else [(semantic, all_collab)]
         if backwards or settings.direction == "both":
             sides.append((collab, all_semantic))
-        negatives = tuple(log_sum_exp(rows, others, views, settings) for rows, others in sides)
+        negatives = tuple(log_sum_of_negatives(rows, others, views, settings) for rows, others in sides)
     losses = []
     for negative in negatives:
         if settings.contrastive == "rince":
@@ -99,24 +99,28 @@ def _rince(positive: Tensor, total: Tensor, settings: Align) -> Tensor:
     return (torch.expm1(q * scaled) - torch.expm1(q * positive)) / q
 
 
-def log_sum_exp(rows: Tensor, others: Tensor, views: Views, settings: Align) -> Tensor:
+def log_sum_of_negatives(rows: Tensor, others: Tensor, views: Views, settings: Align) -> Tensor:
     """log sum_j exp(<rows_i, others_j> / t) over the negatives, float [b]; of unit vectors [b, H] and [B, H].
 
-    Goes through `block` others at a time, and through each again in the backward pass, so that of all pairs never more than
-    [b, block] are in memory. Without a negative it is the dtype's lowest number: finite, so that gradients are.
+    Without a negative it is the dtype's lowest number: finite, so that gradients are.
     """
-    return _LogSumExp.apply(rows, *_counted(others, views, settings), settings)
+    counts = views.all_weight.nonzero()[:, 0]
+    alike = ((views.ids, views.all_ids[counts]),) if settings.mask_equal else ()
+    bound = 1 / settings.temperature if _has_room(rows.dtype, settings) else None
+    return log_sum_exp(rows / settings.temperature, others.index_select(0, counts), alike, settings.block, bound)
 
 
-def log_sums_exp(rows: Tensor, others: Tensor, views: Views, settings: Align, peers: Peers) -> tuple[Tensor, Tensor]:
-    """`log_sum_exp` of this worker's rows and all others, and of this worker's others and all rows: float [b] each.
+def _both_ways(rows: Tensor, others: Tensor, views: Views, settings: Align, peers: Peers) -> tuple[Tensor, Tensor]:
+    """`log_sum_of_negatives` of this worker's rows and all others, and of this worker's others and all rows: float [b] each.
 
     Both come from the same products: what each worker sums over its own rows is added up. All workers call it, and `_has_room`
     must hold.
     """
-    counts, all_ids = views.all_weight > 0, views.all_ids if settings.mask_equal else None
-    of_rows, of_others = _Sums.apply(rows, others, peers.own(counts), counts, views.ids, all_ids, settings)
-    return tuple(_log(sums) + 1 / settings.temperature for sums in (of_rows, peers.own(peers.add(of_others))))
+    counts, bound = views.all_weight > 0, 1 / settings.temperature
+    alike = ((views.ids, views.all_ids),) if settings.mask_equal else ()
+    found = _Sums.apply(rows / settings.temperature, others, peers.own(counts), counts, alike, settings.block, bound)
+    of_rows, of_others = found[0], peers.own(peers.add(found[1]))
+    return _log(of_rows) + bound, _log(of_others) + bound
 
 
 def _log(sums: Tensor) -> Tensor:
@@ -129,63 +133,22 @@ def _has_room(dtype: torch.dtype, settings: Align) -> bool:
     return 2 / settings.temperature < -math.log(torch.finfo(dtype).tiny)
 
 
-def _counted(others: Tensor, views: Views, settings: Align) -> tuple[Tensor, Tensor, Tensor | None]:
-    counts = views.all_weight.nonzero()[:, 0]
-    return others.index_select(0, counts), views.ids, views.all_ids[counts] if settings.mask_equal else None
-
-
-class _LogSumExp(torch.autograd.Function):
-    """`log_sum_exp`, where all others count but those with the row's own id. What it costs beside matrix products are passes over
-    all pairs, so each block has two: an exponential, and in the forward pass a sum. A row's shift comes out of the product."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, others: Tensor, ids: Tensor, all_ids: Tensor | None, settings: Align) -> Tensor:
-        lowest = torch.finfo(rows.dtype).min
-        shift = _shift(rows, others, ids, all_ids, settings)
-        total = torch.zeros_like(shift)
-        for _, scores, equal in _blocks(rows, others, shift, ids, all_ids, settings):
-            scores.exp_()
-            scores[equal] = 0
-            total += scores.sum(1)
-        total = (shift + total.log()).clamp(min=lowest)
-        ctx.ids, ctx.all_ids, ctx.settings = ids, all_ids, settings
-        ctx.save_for_backward(rows, others, total)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        rows, others, total = ctx.saved_tensors
-        of_rows, of_others = torch.zeros_like(rows), torch.empty_like(others)
-        scale = gradient[:, None] / ctx.settings.temperature
-        weighted = rows * scale
-        # of a row without negatives nothing depends on the total: its shares are 0
-        shift = torch.where(total > torch.finfo(total.dtype).min, total, torch.finfo(total.dtype).max)
-        for part, shares, equal in _blocks(rows, others, shift, ctx.ids, ctx.all_ids, ctx.settings):
-            shares.exp_()
-            shares[equal] = 0
-            of_rows.addmm_(shares, others[part])
-            torch.mm(shares.T, weighted, out=of_others[part])
-        return of_rows.mul_(scale), of_others, None, None, None
-
-
 class _Sums(torch.autograd.Function):
-    """exp(<rows_i, others_j> / t - 1 / t), summed over the others, [b], and over this worker's rows, [B], that count."""
+    """exp(<rows_i, others_j> - bound), summed over the others, [b], and over this worker's rows, [B], that count."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, others: Tensor, own: Tensor, counts: Tensor, ids: Tensor, all_ids: Tensor | None,
-        settings: Align,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any, rows: Tensor, others: Tensor, own: Tensor, counts: Tensor, alike: Alike, block: int, bound: float
+    ) -> tuple[Tensor, Tensor]:
         own, counts = own.to(rows.dtype), counts.to(rows.dtype)
         of_rows, of_others = torch.zeros_like(own), torch.empty_like(counts)
-        shift = torch.full_like(own, 1 / settings.temperature)
-        for part, scores, equal in _blocks(rows, others, shift, ids, all_ids, settings):
+        shift = torch.full_like(own, bound)
+        for part, scores, left_out in blocks(rows, others, shift, alike, block):
             scores.exp_()
-            scores[equal] = 0
+            scores[left_out] = 0
             of_rows.addmv_(scores, counts[part])
             torch.mv(scores.T, own, out=of_others[part])
-        ctx.ids, ctx.all_ids, ctx.settings = ids, all_ids, settings
+        ctx.alike, ctx.block = alike, block
         ctx.save_for_backward(rows, others, own, counts, shift)
         return of_rows, of_others
 
@@ -195,53 +158,13 @@ class _Sums(torch.autograd.Function):
         rows, others, own, counts, shift = ctx.saved_tensors
         of_rows, of_others = torch.zeros_like(rows), torch.empty_like(others)
         # of a pair's exponential: of_row_sums_i counts_j + own_i of_other_sums_j
-        left, right = torch.stack([of_row_sums, own], dim=1), torch.stack([counts, of_other_sums])
-        buffer = rows.new_empty(len(rows) * min(ctx.settings.block, len(others)))
-        for part, scores, equal in _blocks(rows, others, shift, ctx.ids, ctx.all_ids, ctx.settings):
+        of_pairs = torch.stack([of_row_sums, own], dim=1), torch.stack([counts, of_other_sums])
+        buffer = rows.new_empty(len(rows) * min(ctx.block, len(others)))
+        for part, scores, left_out in blocks(rows, others, shift, ctx.alike, ctx.block):
             scores.exp_()
-            scores[equal] = 0
-            gradient = torch.mm(left, right[:, part], out=buffer[: scores.numel()].view_as(scores)).mul_(scores)
+            scores[left_out] = 0
+            gradient = torch.mm(of_pairs[0], of_pairs[1][:, part], out=buffer[: scores.numel()].view_as(scores))
+            gradient.mul_(scores)
             of_rows.addmm_(gradient, others[part])
             torch.mm(gradient.T, rows, out=of_others[part])
-        scale = 1 / ctx.settings.temperature
-        return of_rows.mul_(scale), of_others.mul_(scale), None, None, None, None, None
-
-
-def _shift(rows: Tensor, others: Tensor, ids: Tensor, all_ids: Tensor | None, settings: Align) -> Tensor:
-    """What is taken off a row's scores before their exponentials, float [b]: 1 / t, the highest that can be, or where that could
-    leave exponentials of 0, the highest that there is."""
-    if _has_room(rows.dtype, settings):
-        return rows.new_full((len(rows),), 1 / settings.temperature)
-    highest = rows.new_full((len(rows),), torch.finfo(rows.dtype).min)
-    for _, scores, equal in _blocks(rows, others, torch.zeros_like(highest), ids, all_ids, settings):
-        scores[equal] = torch.finfo(rows.dtype).min
-        highest = torch.maximum(highest, scores.amax(1))
-    return highest
-
-
-Block = tuple[slice, Tensor, tuple[Tensor, Tensor]]
-"""Which others; their scores with each row, float [b, m]; the places in it, int64 [p] twice, of others with the row's own id."""
-
-
-def _blocks(
-    rows: Tensor, others: Tensor, shift: Tensor, ids: Tensor, all_ids: Tensor | None, settings: Align
-) -> Iterator[Block]:
-    """<rows_i, others_j> / t - shift_i, a block of others after the other; all are written into the same memory."""
-    shifted = torch.cat([rows / settings.temperature, -shift[:, None]], dim=1)
-    ones = torch.cat([others, torch.ones_like(others[:, :1])], dim=1)
-    buffer = rows.new_empty(len(rows) * min(settings.block, len(others)))
-    for start in range(0, len(others), settings.block):
-        part = slice(start, min(start + settings.block, len(others)))
-        scores = buffer[: len(rows) * (part.stop - start)].view(len(rows), -1)
-        torch.mm(shifted, ones[part].T, out=scores)
-        yield part, scores, _equal(ids, ids[:0] if all_ids is None else all_ids[part])
-
-
-def _equal(ids: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """The places (i, j) of equal ids of [b] and [m]. There are few, so they are looked up and not compared one by one."""
-    ordered, order = others.sort()
-    first = torch.searchsorted(ordered, ids)
-    number = torch.searchsorted(ordered, ids, right=True) - first
-    row = torch.repeat_interleave(number)
-    of_row = torch.arange(len(row), device=row.device) - (number.cumsum(0) - number)[row]
-    return row, order[first[row] + of_row]
+        return of_rows, of_others, None, None, None, None, None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sellarec.alignment.contrastive import Views, log_sum_exp
+from sellarec.alignment.contrastive import Views, log_sum_of_negatives
 from sellarec.config import Align
 from sellarec.fusion.projection import Projection
 from sellarec.training.task import Peers
@@ -114,7 +114,7 @@ def _uniformity(
     scaled = replace(settings, temperature=1 / (2 * UNIFORMITY))
     sums = torch.stack(
         [
-            ((log_sum_exp(rows, others, views, scaled) - 2 * UNIFORMITY).exp() * own).sum()
+            ((log_sum_of_negatives(rows, others, views, scaled) - 2 * UNIFORMITY).exp() * own).sum()
             for rows, others in ((views.collab, views.all_collab), (views.semantic, views.all_semantic))
         ]
     )

@@ -1,14 +1,14 @@
 """Losses that rank an item above others.
 
-Shapes: n targets of a worker, N candidates of a target, D columns, W workers, m rows of the catalog that a worker holds.
+Shapes: n targets of a worker, N negatives of a target, M negatives that all share, m rows of the catalog that a worker holds, H
+columns of vectors whose products are scores.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sellarec.training.pairs import Alike, left, log_sum_exp
 from sellarec.training.task import Peers
 
 
@@ -44,10 +44,9 @@ def sampled_softmax(
     Returns:
         float [n].
     """
-    others = torch.log1p(-positive_log_q.exp().clamp(max=1 - 1e-6)) - counts.sum(1).clamp(min=1).log()
-    # in place, as in-batch negatives of a large batch are the largest tensor by far
-    corrected = (negative - negative_log_q).add_(others[:, None]).masked_fill_(~counts, -torch.inf)
-    return torch.logaddexp(positive, torch.logsumexp(corrected, dim=1)) - positive
+    corrected = (negative - negative_log_q).masked_fill(~counts, -torch.inf)
+    others = corrected.logsumexp(1) + _share(positive_log_q, counts.sum(1))
+    return torch.logaddexp(positive, others) - positive
 
 
 def softmax_among(positive: Tensor, negative: Tensor, counts: Tensor) -> Tensor:
@@ -64,29 +63,52 @@ def softmax_among(positive: Tensor, negative: Tensor, counts: Tensor) -> Tensor:
     return torch.logaddexp(positive, negative.masked_fill(~counts, -torch.inf).logsumexp(1)) - positive
 
 
-def full_softmax(
-    users: Tensor, positive: Tensor, scores: Callable[[Tensor], Tensor], allowed: Tensor, peers: Peers
+def shared_softmax(
+    positive: Tensor, users: Tensor, negatives: Tensor, alike: Alike, log_q: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Cross-entropy of the target in the whole catalog, whose rows lie on all workers.
-
-    Each worker scores all workers' users against the rows that it holds; what is summed over workers is one number a user.
-    Takes memory for [W n, m] scores, where n is the largest of any worker.
+    """`sampled_softmax`, or without `log_q` `softmax_among`, of targets that share their negatives: without the scores of all in
+    memory.
 
     Args:
-        users: float [n, D].
         positive: float [n], scores of the targets.
-        scores: float [W n, D] -> [W n, m], the scores of the worker's rows, in a tensor that may be changed.
-        allowed: bool [m], which of the rows belong to the sum.
+        users, negatives: float [n, H] and [M, H], whose products are the scores of negatives.
+        alike: which negatives are none of a target's.
+        log_q: float [n] and [M], the logarithm of how likely each target, and each negative, is drawn.
+
+    Returns:
+        float [n].
+    """
+    if log_q is None:
+        others = log_sum_exp(users, negatives, alike)
+    else:
+        of_targets, of_negatives = log_q
+        corrected = torch.cat([negatives, -of_negatives[:, None]], dim=1)
+        others = log_sum_exp(torch.cat([users, torch.ones_like(users[:, :1])], dim=1), corrected, alike)
+        others = others + _share(of_targets, left(alike, len(users), len(negatives)))
+    return torch.logaddexp(positive, others) - positive
+
+
+def _share(positive_log_q: Tensor, number: Tensor) -> Tensor:
+    """log((1 - q_target) / N), float [n], for N negatives."""
+    return torch.log1p(-positive_log_q.exp().clamp(max=1 - 1e-6)) - number.clamp(min=1).log()
+
+
+def full_softmax(users: Tensor, positive: Tensor, catalog: Tensor, peers: Peers) -> Tensor:
+    """Cross-entropy of the target in the whole catalog, whose rows lie on all workers.
+
+    Each worker scores all workers' users against the rows that it holds, a block at a time; what is summed over workers is one
+    number a user.
+
+    Args:
+        users: float [n, H]; n may differ between workers.
+        positive: float [n], scores of the targets.
+        catalog: float [m, H], the worker's rows that belong to the sum: their products with users are scores.
 
     Returns:
         float [n].
     """
     room = int(peers.largest(torch.tensor(float(len(users)), device=users.device)))
-    found = scores(peers.gather(F.pad(users, (0, 0, 0, room - len(users))))).masked_fill_(~allowed, -torch.inf)
-    lowest = torch.finfo(
-        found.dtype
-    ).min  # a finite bound, where no row is allowed; the bound has no part in the gradient
-    bound = found.detach().amax(1) if found.shape[1] else found.new_full((len(found),), lowest)
-    bound = peers.largest(bound.clamp(min=lowest))
-    total = peers.add(found.sub_(bound[:, None]).exp_().sum(1))  # in place: the scores are the largest tensor by far
+    found = log_sum_exp(peers.gather(F.pad(users, (0, 0, 0, room - len(users)))), catalog)
+    bound = peers.largest(found.detach())  # it has no part in the gradient
+    total = peers.add((found - bound).exp())
     return peers.own(total.log() + bound)[: len(users)] - positive

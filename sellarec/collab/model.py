@@ -115,9 +115,22 @@ class CollabModel(nn.Module):
 
     def products(self, users: Tensor, items: Tensor, plain: bool = False) -> Tensor:
         """The same of all pairs, without an array of three dimensions: [n, D] and [m, D] -> [n, m]."""
-        (u, user_bias), (i, item_bias) = self._parts(users, plain), self._parts(items, plain)
-        # in place: at a whole catalog's width, each copy would cost as much as the product
-        return torch.addmm(item_bias, u, i.T).add_(user_bias[:, None] + self.constant)
+        return self.of_users(users, plain) @ self.of_items(items, plain).T
+
+    def of_users(self, users: Tensor, plain: bool = False) -> Tensor:
+        """[n, D] -> [n, H]. Their products with `of_items` are those scores, with biases and constant."""
+        vectors, bias = self._parts(users, plain)
+        if not self.has_biases and not self.constant:
+            return vectors
+        ones = [torch.ones_like(bias[:, None])] * self.has_biases
+        return torch.cat([vectors, bias[:, None] + self.constant, *ones], dim=1)
+
+    def of_items(self, items: Tensor, plain: bool = False) -> Tensor:
+        """[m, D] -> [m, H], as `of_users`."""
+        vectors, bias = self._parts(items, plain)
+        if not self.has_biases and not self.constant:
+            return vectors
+        return torch.cat([vectors, torch.ones_like(bias[:, None]), *[bias[:, None]] * self.has_biases], dim=1)
 
     def _parts(self, rows: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
         """What of rows [..., D] is multiplied, with a temperature brought to one length, and the biases [...]."""

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sellarec.collab.losses import bpr, full_softmax, sampled_softmax, softmax_among
+from sellarec.collab.losses import bpr, full_softmax, sampled_softmax, shared_softmax, softmax_among
 from sellarec.collab.model import CollabModel, Sizes, values
 from sellarec.collab.negatives import Negatives
 from sellarec.collab.rows import Rows
 from sellarec.config import SAMPLED, Collab
 from sellarec.data.log import Log
 from sellarec.errors import UserError
+from sellarec.training.pairs import Alike
 from sellarec.training.stream import Prepare
 from sellarec.training.table import Jagged, saved_rows
 from sellarec.training.task import WHOLE, Batch, Graph, Peers, Task, Vectors
@@ -124,21 +125,28 @@ class CollabTask(Task):
         if settings.loss == "bce":
             losses = F.binary_cross_entropy_with_logits(score, batch["label"], reduction="none")
         elif settings.loss == "full-softmax":
-            seen, rows = self._is_seen(batch[WHOLE + "item"]), vectors[WHOLE + "item"]
-            losses = full_softmax(users, score, lambda users: self.network.products(users, rows), seen, peers)
-        else:
-            if self._draws_own:
-                others, log_q, counts = self._own_negatives(batch, of_own[0])
-            elif self._draws:
-                others, log_q, counts = self._shared_negatives(batch, vectors, users, weights, peers)
-            else:
-                others, log_q, counts = self._in_batch_negatives(batch, positive[:, 0], users, weights, peers)
+            seen = self._is_seen(batch[WHOLE + "item"]).nonzero()[:, 0]
+            catalog = self.network.of_items(vectors[WHOLE + "item"].index_select(0, seen))
+            losses = full_softmax(self.network.of_users(users), score, catalog, peers)
+        elif self._draws_own:
+            log_q = batch["negative_log_q"].values.unflatten(0, (-1, settings.negatives_per_row))
+            counts = log_q.isfinite()
             if settings.loss == "bpr":
-                losses = bpr(score, others, counts)
+                losses = bpr(score, of_own[0], counts)
             elif settings.log_q:
-                losses = sampled_softmax(score, others, counts, values(batch["log_q"]), log_q)
+                losses = sampled_softmax(score, of_own[0], counts, values(batch["log_q"]), log_q)
             else:
-                losses = softmax_among(score, others, counts)
+                losses = softmax_among(score, of_own[0], counts)
+        else:
+            shared = self._drawn_by_all if self._draws else self._targets_of_all
+            negatives, log_q, alike = shared(batch, vectors, positive[:, 0], weights, peers)
+            if settings.loss == "bpr":
+                same = torch.stack([own[:, None] == theirs for own, theirs in alike]).any(0)
+                losses = bpr(score, self.network.products(users, negatives), ~same)
+            else:
+                of_users, of_negatives = self.network.of_users(users), self.network.of_items(negatives)
+                both = (values(batch["log_q"]), log_q) if settings.log_q else None
+                losses = shared_softmax(score, of_users, of_negatives, alike, both)
         if self._settings.l2:
             losses = losses + 0.5 * self._settings.l2 * self.network.squared_norms(vectors)
         total = (losses * weights).sum()
@@ -149,31 +157,25 @@ class CollabTask(Task):
         assert auxiliary is not None
         return total + (auxiliary * batch["weight"]).sum()
 
-    # What targets are compared with: the scores of negatives, how likely each was drawn (as a logarithm), which of them count;
-    # each [n, N], or [n, B N] and [n, B] where targets of all workers share them.
+    # What the targets of all workers share as negatives: rows [M, D], how likely each was drawn, float [M] (as a logarithm), and
+    # which of them are none of which target's.
 
-    def _own_negatives(self, batch: Batch, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        log_q = batch["negative_log_q"].values.unflatten(0, (-1, self._settings.negatives_per_row))
-        return scores, log_q, log_q.isfinite()
-
-    def _shared_negatives(
-        self, batch: Batch, vectors: Vectors, users: Tensor, weights: Tensor, peers: Peers
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        scores = self.network.products(users, peers.gather(vectors["negative"].values))  # no [n, B N, D] in between
+    def _drawn_by_all(
+        self, batch: Batch, vectors: Vectors, positive: Tensor, weights: Tensor, peers: Peers
+    ) -> tuple[Tensor, Tensor, Alike]:
+        rows, items = peers.gather(vectors["negative"].values), peers.gather(batch["negative"].values)
         log_q = peers.gather(batch["negative_log_q"].values)
         drawn = peers.gather(weights).repeat_interleave(self._settings.negatives_per_row) > 0
-        counts = (batch["item"][:, None] != peers.gather(batch["negative"].values)) & drawn & log_q.isfinite()
-        return scores, log_q.expand_as(scores), counts
+        kept = (drawn & log_q.isfinite()).nonzero()[:, 0]
+        return rows.index_select(0, kept), log_q[kept], ((batch["item"], items[kept]),)
 
-    def _in_batch_negatives(
-        self, batch: Batch, positive: Tensor, users: Tensor, weights: Tensor, peers: Peers
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The positives of other users' rows."""
-        scores = self.network.products(users, peers.gather(positive))
-        item, user = batch["item"], batch["user"]
-        alike = (item[:, None] == peers.gather(item)) | (user[:, None] == peers.gather(user))
-        log_q = peers.gather(values(batch["log_q"]))
-        return scores, log_q.expand_as(scores), ~alike & (peers.gather(weights) > 0)
+    def _targets_of_all(
+        self, batch: Batch, vectors: Vectors, positive: Tensor, weights: Tensor, peers: Peers
+    ) -> tuple[Tensor, Tensor, Alike]:
+        """Each other's targets: but for those of the same user."""
+        kept = (peers.gather(weights) > 0).nonzero()[:, 0]
+        alike = tuple((batch[name], peers.gather(batch[name])[kept]) for name in ("item", "user"))
+        return peers.gather(positive).index_select(0, kept), peers.gather(values(batch["log_q"]))[kept], alike
 
     def score(self, model: Network | None, batch: Batch, vectors: Vectors) -> Tensor:
         return self.network.score(batch, vectors, model)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small import together
 from torch.nn import functional as F
 
-from sellarec.collab.losses import bpr, full_softmax, sampled_softmax, softmax_among
+from sellarec.collab.losses import bpr, full_softmax, sampled_softmax, shared_softmax, softmax_among
 from sellarec.collab.negatives import Negatives
 from sellarec.training.task import Alone
 
@@ -108,9 +108,7 @@ def test_with_all_other_items_as_negatives_the_sampled_softmax_is_the_full_one(s
     )  # fmt: skip
     expected = F.cross_entropy(scores, target, reduction="none")
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)  # the likelihood of the target is kept below 1
-    torch.testing.assert_close(
-        full_softmax(users, positive, lambda u: u @ rows.T, torch.ones(items, dtype=bool), Alone()), expected
-    )
+    torch.testing.assert_close(full_softmax(users, positive, rows, Alone()), expected)
 
 
 @given(SEEDS, st.integers(1, 6), st.integers(2, 8), st.data())
@@ -120,7 +118,7 @@ def test_items_that_arent_allowed_have_no_part_in_the_full_softmax(seed, n, item
     allowed[seed % items] = True
     target = allowed.nonzero()[:, 0][torch.arange(n) % int(allowed.sum())]
     scores = users @ rows.T
-    found = full_softmax(users, scores.gather(1, target[:, None])[:, 0], lambda u: u @ rows.T, allowed, Alone())
+    found = full_softmax(users, scores.gather(1, target[:, None])[:, 0], rows[allowed], Alone())
     whole = F.cross_entropy(scores.masked_fill(~allowed, -torch.inf), target, reduction="none")
     torch.testing.assert_close(found, whole)
     for ours, theirs in zip(*(gradients(loss, users, rows) for loss in (found, whole)), strict=True):
@@ -144,7 +142,7 @@ def test_the_full_softmax_doesnt_depend_on_who_holds_what(seed, counts, items, d
     def work(peers) -> torch.Tensor:
         mine = slice(starts[peers.rank], starts[peers.rank + 1])
         part = slice(peers.rank * block, (peers.rank + 1) * block)
-        return full_softmax(users[mine], positive[mine], lambda u: u @ rows[part].T, allowed[part], peers)
+        return full_softmax(users[mine], positive[mine], rows[part][allowed[part]], peers)
 
     found = torch.cat(together(workers, work))
     torch.testing.assert_close(found, whole)
@@ -154,13 +152,7 @@ def test_the_full_softmax_doesnt_depend_on_who_holds_what(seed, counts, items, d
 def test_large_scores_dont_overflow_the_full_softmax():
     users, rows = torch.tensor([[200.0], [-300.0]]), torch.tensor([[1.0], [-1.0], [0.5]])
     target = torch.tensor([1, 2])
-    found = full_softmax(
-        users,
-        (users @ rows.T).gather(1, target[:, None])[:, 0],
-        lambda u: u @ rows.T,
-        torch.ones(3, dtype=bool),
-        Alone(),
-    )
+    found = full_softmax(users, (users @ rows.T).gather(1, target[:, None])[:, 0], rows, Alone())
     torch.testing.assert_close(found, F.cross_entropy(users @ rows.T, target, reduction="none"))
 
 
@@ -176,3 +168,26 @@ def test_a_target_without_negatives_has_a_loss_of_zero():
     loss = sampled_softmax(positive, score, one, torch.tensor([-1.0]), torch.tensor([[-2.0, torch.inf]]))
     loss.sum().backward()
     assert score.grad is not None and score.grad[0, 1] == 0 and score.grad[0, 0] > 0
+
+
+@given(SEEDS, st.integers(1, 6), st.integers(0, 9), st.booleans(), st.booleans())
+def test_shared_negatives_are_those_of_each_target(seed, n, number, corrected, of_users):
+    """The same losses and gradients as from the matrix of all scores; also where all negatives are alike to the target."""
+    users, rows, items = catalog(seed, n, max(1, number))
+    rows = rows[:number]
+    generator = torch.Generator().manual_seed(seed)
+    alike = [(items % 3, torch.randint(3, (number,), generator=generator))]
+    if of_users:
+        alike.append((torch.arange(n) % 2, torch.randint(3, (number,), generator=generator)))
+    counts = ~torch.stack([own[:, None] == theirs for own, theirs in alike]).any(0)
+    positive = torch.randn(n, generator=generator, dtype=torch.float64, requires_grad=True)
+    log_q = [-torch.rand(size, generator=generator, dtype=torch.float64) - 0.1 for size in (n, number)]
+    scores = users @ rows.T
+    if corrected:
+        expected = sampled_softmax(positive, scores, counts, log_q[0], log_q[1].expand_as(scores))
+    else:
+        expected = softmax_among(positive, scores, counts)
+    found = shared_softmax(positive, users, rows, alike, tuple(log_q) if corrected else None)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(*(gradients(loss, users, positive) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs.nan_to_num(0))  # nan where there is no negative at all

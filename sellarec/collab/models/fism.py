@@ -51,8 +51,8 @@ class Model(CollabModel):
     def product(self, user: Tensor, item: Tensor, plain: bool = False) -> Tensor:
         return super().product(user, _of_score(item), plain)
 
-    def products(self, users: Tensor, items: Tensor, plain: bool = False) -> Tensor:
-        return super().products(users, _of_score(items), plain)
+    def of_items(self, items: Tensor, plain: bool = False) -> Tensor:
+        return super().of_items(_of_score(items), plain)
 
     def represent_item(self, batch: Batch, vectors: Vectors) -> Tensor:
         return _of_score(super().represent_item(batch, vectors))
@@ -66,10 +66,12 @@ class Model(CollabModel):
         sums = Jagged(torch.cat([history.values[:, :-2] * kept[:, None], kept[:, None]], dim=1), history.lengths).sum()
         users = sums[:, :-1] / sums[:, -1:].clamp(min=1)
         prior = log_counts[batch[WHOLE + "item"]]
-        bias = catalog[:, -2] + prior.clamp(min=0)
+        there = prior.isfinite().nonzero()[:, 0]
+        bias = (catalog[:, -2] + prior.clamp(min=0))[there, None]
         positive = (users * item[:, :-2]).sum(1) + item[:, -2] + log_counts[batch["item"]].clamp(min=0)
+        ones = torch.ones_like(users[:, :1])
         return full_softmax(
-            users, positive, lambda users: torch.addmm(bias, users, catalog[:, :-2].T), prior.isfinite(), peers
+            torch.cat([users, ones], dim=1), positive, torch.cat([catalog[there, :-2], bias], dim=1), peers
         )
 
 
