@@ -269,6 +269,7 @@ class Engine:
                 self._smoothed = self._smooth()
         rows = self._smoothed if self._smoothed is not None else self._smooth(step)
         columns = rows.shape[1] // 2
+        asked: list[tuple[Kind, str, Any]] = []
         for kind in KINDS:
             (table,) = (table for table in task.tables if table.name == kind)
             for feature in table.features:
@@ -276,10 +277,12 @@ class Engine:
                     start = 0 if kind == "user" else self._graph.rows - len(batch[feature])
                     vectors[feature] = rows[start : start + len(batch[feature]), :columns]
                 elif feature in ids:
-                    asked = ids.pop(feature)
-                    found = self._graph.fetch(rows, kind, asked.values if isinstance(asked, Jagged) else asked)
-                    for name, part in ((feature, found[..., :columns]), (INITIAL + feature, found[..., columns:])):
-                        vectors[name] = Jagged(part, asked.lengths) if isinstance(asked, Jagged) else part
+                    asked.append((kind, feature, ids.pop(feature)))
+        # one exchange for all, and in the backward pass one gradient as large as the tables
+        wanted = [(kind, of.values if isinstance(of, Jagged) else of) for kind, _, of in asked]
+        for (_, feature, of), found in zip(asked, self._graph.fetch(rows, wanted), strict=True):
+            for name, part in ((feature, found[..., :columns]), (INITIAL + feature, found[..., columns:])):
+                vectors[name] = Jagged(part, of.lengths) if isinstance(of, Jagged) else part
         return vectors | (tables.look_up(ids) if ids else {})
 
     def _agree(self, batch: Batch, rows: pa.Table, count: float = 0.0) -> float:

@@ -9,7 +9,7 @@ Shapes: R own rows of one worker, H rows that it receives, D columns, W workers.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ MERGE_ENTRIES = 1 << 20
 """Entries that are read before repeated ones are first thrown away."""
 
 Kind = Literal["user", "item"]
+
+Ids = TypeVar("Ids", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,12 @@ class _Blocks:
         start, stop = (min(k * self.size(kind), self.rows[kind]) for k in (self.rank, self.rank + 1))
         return start, stop
 
-    def slot(self, kind: Kind, ids: np.ndarray) -> np.ndarray:
+    def slot(self, kind: Kind, ids: Ids) -> Ids:
         """int64 [n], of ids int64 [n]."""
         owner = ids // self.size(kind)
         return owner * self.slots + ids % self.size(kind) + (self.size("user") if kind == "item" else 0)
 
-    def local(self, slots: np.ndarray) -> np.ndarray:
+    def local(self, slots: Ids) -> Ids:
         """Which own row, int64 [n], an own slot is, counted from this worker's first."""
         start, stop = self.own("user")
         return slots - (slots >= self.size("user")) * (self.size("user") - (stop - start))
@@ -164,8 +166,8 @@ class ShardedGraph:
         self._check(rows)
         return _Multiply.apply(rows, self)
 
-    def fetch(self, rows: Tensor, kind: Kind, ids: Tensor) -> Tensor:
-        """Rows of any users or any items, in the order asked for: float32 [R, D] on each worker, int64 ids [...] -> [..., D].
+    def fetch(self, rows: Tensor, asked: Sequence[tuple[Kind, Tensor]]) -> list[Tensor]:
+        """Rows of any users and any items, in the order asked for: float32 [R, D] on each worker, int64 ids [...] -> [..., D].
 
         Each worker may ask for another number of rows, also none, and repeat ids, which are sent once. Gradients are summed
         over all that asked for a row.
@@ -175,19 +177,19 @@ class ShardedGraph:
             ValueError: there are not as many rows as this worker owns.
         """
         self._check(rows)
-        wanted, place = torch.unique(ids.reshape(-1), return_inverse=True)
-        count = self._blocks.rows[kind]
-        # Another kind's row would be found at some wrong ids.
-        if len(wanted) and (int(wanted[0]) < 0 or int(wanted[-1]) >= count):
-            raise IndexError(f"{kind}s {int(wanted[0])} to {int(wanted[-1])} are asked for, the graph has {count}")
-        counts = torch.bincount(wanted // max(1, self._blocks.size(kind)), minlength=self._blocks.workers)
+        for kind, ids in asked:
+            count = self._blocks.rows[kind]
+            # Another kind's row would be found at some wrong ids.
+            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= count):
+                raise IndexError(f"{kind}s {int(ids.min())} to {int(ids.max())} are asked for, the graph has {count}")
+        slots = torch.cat([self._blocks.slot(kind, ids.reshape(-1)) for kind, ids in asked])
+        wanted, place = torch.unique(slots, return_inverse=True)
+        counts = torch.bincount(wanted // self._blocks.slots, minlength=self._blocks.workers)
         ones = [1] * self._blocks.workers
         receive, send = counts.tolist(), self._exchange(counts, ones, ones).tolist()
-        local = self._exchange(wanted, send, receive) - self.own[kind][0]
-        if kind == "item":
-            start, stop = self.own["user"]
-            local = local + (stop - start)
-        return _Fetch.apply(rows, self, local, place, receive, send).reshape(*ids.shape, rows.shape[1])
+        local = self._blocks.local(self._exchange(wanted, send, receive) % self._blocks.slots)
+        found = _Fetch.apply(rows, self, local, place, receive, send).split([ids.numel() for _, ids in asked])
+        return [part.reshape(*ids.shape, rows.shape[1]) for part, (_, ids) in zip(found, asked, strict=True)]
 
     def _check(self, rows: Tensor) -> None:
         if len(rows) != self.rows:
@@ -235,7 +237,10 @@ class _Fetch(torch.autograd.Function):
         local, place = ctx.saved_tensors
         graph = ctx.graph
         summed = _sum_groups(gradient, place, sum(ctx.receive))
-        summed = _sum_groups(graph._exchange(summed, ctx.send, ctx.receive), local, graph.rows)
+        if graph._blocks.workers == 1:  # each row was asked for once
+            summed = summed.new_zeros(graph.rows, summed.shape[1]).index_copy_(0, local, summed)
+        else:
+            summed = _sum_groups(graph._exchange(summed, ctx.send, ctx.receive), local, graph.rows)
         return summed, None, None, None, None, None
 
 

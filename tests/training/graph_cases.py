@@ -117,17 +117,15 @@ def compute(case: Case, paths: list[Path], group: dist.ProcessGroup | None) -> d
     for kind in ("user", "item"):
         rows = leaf()
         ids, gradient = case.part(kind, rank, workers)
-        vectors = graph.fetch(rows, kind, torch.tensor(ids, dtype=torch.int64))
+        (vectors,) = graph.fetch(rows, [(kind, torch.tensor(ids, dtype=torch.int64))])
         (vectors * gradient).sum().backward()
         found[kind], found[f"{kind} gradient"] = vectors.detach(), rows.grad
     for number in range(2):
         rows = leaf()
         layers = convolve(graph.multiply, rows)
         mean = torch.stack(layers).mean(0)
-        users, items = (
-            graph.fetch(mean, kind, torch.tensor(case.part(kind, rank, workers)[0], dtype=torch.int64))
-            for kind in ("user", "item")
-        )
+        parts = {kind: case.part(kind, rank, workers)[0] for kind in ("user", "item")}
+        users, items = graph.fetch(mean, [(kind, torch.tensor(ids, dtype=torch.int64)) for kind, ids in parts.items()])
         loss = loss_of(layers, users, items, case.part("item", rank, workers)[1])
         loss.backward()
         found[f"loss {number}"], found[f"loss gradient {number}"] = loss.detach(), rows.grad

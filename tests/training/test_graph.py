@@ -179,7 +179,7 @@ def test_ids_of_any_shape_are_fetched(tmp_path):
     case = Case(3, 2, [(0, 0, 1)])
     graph, rows = ShardedGraph.read(case.write(tmp_path), 3, 2, None, CPU), case.numbers(1)
     for ids in (torch.tensor([[1, 0, 1], [1, 1, 0]]), torch.tensor(1), torch.empty(0, 3, dtype=torch.int64)):
-        assert torch.equal(graph.fetch(rows, "item", ids), rows[3:][ids])
+        assert torch.equal(graph.fetch(rows, [("item", ids)])[0], rows[3:][ids])
 
 
 def test_gradients_of_the_multiply_have_gradients(tmp_path):
@@ -213,7 +213,7 @@ def test_fetching_what_is_not_there_and_rows_that_do_not_fit_are_refused(tmp_pat
     graph, rows = ShardedGraph.read(case.write(tmp_path), 3, 2, None, CPU), case.numbers(1)
     for kind, ids in (("user", [0, 3]), ("item", [2]), ("item", [-1, 0])):
         with pytest.raises(IndexError, match=f"{kind}s .* the graph has"):
-            graph.fetch(rows, kind, torch.tensor(ids))
-    for refused in (lambda: graph.multiply(rows[:1]), lambda: graph.fetch(rows[:4], "user", torch.tensor([0]))):
+            graph.fetch(rows, [(kind, torch.tensor(ids))])
+    for refused in (lambda: graph.multiply(rows[:1]), lambda: graph.fetch(rows[:4], [("user", torch.tensor([0]))])):
         with pytest.raises(ValueError, match="this worker owns 5"):
             refused()
