@@ -156,21 +156,24 @@ class Probe:
 
         return time.time()
 
-    def free_port(self) -> int:
+    def listen(self, address: str) -> int:
+        """On a free port of this node's address alone."""
         import socket
 
-        with socket.socket() as taken:
-            taken.bind(("", 0))
-            return taken.getsockname()[1]
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.listening = socket.create_server((address, 0), family=family)
+        return self.listening.getsockname()[1]
 
-    def all_reduce(self, address: str, rank: int, world: int, backend: str, seconds: float) -> float:
+    def all_reduce(self, address: str, port: int, rank: int, world: int, backend: str, seconds: float) -> float:
         import datetime
 
         import torch
         import torch.distributed as dist
 
         limit = datetime.timedelta(seconds=seconds)
-        dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world, timeout=limit)
+        taken = self.listening.detach() if rank == 0 else None
+        store = dist.TCPStore(address, port, world, rank == 0, limit, master_listen_fd=taken)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         try:
             total = torch.ones(1 << 18, device="cuda:0" if backend == "nccl" else "cpu")
             dist.all_reduce(total)
@@ -479,12 +482,12 @@ def _check_network(nodes: Sequence[Node], probes: Sequence[Any], gpus: bool) -> 
     if len(able) < 2:
         return
     backend, first = "nccl" if gpus else "gloo", able[0]
-    (port,) = _gather([nodes[first]], [probes[first].free_port.remote()], REPORT_SECONDS)
-    address = f"{nodes[first].ip}:{port}"
+    address = nodes[first].ip
+    (port,) = _gather([nodes[first]], [probes[first].listen.remote(address)], REPORT_SECONDS)
     chosen = [nodes[i] for i in able]
     # torch's own limit ends first, as its message says more than ours
     references = [
-        probes[i].all_reduce.remote(address, rank, len(able), backend, NETWORK_SECONDS / 2)
+        probes[i].all_reduce.remote(address, port, rank, len(able), backend, NETWORK_SECONDS / 2)
         for rank, i in enumerate(able)
     ]
     try:

@@ -439,8 +439,10 @@ class _Launch:
         """
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError
+
+        from sellarec.training.rendezvous import OneAddress
 
         group, board = self.group, _board()
         timeout = group.worker_timeout
@@ -459,7 +461,7 @@ class _Launch:
                     scaling_config=ScalingConfig(
                         num_workers=workers, use_gpu=group.gpus, resources_per_worker=group.taken
                     ),
-                    torch_config=TorchConfig(backend="nccl" if group.gpus else "gloo", timeout_s=round(timeout)),
+                    torch_config=OneAddress(backend="nccl" if group.gpus else "gloo", timeout_s=round(timeout)),
                     run_config=RunConfig(
                         name=self.stage,
                         storage_path=folder,  # nothing lies there: checkpoints are the loop's own
