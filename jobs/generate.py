@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     check_environment()
     from sellarec.artifacts import Place
     from sellarec.data.synthetic import Synthetic, synthetic_source, write_raw
-    from sellarec.training.launch import connect
+    from sellarec.training.cluster import connect
     from sellarec.training.progress import Console
 
     generated = Synthetic(

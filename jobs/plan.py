@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
         config = parse([*settings.recipe, "--llm", settings.llm, "--workers", str(settings.workers)])
         if settings.recipe:
             settings = with_tables_of(settings, config)
-    from sellarec.training.launch import room_of_worker
+    from sellarec.training.cluster import room_of_worker
     from sellarec.training.plan import GIB, check_fits, describe, place, worker_bytes
     from sellarec.training.table import Table
 

@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> None:
 
     settings = parse_preflight(arguments)
     from sellarec.artifacts import Place, Store
-    from sellarec.training.launch import connect, joins_cluster
+    from sellarec.training.cluster import connect, joins_cluster
     from sellarec.training.progress import Console
 
     if not joins_cluster():

@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
     from sellarec.data.sources import open_source
     from sellarec.data.sources.published import fetch
-    from sellarec.training.launch import connect
+    from sellarec.training.cluster import connect
     from sellarec.training.progress import Console
 
     console = Console()

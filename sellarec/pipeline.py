@@ -28,7 +28,9 @@ from sellarec.language.templates import is_file, template_mark
 from sellarec.run import Run, facts_of, inputs_of, settings_of
 from sellarec.stages import carry_out, check_ahead, check_labels, collab_beside_align
 from sellarec.tracking import open_trackers
-from sellarec.training.launch import CHECKPOINTS, check_room, gpus_here, joins_cluster, keep_logs, last_line, takes_gpus
+from sellarec.training.cluster import check_room, gpus_here, joins_cluster, takes_gpus
+from sellarec.training.failures import keep_logs, last_line
+from sellarec.training.launch import CHECKPOINTS
 from sellarec.training.progress import duration
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")

@@ -19,7 +19,7 @@ from sellarec.data.sources import open_source
 from sellarec.errors import UserError
 from sellarec.language.templates import AUTO, is_file, read_template, read_templates, template_mark
 from sellarec.tracking import Tracker
-from sellarec.training.launch import Cluster, Group, connect
+from sellarec.training.cluster import Cluster, Group, connect
 from sellarec.training.progress import Console
 
 VERSIONS = {

@@ -16,7 +16,9 @@ from sellarec.data.log import Log, copy_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
 from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.run import Run, template_words
-from sellarec.training.launch import first_workers, free_gpu_memory, room_of_worker, run_task, run_workers, train
+from sellarec.training.cluster import free_gpu_memory, room_of_worker
+from sellarec.training.launch import run_task, run_workers, train
+from sellarec.training.room import first_workers
 
 WORK = "work"
 """Folder in an unfinished artifact for what its training reads beside its inputs."""

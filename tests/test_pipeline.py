@@ -8,7 +8,7 @@ from sellarec import pipeline
 from sellarec.command_line import parse
 from sellarec.errors import StageFailed, exit_status
 from sellarec.run import Run
-from sellarec.training.launch import Cluster
+from sellarec.training.cluster import Cluster
 
 CAUSE = "stage collab failed, also when it was taken up again: worker 1: RuntimeError: it broke"
 

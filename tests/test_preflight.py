@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import sellarec.training.cluster
 from sellarec import preflight
 from sellarec.artifacts import Place
 from sellarec.command_line import parse_preflight
 from sellarec.errors import UserError
 from sellarec.preflight import GIB, Node, Report
-from sellarec.training import launch
 
 VERSIONS: dict[str, str | None] = {
     "python": "3.11.7",
@@ -145,7 +145,7 @@ def test_the_job_asks_for_what_a_run_or_a_sweep_would_ask_for(monkeypatch: pytes
     asked: list[tuple] = []
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.setattr(
-        launch,
+        sellarec.training.cluster,
         "connect",
         lambda workers, console, place, groups, share, device: asked.append((workers, groups, share, device)),
     )

@@ -19,7 +19,7 @@ from sellarec.data.log import FACTS_FILE, Log
 from sellarec.errors import UserError
 from sellarec.run import Run
 from sellarec.stages import check_ahead
-from sellarec.training.launch import Cluster
+from sellarec.training.cluster import Cluster
 
 USERS, ITEMS, DIM, WIDTH = 30, 40, 8, 16
 ROWS = {"user": USERS // 2, "item": ITEMS // 2, "semantic": ITEMS // 2}

@@ -38,7 +38,7 @@ def prepare_generated(rows: int, folder: Path) -> None:
     from sellarec.data.log import write_manifest
     from sellarec.data.prepare import discard_work, prepare, rules_of
     from sellarec.data.synthetic import Synthetic, synthetic_source
-    from sellarec.training.launch import connect
+    from sellarec.training.cluster import connect
     from sellarec.training.progress import Console
 
     source = synthetic_source(Synthetic(users=rows * USERS // ROWS, items=rows * ITEMS // ROWS, interactions=rows))

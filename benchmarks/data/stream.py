@@ -27,7 +27,7 @@ from sellarec.artifacts import Place
 from sellarec.collab.negatives import Negatives
 from sellarec.data.log import Log, item_counts, read_log
 from sellarec.language.prompts import Prompts
-from sellarec.training.launch import connect
+from sellarec.training.cluster import connect
 from sellarec.training.progress import Console
 from sellarec.training.stream import Order, Prepare, row_groups, stream
 

@@ -27,7 +27,8 @@ from sellarec.evaluation.queries import PROTOCOL, write_candidates, write_querie
 from sellarec.evaluation.ranking import UserMetrics, ranking_records, user_metrics
 from sellarec.evaluation.results import evaluate_scores
 from sellarec.serving.recommender import EXPORT, UNKNOWN, Recommender, read_export
-from sellarec.training.launch import Group, check_room, connect, joins_cluster, run_workers
+from sellarec.training.cluster import Group, check_room, connect, joins_cluster
+from sellarec.training.launch import run_workers
 from sellarec.training.progress import PROGRESS_SECONDS, Console
 from sellarec.training.scoring import Scoring, score_worker
 from sellarec.training.stream import Order, row_groups

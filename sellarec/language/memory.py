@@ -3,7 +3,7 @@
 Counted: weights as they are stored, whole while they are loaded and sharded after that; what is trained, with gradients and the
 optimizer's state; layers that are gathered to compute; activations of a micro-batch of the longest prompts; logits. Not counted:
 tables and projections, the prompts' own tensors, buffers of NCCL or gloo, what an allocator keeps, and the process itself
-(`sellarec.training.launch.WORKER_MEMORY`).
+(`sellarec.training.cluster.WORKER_MEMORY`).
 `benchmarks/language/memory.py` compares it with processes.
 """
 

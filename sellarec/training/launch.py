@@ -1,40 +1,28 @@
-"""The driver's side of training: start Ray, launch workers, show their progress, bring their errors home."""
+"""The driver's side of training: launch workers, show their progress, bring their errors home."""
 
 import contextlib
 import dataclasses
 import os
-import re
 import signal
 import tempfile
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from sellarec.artifacts import Place
-from sellarec.config import GROW_EVERY, NODE_TIMEOUT, STORAGE_TIMEOUT, WORKER_TIMEOUT, Language
+from sellarec.config import Language
 from sellarec.errors import StageFailed, TrainingStopped, UserError
-from sellarec.preflight import check_address, check_workspace, in_words, living_nodes, preflight
-from sellarec.training.progress import Console, ProgressBoard, duration
+from sellarec.training.cluster import Group
+from sellarec.training.failures import cause_of
+from sellarec.training.progress import Console, ProgressBoard, describe
+from sellarec.training.room import find_room, first_workers, needed_in_words, room_now, waits_for_others
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Variables by which glibc keeps what a worker frees, instead of handing it back to the system. Large tensors come and go at
 each step of a collaborative model on a CPU, and a fault for every page of them, each time, took up to half of it. The price: a
 worker's memory stays at its peak, so not where a language model is loaded whole and then sharded."""
 
-WORKER_MEMORY = 800 << 20
-"""Resident bytes of a worker that holds next to no weights (torch, torchrec, transformers, Ray; 719 MiB were measured)."""
-
-RAY_MEMORY = 2 << 30
-"""Resident bytes of the driver and of Ray's own processes on one machine (1.8 GiB were measured)."""
-
-_LOST_PEER = re.compile(r"connection (closed|reset|refused)|gloo/transport|NCCL|broken pipe", re.IGNORECASE)
-"""How a worker's failure reads that only follows from another's."""
-
-GPU_SECONDS = 120
-"""How long it may take until a GPU's memory can be asked for."""
 
 CHECKPOINTS = "checkpoints"
 """Folder in an unfinished artifact."""
@@ -42,254 +30,18 @@ CHECKPOINTS = "checkpoints"
 RETRIES = 3
 """How often in a row a stage is taken up again after workers were lost, where it left no new checkpoint in between."""
 
-ROOM_SECONDS = 3.0
-"""How long it may take until the cluster has set room aside that is there."""
 
 CAUSE_CHARACTERS = 240
 """Of the cause for which a stage is taken up again, what is printed; Ray adds advice to it."""
 
-MANY = 1 << 20
-"""More workers than there ever are."""
 
 START_SECONDS = 60.0
 """How long a group of workers that found room may take to start."""
 
-LOG_BYTES = 1 << 20
-"""Of what a process has printed, the last so many bytes are kept after a failure."""
-
-LOG_SECONDS = 30.0
-"""How long nodes may take to write that down."""
 
 RARER = 2
 """How many times rarer room for more workers is looked for after it was found in vain: what is free at one moment, as a CPU
 that reads data now and then, may be taken at the next."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """What the connected Ray cluster offers.
-
-    Attributes:
-        local: Ray was started by this process, on this machine.
-        gpus: whether workers get a GPU each.
-        share: what each worker takes of a CPU, or of a GPU.
-        groups: worker groups that may run at a time.
-    """
-
-    local: bool
-    gpus: bool
-    share: float = 1.0
-    groups: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The workers of a stage, and how long it waits for what fails.
-
-    Attributes:
-        most: workers.
-        gpus: whether each takes one, or a share of one.
-        least: with how many the stage goes on where no more find room.
-        share: what each takes of a CPU, or of a GPU.
-        worker_timeout: seconds after which a worker that doesn't answer counts as lost.
-        storage_timeout: seconds for which storage that fails is tried again.
-        node_timeout: seconds for which room for `least` workers is waited for, where nodes are too few or were lost.
-        grow_every: seconds after which workers that are fewer than `most` make place for more, where there is room.
-    """
-
-    most: int
-    gpus: bool
-    least: int
-    share: float = 1.0
-    worker_timeout: float = WORKER_TIMEOUT
-    storage_timeout: float = STORAGE_TIMEOUT
-    node_timeout: float = NODE_TIMEOUT
-    grow_every: float = GROW_EVERY
-
-    @property
-    def taken(self) -> dict[str, float]:
-        """What a worker takes of Ray's resources."""
-        return {"CPU": 1, "GPU": self.share} if self.gpus else {"CPU": self.share}
-
-
-def connect(
-    workers: int,
-    console: Console,
-    workspace: Place,
-    groups: int = 1,
-    share: float = 1.0,
-    stopping: int = 0,
-    device: str = "auto",
-) -> Cluster:
-    """Join the cluster that RAY_ADDRESS names and check it (`preflight.py`), or start Ray on this machine.
-
-    Args:
-        groups: worker groups that are to run at a time, of `workers` each.
-        share: what each worker takes of a CPU, or of a GPU where there are some.
-        stopping: groups that may still take their last step while those run, for which a Ray that is started here has CPUs too.
-        device: what workers run on, see `Config.device`.
-
-    Raises:
-        UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, GPUs, with the arithmetic.
-        StageFailed: Ray's processes don't come up on this machine.
-    """
-    # Reports wait for the controller's next poll, 2 s by default.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # its progress is told by ours
-    cores = os.cpu_count() or 1
-    address = os.environ.get("RAY_ADDRESS")
-    local = not joins_cluster()
-    if local:
-        # Despite its name it works everywhere: every Ray process of this run listens on the loopback address only.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        # A stage starts a handful of processes at once; by default more than one a core is warned about.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(workers + 8))
-    import logging
-
-    import ray
-
-    handler = signal.getsignal(signal.SIGTERM)
-    if local:
-        console.line(f"starting Ray on this machine ({cores} cores, {workers} workers)")
-        if workers > cores:
-            console.line(f"note: {workers} workers share {cores} cores")
-        try:
-            joined = ray.init(
-                address="local",
-                num_cpus=max(cores, (groups + stopping) * (workers + 2)),
-                num_gpus=gpus_here(device),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except Exception as error:  # Ray raises no type of its own where its processes don't come up in time
-            raise StageFailed(
-                f"Ray did not start on this machine: {' '.join(str(error).split())} Is it busy with other work, or short of "
-                "memory? The same command goes on from what is finished"
-            ) from error
-    else:
-        console.line(f"joining the Ray cluster at {address}")
-        check_address(str(address))
-        check_workspace(workspace)
-        try:
-            joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
-            # another version of Ray or Python, no token or a wrong one, a machine that is no node of the cluster
-            raise UserError(
-                f"the cluster at RAY_ADDRESS {address} can't be joined: {' '.join(str(error).split())}"
-            ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # ray.init takes its place
-    if joined.dashboard_url:
-        console.line(f"  Ray dashboard: http://{joined.dashboard_url}")
-    has_gpus = takes_gpus(ray.cluster_resources().get("GPU", 0), workers, device, groups, share)
-    if has_gpus and share < 1 and workers > 1:
-        raise UserError(
-            f"share is {share:g} and workers {workers}, but NCCL takes no two workers of a group on one GPU: give --workers 1, "
-            "or leave share out"
-        )
-    if not local:
-        start = time.monotonic()
-        found = preflight(workers, has_gpus, WORKER_MEMORY, workspace, groups, share)
-        for line in in_words(found):
-            console.line(f"  {line}")
-        console.line(f"preflight passed in {time.monotonic() - start:.0f} s: {len(found)} nodes")
-    return Cluster(local=local, gpus=has_gpus, share=share, groups=groups)
-
-
-def joins_cluster() -> bool:
-    """Whether this job joins a cluster instead of starting Ray on this machine."""
-    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
-
-
-def gpus_here(device: str) -> int:
-    """GPUs of this machine that workers may take: those that torch can use, which CUDA_VISIBLE_DEVICES limits."""
-    if device == "cpu":
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def takes_gpus(gpus: float, workers: int, device: str, groups: int = 1, share: float = 1.0) -> bool:
-    """Whether workers get a GPU each, or a share of one.
-
-    Args:
-        gpus: that there are.
-        device, groups, share: see `connect`.
-
-    Raises:
-        UserError: there are GPUs, but not for all workers, or none, and `device` asks for them: on CPUs a run would take many
-            times as long.
-    """
-    if device == "cpu":
-        return False
-    places, needed = int(gpus) * int(1 / share), groups * workers  # a share lies on one GPU
-    if gpus > 0 and places < needed:
-        several = f"{groups} x {workers} workers" if groups > 1 else f"{workers} workers"
-        advice = (
-            "lower --workers or --concurrent" if groups > 1 else f"give --workers {places}" if places else "add GPUs"
-        )
-        raise UserError(
-            f"{several} of {share:g} GPU each find {gpus:g} GPUs, which have room for {places}: {advice}, or give --device cpu "
-            "to run on CPUs"
-        )
-    if gpus == 0 and device == "cuda":
-        raise UserError(
-            "device is cuda, but there is no GPU that Ray and torch know of: give --device cpu, or add GPUs (`jobs/env.py` tells "
-            "what torch finds here, `ray status` what a cluster has)"
-        )
-    return gpus > 0
-
-
-def room_of_worker(workers: int) -> int:
-    """Bytes that each of so many workers on this machine has for tables or a model, beside what a worker takes itself."""
-    import psutil
-
-    return max(0, psutil.virtual_memory().available // workers - WORKER_MEMORY)
-
-
-def free_gpu_memory(share: float) -> int:
-    """Bytes that a worker with such a share of a GPU finds free: of a GPU that others share too, its part of the whole.
-
-    Raises:
-        UserError: no GPU comes free in GPU_SECONDS.
-    """
-    import ray
-
-    def ask() -> tuple[int, int]:
-        import torch
-
-        return torch.cuda.mem_get_info()
-
-    # outside of the placement group of a trial, which holds no GPU itself
-    asked = ray.remote(num_gpus=share, num_cpus=0, scheduling_strategy="DEFAULT")(ask).remote()
-    try:
-        free, total = ray.get(asked, timeout=GPU_SECONDS)
-    except ray.exceptions.GetTimeoutError as error:
-        ray.cancel(asked)
-        raise UserError(
-            f"no GPU came free in {GPU_SECONDS} s, whose memory was to be asked for: `ray status` tells what holds them"
-        ) from error
-    return min(free, int(total * share))
-
-
-def check_room(workers: int) -> None:
-    """Raises UserError where this machine's memory can't hold so many workers."""
-    import psutil
-
-    available = psutil.virtual_memory().available
-    needed = RAY_MEMORY + workers * WORKER_MEMORY
-    if needed > available:
-        room = (available - RAY_MEMORY) // WORKER_MEMORY
-        advice = f"lower --workers to {room}" if room > 0 else "free some memory, or take a larger machine"
-        raise UserError(
-            f"{workers} workers x {WORKER_MEMORY / 2**30:.2f} GiB + {RAY_MEMORY / 2**30:.0f} GiB for Ray = "
-            f"{needed / 2**30:.1f} GiB (before any table or model), but {available / 2**30:.1f} GiB of memory are free on this "
-            f"machine: {advice}"
-        )
 
 
 def train(
@@ -357,7 +109,7 @@ def run_workers(
     while True:
         console.line(f"{stage:<9} starting {workers} workers")
         ended = launch.run(workers, first, grow_every)
-        is_held_up = _waits_for_others(group, first) and _found_no_room(ended.failure)
+        is_held_up = waits_for_others(group, first) and _found_no_room(ended.failure)
         first = first and is_held_up
         if ended.errors:
             raise UserError(ended.errors[0])
@@ -368,7 +120,7 @@ def run_workers(
         if ended.failure is not None and stop is not None and stop.is_set():
             raise TrainingStopped(f"stage {stage} was stopped, and a worker lost") from ended.failure
         if is_held_up:  # which may take as long as it likes; but nodes may have gone meanwhile
-            console.line(f"{stage:<9} waits for what other jobs hold of {_needed(group)}")
+            console.line(f"{stage:<9} waits for what other jobs hold of {needed_in_words(group)}")
             workers = first_workers(stage, group, console, stop)
         elif ended.failure is not None:
             # what fails after each new checkpoint gets on; what fails again and again without one doesn't
@@ -447,7 +199,7 @@ class _Launch:
         group, board = self.group, _board()
         timeout = group.worker_timeout
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(timeout)
-        patience = max(START_SECONDS, group.node_timeout) if _waits_for_others(group, first) else START_SECONDS
+        patience = max(START_SECONDS, group.node_timeout) if waits_for_others(group, first) else START_SECONDS
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
         failures: list[BaseException] = []
 
@@ -492,7 +244,7 @@ class _Launch:
                     raise KeyboardInterrupt  # at once also where nothing has been trained yet
                 may_grow = self.stops and starts and not asked and workers < group.most
                 if may_grow and time.monotonic() - looked > grow_every:
-                    growing, looked = _room(group, 1, group.most - workers, workers) > 0, time.monotonic()
+                    growing, looked = room_now(group, 1, group.most - workers, workers) > 0, time.monotonic()
                     if growing:
                         self.console.line(f"{self.stage:<9} stops after a checkpoint: there is room for more workers")
                 if not asked and (growing or arrived or unshown or (self.stop is not None and self.stop.is_set())):
@@ -506,148 +258,11 @@ class _Launch:
         return _Ended(failures[0] if failures else None, errors, failed, starts, stopped, bool(arrived))
 
 
-def _places(group: Group) -> int:
-    """How many workers the living nodes can hold, whatever else runs on them."""
-    nodes, taken = living_nodes(), group.taken
-    places = sum(
-        min(int(node.cpus / taken["CPU"]), int(node.gpus) * int(1 / taken["GPU"]) if group.gpus else MANY)
-        for node in nodes
-    )
-    # one CPU is left to read data
-    return min(places, int((sum(node.cpus for node in nodes) - 1) / taken["CPU"]))
-
-
-def _room(group: Group, least: int, most: int, beside: int = 0) -> int:
-    """How many workers find room now, from `least` to `most`; 0 where not even the least do. What other jobs hold is no room, nor
-    is a node that has died without the cluster having noticed.
-
-    Args:
-        beside: workers that run already.
-    """
-    taken, found = group.taken, 0
-    low, high = least, min(most, _places(group) - beside)
-    workers = high
-    while low <= high:
-        if _fit([taken] * workers + [{"CPU": 1.0}] * (not beside)):
-            found, low = workers, workers + 1
-        else:
-            high = workers - 1
-        workers = (low + high + 1) // 2
-    return found
-
-
-def _fit(bundles: list[dict[str, float]]) -> bool:
-    """Whether the cluster can set these resources aside now."""
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    held = placement_group(bundles)
-    try:
-        return held.wait(ROOM_SECONDS)
-    finally:
-        remove_placement_group(held)
-
-
-def _waits_for_others(group: Group, first: bool) -> bool:
-    """Whether a group waits without limit for what other jobs hold, as a sweep's trials do: where the number of its workers is
-    given, and none of them have run yet."""
-    return first and group.least == group.most
-
-
 def _found_no_room(failure: BaseException | None) -> bool:
     """Whether a group of workers ended because Ray found no room for it in the time that it had."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     return isinstance(getattr(failure, "controller_failure", None), WorkerGroupStartupTimeoutError)
-
-
-def first_workers(stage: str, group: Group, console: Console, stop: threading.Event | None = None) -> int:
-    """How many workers a stage starts with: where their number is given, these, once there are nodes that can hold them. Ray
-    waits for what other jobs hold there.
-
-    Raises:
-        StageFailed, TrainingStopped: as `find_room`.
-    """
-    return find_room(stage, group, console, stop, is_free=not _waits_for_others(group, first=True))
-
-
-def find_room(stage: str, group: Group, console: Console, stop: threading.Event | None, is_free: bool = True) -> int:
-    """Wait for room for the group's workers: how many find some.
-
-    Args:
-        is_free: what other jobs hold is no room.
-
-    Raises:
-        StageFailed: there was none for `node_timeout` seconds.
-        TrainingStopped: `stop` was set meanwhile.
-    """
-    start, told = time.monotonic(), False
-    while True:
-        workers = _room(group, group.least, group.most) if is_free else min(group.most, _places(group))
-        if workers >= group.least:
-            return workers
-        needed = _needed(group)
-        if time.monotonic() - start > group.node_timeout:
-            raise StageFailed(
-                f"stage {stage}: for {group.node_timeout:g} s (node_timeout) there was no room for {needed}. Checkpoints are "
-                "kept: the same command goes on from the newest, also with fewer --workers"
-            )
-        if stop is not None and stop.is_set():
-            raise TrainingStopped(f"stage {stage} was stopped while it waited for room")
-        if not told:
-            console.line(f"{stage:<9} waits {group.node_timeout:g} s at most for room for {needed}")
-            told = True
-        time.sleep(1)
-
-
-def _needed(group: Group) -> str:
-    """What the least of a group's workers take, and what the living nodes have, in words."""
-    cpu, nodes = group.taken["CPU"], living_nodes()
-    gpu = f" and {group.taken['GPU']:g} GPU" if group.gpus else ""
-    has = ", ".join(f"{node} {node.cpus:g}" + (f" and {node.gpus:g} GPUs" if group.gpus else "") for node in nodes)
-    needed = f"{group.least} workers of {cpu:g} CPU{gpu} each and 1 CPU to read data ({group.least * cpu + 1:g} CPUs)"
-    return f"{needed}; CPUs are: {has}"
-
-
-def keep_logs(place: Place) -> list[str]:
-    """Copy what this job's processes have printed on all living nodes, its workers' last words among them, to NODE/FILE in a
-    place that they all see.
-
-    Returns: the nodes of which not all came, and why.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes, job, copy = living_nodes(), ray.get_runtime_context().get_job_id(), ray.remote(num_cpus=0)(_copy_logs)
-    copied = [
-        copy.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
-            place / node.name, job
-        )
-        for node in nodes
-    ]
-    ray.wait(copied, num_returns=len(copied), timeout=LOG_SECONDS)
-    failures = []
-    for node, reference in zip(nodes, copied, strict=True):
-        try:
-            ray.get(reference, timeout=0.1)
-        except ray.exceptions.RayError as error:
-            failures.append(f"{node}: {last_line(error)}")
-    return failures
-
-
-def _copy_logs(place: Place, job: str) -> None:
-    """Copy this node's part of a job's logs. Ray writes a file for each of a process's two streams, heads it with the job, and
-    says in lines that begin with a colon what runs in it; files in which nothing else stands are left out."""
-    import ray
-
-    for file in sorted(Path(ray._private.worker._global_node.get_session_dir_path(), "logs").glob("worker-*")):
-        head = f":job_id:{job}\n".encode()
-        with open(file, "rb") as stream:
-            if stream.read(len(head)) != head:
-                continue
-            stream.seek(max(len(head), file.stat().st_size - LOG_BYTES))
-            text = stream.read().decode(errors="replace")
-        if any(line and not line.startswith(":") for line in text.splitlines()):
-            place.write_text(file.name, text)
 
 
 @contextlib.contextmanager
@@ -761,48 +376,3 @@ def _showing(
         ray.kill(board)
     if failures:
         raise failures[0]
-
-
-def cause_of(error: BaseException) -> str:
-    """What went wrong on the workers: the last line of each one's failure, of those that say the same the first.
-
-    A worker whose peer has gone fails too, with a word of the connection; such failures are left out where others are.
-    """
-    failures = getattr(error, "worker_failures", None)
-    if not failures:
-        return last_line(error)
-    by_line: dict[str, int] = {}
-    for rank, failure in sorted(failures.items()):
-        by_line.setdefault(last_line(failure), rank)
-    own = {line: rank for line, rank in by_line.items() if not _LOST_PEER.search(line)}
-    return "; ".join(f"worker {rank}: {line}" for line, rank in (own or by_line).items())
-
-
-def last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-
-
-def describe(record: dict[str, Any]) -> str:
-    """One progress line."""
-    if "items" in record:
-        return f"{record['stage']:<9} {record['done']:,}/{record['items']:,} items"
-    if "scored" in record:
-        return f"{record['stage']:<9} {record['what']}: {record['scored']:,}/{record['rows']:,} {record['done']}"
-    if "model" in record:
-        return f"{record['stage']:<9} {record['model']}: {record['rows']:,} rows scored in {record['seconds']:.1f} s"
-    head = f"{record['stage']:<9} step {record['step']}/{record['steps']}"
-    if "valid" in record:
-        best = " (best so far)" if record["best"] == record["step"] else f" (best at step {record['best']})"
-        metrics = "  ".join(f"{name.upper()} {_number(value)}" for name, value in record["valid"].items())
-        return f"{head}  valid {metrics}{best}"
-    percent = 100 * record["step"] / max(1, record["steps"])
-    left = "" if record["seconds left"] is None else f"  {duration(record['seconds left'])} left"
-    return (
-        f"{head} ({percent:.0f}%)  loss {record['loss']:.4f}  {record['rows/s']:,.0f} rows/s  "
-        f"waiting for data {record['data wait %']:.0f}%{left}"
-    )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"

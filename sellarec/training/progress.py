@@ -50,3 +50,28 @@ class Console:
 
     def line(self, text: str) -> None:
         print(f"[{duration(time.monotonic() - self._start):>7}] {text}", flush=True)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One progress line."""
+    if "items" in record:
+        return f"{record['stage']:<9} {record['done']:,}/{record['items']:,} items"
+    if "scored" in record:
+        return f"{record['stage']:<9} {record['what']}: {record['scored']:,}/{record['rows']:,} {record['done']}"
+    if "model" in record:
+        return f"{record['stage']:<9} {record['model']}: {record['rows']:,} rows scored in {record['seconds']:.1f} s"
+    head = f"{record['stage']:<9} step {record['step']}/{record['steps']}"
+    if "valid" in record:
+        best = " (best so far)" if record["best"] == record["step"] else f" (best at step {record['best']})"
+        metrics = "  ".join(f"{name.upper()} {_number(value)}" for name, value in record["valid"].items())
+        return f"{head}  valid {metrics}{best}"
+    percent = 100 * record["step"] / max(1, record["steps"])
+    left = "" if record["seconds left"] is None else f"  {duration(record['seconds left'])} left"
+    return (
+        f"{head} ({percent:.0f}%)  loss {record['loss']:.4f}  {record['rows/s']:,.0f} rows/s  "
+        f"waiting for data {record['data wait %']:.0f}%{left}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

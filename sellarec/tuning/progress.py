@@ -8,7 +8,7 @@ from ray._raylet import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from sellarec.artifacts import Place
-from sellarec.training.launch import last_line
+from sellarec.training.failures import last_line
 from sellarec.training.progress import Console
 from sellarec.tuning.space import EVALUATION, VALUE, Domain
 from sellarec.tuning.trial import GROUP

@@ -15,7 +15,8 @@ from sellarec.errors import StageFailed, UserError
 from sellarec.pipeline import check_stage, marks_of, run
 from sellarec.run import Run
 from sellarec.stages import check_labels, check_start
-from sellarec.training.launch import check_room, connect, joins_cluster, last_line
+from sellarec.training.cluster import check_room, connect, joins_cluster
+from sellarec.training.failures import last_line
 from sellarec.training.progress import Console
 from sellarec.tuning.results import Row, format_rows, write_results
 from sellarec.tuning.space import EVALUATION, VALUE, Domain, check_space, read_space, with_settings

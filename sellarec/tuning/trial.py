@@ -19,7 +19,7 @@ from sellarec.config import Config
 from sellarec.errors import TrainingStopped, UserError
 from sellarec.pipeline import run_stage
 from sellarec.run import Run
-from sellarec.training.launch import Cluster
+from sellarec.training.cluster import Cluster
 from sellarec.training.progress import Console
 from sellarec.tuning.space import EVALUATION, VALUE, Domain, with_settings
 

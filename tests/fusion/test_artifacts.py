@@ -22,7 +22,7 @@ from sellarec.language.llm import find_llm
 from sellarec.pipeline import _check_sharding
 from sellarec.run import Run, inputs_of
 from sellarec.stages import _fuse, _fuse_builder, _tables_of_fuse, check_ahead
-from sellarec.training.launch import Cluster
+from sellarec.training.cluster import Cluster
 
 DIM, HIDDEN, WIDTH = 4, 6, 16
 

@@ -22,7 +22,7 @@ from sellarec.language.adapt import build_adapt
 from sellarec.language.distil import WRITTEN, ItemEncoder, SavedVectors, distil
 from sellarec.language.scorer import base_model
 from sellarec.run import Run, settings_of
-from sellarec.training.launch import Cluster
+from sellarec.training.cluster import Cluster
 from sellarec.training.progress import Console, ProgressBoard
 
 torch.set_num_threads(1)
@@ -215,7 +215,7 @@ def test_what_stands_is_kept(decoder, adapter, titles, tmp_path, monkeypatch):
     """After parts of a killed distillation, half a file among them, the rest is encoded; parts of another fingerprint go."""
     import ray
 
-    from sellarec.training.launch import connect
+    from sellarec.training.cluster import connect
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "items").mkdir()

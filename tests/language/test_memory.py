@@ -15,7 +15,7 @@ from sellarec.language.adapt import build_adapt
 from sellarec.language.llm import find_llm
 from sellarec.language.memory import Shape, Use, advice_of, check_model_fits, phases, shape_of, summary, use_of
 from sellarec.run import Run
-from sellarec.training.launch import Cluster
+from sellarec.training.cluster import Cluster
 
 SHAPE = Shape(
     weights=10_000_000,

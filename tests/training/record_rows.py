@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from sellarec.artifacts import Place
 from sellarec.config import Sparse, Steps
 from sellarec.training import stream
-from sellarec.training.launch import Group, connect, train
+from sellarec.training.cluster import Group, connect
+from sellarec.training.launch import train
 from sellarec.training.loop import Training
 from sellarec.training.progress import Console
 from sellarec.training.stream import Order, row_groups

@@ -27,7 +27,7 @@ def work(config: dict[str, str]) -> None:
 
 def run(folder: str) -> None:
     from sellarec.artifacts import Place
-    from sellarec.training.launch import connect
+    from sellarec.training.cluster import connect
     from sellarec.training.progress import Console
 
     connect(WORKERS, Console(), Place.of(folder), device="cpu")

@@ -1,0 +1,121 @@
+"""What a stage waits for. With real nodes: tests/cluster/test_nodes.py."""
+
+import re
+import threading
+from dataclasses import dataclass
+
+import pytest
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2.api.exceptions import ControllerError
+
+from sellarec.errors import StageFailed, TrainingStopped
+from sellarec.preflight import Node
+from sellarec.training import launch, room
+from sellarec.training.cluster import Group
+from sellarec.training.launch import run_workers
+from sellarec.training.progress import Console
+from sellarec.training.room import first_workers
+
+
+@dataclass
+class Cluster:
+    """Stands in for Ray: the CPUs and GPUs of living nodes, some of which other jobs hold, and a clock that sleeping moves on.
+
+    Attributes:
+        later: what the nodes have after so many seconds.
+    """
+
+    nodes: list[tuple[float, float]]
+    held: float = 0
+    later: tuple[float, list[tuple[float, float]]] | None = None
+    seconds: float = 0
+
+    def living_nodes(self) -> list[Node]:
+        nodes = self.nodes if self.later is None or self.seconds < self.later[0] else self.later[1]
+        return [Node(f"node-{i}", f"10.0.0.{i}", str(i), cpus, gpus) for i, (cpus, gpus) in enumerate(nodes)]
+
+    def fit(self, bundles: list[dict[str, float]]) -> bool:
+        return sum(bundle["CPU"] for bundle in bundles) <= sum(node.cpus for node in self.living_nodes()) - self.held
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+def use(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setattr(room, "living_nodes", cluster.living_nodes)
+    monkeypatch.setattr(room, "_fit", cluster.fit)
+    monkeypatch.setattr(room, "time", cluster)
+    return cluster
+
+
+def group(workers: int, least: int | None = None, gpus: bool = False) -> Group:
+    return Group(workers, gpus, workers if least is None else least, node_timeout=30)
+
+
+def test_a_stage_that_the_nodes_left_can_never_hold_fails_in_the_stated_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after nodes were lost between two stages: it says what it waits for, and ends with the arithmetic."""
+    for nodes, gpus, words in (
+        (
+            [(2, 0), (1, 0)],
+            False,
+            "3 workers of 1 CPU each and 1 CPU to read data (4 CPUs); CPUs are: node-0 (10.0.0.0) 2, ",
+        ),
+        (
+            [(8, 2)],
+            True,
+            "3 workers of 1 CPU and 1 GPU each and 1 CPU to read data (4 CPUs); CPUs are: node-0 (10.0.0.0) 8 and 2 GPUs",
+        ),
+    ):
+        cluster = use(Cluster(nodes), monkeypatch)
+        with pytest.raises(StageFailed, match=re.escape(f"for 30 s (node_timeout) there was no room for {words}")):
+            first_workers("align", group(3, gpus=gpus), Console())
+        assert 30 < cluster.seconds < 33
+        assert f"align     waits 30 s at most for room for {words}" in capsys.readouterr().out
+
+
+def test_a_node_that_joins_in_time_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = use(Cluster([(2, 0)], later=(10, [(2, 0), (2, 0)])), monkeypatch)
+    assert first_workers("align", group(3), Console()) == 3
+    assert cluster.seconds == 10
+
+
+def test_what_others_hold_is_left_for_ray_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a trial's CPUs are while other trials run. A group that may be smaller takes what is free instead."""
+    cluster = use(Cluster([(2, 0), (2, 0)], held=2), monkeypatch)
+    assert first_workers("align", group(3), Console()) == 3
+    assert first_workers("align", group(3, least=1), Console()) == 1
+    assert cluster.seconds == 0
+
+
+def test_a_stage_that_is_stopped_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(Cluster([(1, 0)]), monkeypatch)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(TrainingStopped, match="stage align was stopped while it waited for room"):
+        first_workers("align", group(3), Console(), stop)
+
+
+def test_nodes_that_are_lost_while_others_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray gets so long at a time to find room; that it found none is no failure of the stage, as long as nodes could hold it."""
+    cluster = use(Cluster([(2, 0), (2, 0)], held=4, later=(5 * 60, [(2, 0)])), monkeypatch)
+    tried: list[bool] = []
+
+    def run(self: object, workers: int, first: bool, grow_every: float) -> launch._Ended:
+        tried.append(first)
+        cluster.sleep(60)
+        return launch._Ended(ControllerError(WorkerGroupStartupTimeoutError(workers)), [], [], [], [], False)
+
+    monkeypatch.setattr(launch._Launch, "run", run)
+    with pytest.raises(StageFailed, match="there was no room for 3 workers"):
+        run_workers(lambda config: None, {}, "align", group(3), Console(), lambda record: None)
+    assert tried == [True] * 5, "more often than RETRIES, and always as the first group"
+    printed = capsys.readouterr().out
+    assert printed.count("waits for what other jobs hold of 3 workers of 1 CPU each") == 5
+    assert "waits 30 s at most for room" in printed and "cut off" not in printed
