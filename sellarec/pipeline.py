@@ -9,6 +9,7 @@ from functools import partial
 from importlib import metadata
 from typing import Any
 
+from sellarec.ahead import check_ahead, check_labels
 from sellarec.artifacts import Place, fingerprint, free_bytes, in_json, lease
 from sellarec.checks import check_layer, check_width
 from sellarec.config import (
@@ -26,7 +27,7 @@ from sellarec.config import (
 from sellarec.errors import StageFailed, UserError
 from sellarec.language.templates import is_file, template_mark
 from sellarec.run import Run, facts_of, inputs_of, settings_of
-from sellarec.stages import carry_out, check_ahead, check_labels, collab_beside_align
+from sellarec.stages import carry_out, collab_beside_align
 from sellarec.tracking import open_trackers
 from sellarec.training.cluster import check_room, gpus_here, joins_cluster, takes_gpus
 from sellarec.training.failures import keep_logs, last_line

@@ -1,11 +1,14 @@
-"""What a run leaves and prints when a stage fails. With workers: tests/end_to_end/test_faults.py."""
+"""What a run leaves and prints when a stage fails, and tells of several stages at the end. With workers: tests/end_to_end/."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sellarec import pipeline
 from sellarec.command_line import parse
+from sellarec.config import Align, Collab, Config
 from sellarec.errors import StageFailed, exit_status
 from sellarec.run import Run
 from sellarec.training.cluster import Cluster
@@ -54,3 +57,36 @@ def test_logs_that_cannot_be_copied_do_not_hide_the_cause(
     out, err = capfd.readouterr()
     assert err == f"error: {CAUSE}\n" and "could not be copied" in out and "OSError: no storage" in out
     assert "what workers have printed is in" not in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "beside"),
+    [
+        ({}, {"auc": 0.72, "uauc": 0.6}),
+        ({"align": Align(init="scratch", valid_rows=50)}, None),
+        ({"collab": Collab(select_on="ndcg@10")}, None),
+    ],
+    ids=["same rows", "other rows", "ranking"],
+)
+def test_the_report_names_collab_beside_what_was_aligned_from_scratch(tmp_path, monkeypatch, changes, beside):
+    """Of the state that it kept."""
+    this = Run.of(Config(**{"name": "run", "workspace": str(tmp_path), "align": Align(init="scratch")} | changes))
+    this.marks = dict.fromkeys(("prepare", "collab", "align", "evaluate"), "x")
+    this.seconds = dict.fromkeys(this.marks, None)
+    metrics = {"auc": 0.72, "uauc": 0.6}
+    facts: dict[str, dict[str, Any]] = {
+        "prepare": {},
+        "collab": {"kept_step": 4, "evaluations": [[2, {"auc": 0.7, "uauc": 0.5}], [4, metrics]]},
+        "align": {"alignment": {"valid": {"align": {"auc": 0.71, "uauc": 0.6}, "collab": None}}},
+        "evaluate": {},
+    }
+    for stage, found in facts.items():
+        this.artifact(stage).write_json("manifest.json", {"fingerprint": "x", "facts": found, "versions": {}})
+    this.artifact("evaluate").write_json("results.json", [])
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(Run, "log", lambda self: SimpleNamespace(facts={"rows": {"valid": 100}}))
+    monkeypatch.setattr("sellarec.evaluation.report.write_report", lambda **given: shown.extend(given["stages"]) or "")
+    monkeypatch.setattr("sellarec.evaluation.results.format_table", lambda records: "")
+    pipeline._finish(this)
+    (align,) = (found["manifest"]["facts"]["alignment"] for found in shown if found["stage"] == "align")
+    assert align["valid"] == {"align": {"auc": 0.71, "uauc": 0.6}, "collab": beside}

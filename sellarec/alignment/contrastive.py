@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sellarec.config import Align
-from sellarec.training.pairs import Alike, blocks, log_sum_exp
+from sellarec.pairs import Alike, blocks, log_sum_exp
 from sellarec.training.task import Peers
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sellarec.training.pairs import Alike, left, log_sum_exp
+from sellarec.pairs import Alike, left, log_sum_exp
 from sellarec.training.task import Peers
 
 

@@ -24,7 +24,7 @@ from sellarec.collab.rows import Rows
 from sellarec.config import SAMPLED, Collab
 from sellarec.data.log import Log
 from sellarec.errors import UserError
-from sellarec.training.pairs import Alike
+from sellarec.pairs import Alike
 from sellarec.training.stream import Prepare
 from sellarec.training.table import Jagged, saved_rows
 from sellarec.training.task import WHOLE, Batch, Graph, Peers, Task, Vectors

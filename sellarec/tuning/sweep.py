@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sellarec.ahead import check_labels, check_start
 from sellarec.artifacts import Place, lease
 from sellarec.config import EMBEDDED, STAGES, Config, Sweep, result_settings, to_yaml
 from sellarec.errors import StageFailed, UserError
 from sellarec.pipeline import check_stage, marks_of, run
 from sellarec.run import Run
-from sellarec.stages import check_labels, check_start
 from sellarec.training.cluster import check_room, connect, joins_cluster
 from sellarec.training.failures import last_line
 from sellarec.training.progress import Console

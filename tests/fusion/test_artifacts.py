@@ -11,7 +11,8 @@ from prepared import prepare_into, rules, source_of
 from safetensors.torch import save_file
 from small import save_table
 
-from sellarec import stages
+from sellarec import ahead, stages
+from sellarec.ahead import check_ahead
 from sellarec.artifacts import fingerprint
 from sellarec.config import Adapt, Align, Collab, Config, Fuse, Llm, Pretrain, Prompt, Tables
 from sellarec.errors import UserError
@@ -21,7 +22,7 @@ from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
 from sellarec.pipeline import _check_sharding
 from sellarec.run import Run, inputs_of
-from sellarec.stages import _fuse, _fuse_builder, _tables_of_fuse, check_ahead
+from sellarec.stages import _fuse, _fuse_builder, _tables_of_fuse
 from sellarec.training.cluster import Cluster
 
 DIM, HIDDEN, WIDTH = 4, 6, 16
@@ -210,14 +211,14 @@ def test_tables_without_room_are_refused_before_workers_start(workspace, monkeyp
     run.marks = {"prepare": "x"}
     run.cluster = Cluster(local=True, gpus=False)
     monkeypatch.setattr(stages, "train", start)
-    monkeypatch.setattr(stages, "_check_model", lambda *_: None)  # of its own, and larger
-    monkeypatch.setattr(stages, "room_of_worker", lambda workers: held - 1)
+    monkeypatch.setattr(stages, "check_model", lambda *_: None)  # of its own, and larger
+    monkeypatch.setattr(ahead, "room_of_worker", lambda workers: held - 1)
     with pytest.raises(UserError, match=r"worker 0 of 2 would hold .* of tables"):
         check_ahead(run, ["fuse"])
     run.marks = dict.fromkeys(("prepare", "pretrain", "adapt", "align", "fuse"), "x")
     with pytest.raises(UserError, match=r"worker 0 of 2 would hold .* of tables"):
         _fuse(run)
-    monkeypatch.setattr(stages, "room_of_worker", lambda workers: held)
+    monkeypatch.setattr(ahead, "room_of_worker", lambda workers: held)
     check_ahead(run, ["fuse"])
     with pytest.raises(Started):
         _fuse(run)

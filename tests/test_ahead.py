@@ -1,5 +1,4 @@
-"""What stages can't hold is refused before the first of them starts: tables and language models, on CPUs and on GPUs. What is
-told of several stages at the end."""
+"""What stages can't hold is refused before the first of them starts: tables and language models, on CPUs and on GPUs."""
 
 import json
 from dataclasses import replace
@@ -13,12 +12,12 @@ import pytest
 from small import small_log
 from transformers import LlamaConfig
 
-from sellarec import pipeline, stages
+from sellarec import ahead, pipeline
+from sellarec.ahead import check_ahead
 from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Tables
 from sellarec.data.log import FACTS_FILE, Log
 from sellarec.errors import UserError
 from sellarec.run import Run
-from sellarec.stages import check_ahead
 from sellarec.training.cluster import Cluster
 
 USERS, ITEMS, DIM, WIDTH = 30, 40, 8, 16
@@ -44,8 +43,8 @@ def of(models, tmp_path, monkeypatch):
 
 
 def set_room(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(stages, "room_of_worker", lambda workers: size)
-    monkeypatch.setattr(stages, "free_gpu_memory", lambda share: int(2 * share * size))
+    monkeypatch.setattr(ahead, "room_of_worker", lambda workers: size)
+    monkeypatch.setattr(ahead, "free_gpu_memory", lambda share: int(2 * share * size))
 
 
 HELD = {
@@ -78,7 +77,7 @@ def test_a_frozen_table_of_distilled_vectors_has_no_optimizer(of, monkeypatch):
 
 def test_learned_tokens_are_as_wide_as_the_language_model(of, monkeypatch):
     this = of(fuse=Fuse(represent="learned", tokens=("user", "item"), train=("tables",)))
-    monkeypatch.setattr(stages, "_check_model_fits", lambda *_: None)  # of its own, and larger
+    monkeypatch.setattr(ahead, "_check_model_fits", lambda *_: None)  # of its own, and larger
     held = (ROWS["user"] + ROWS["item"]) * (4 * WIDTH + 4)
     set_room(monkeypatch, held)
     check_ahead(this, ["fuse"])
@@ -141,39 +140,6 @@ def test_what_evaluate_cannot_hold_is_refused_once_the_log_is_there(models, tmp_
     monkeypatch.setattr(pipeline, "_stands", lambda this, name, artifact: name == "evaluate")
     with pytest.raises(Started):
         start(evaluate=large)
-
-
-@pytest.mark.parametrize(
-    ("changes", "beside"),
-    [
-        ({}, {"auc": 0.72, "uauc": 0.6}),
-        ({"align": Align(init="scratch", valid_rows=50)}, None),
-        ({"collab": Collab(select_on="ndcg@10")}, None),
-    ],
-    ids=["same rows", "other rows", "ranking"],
-)
-def test_the_report_names_collab_beside_what_was_aligned_from_scratch(tmp_path, monkeypatch, changes, beside):
-    """Of the state that it kept."""
-    this = Run.of(Config(**{"name": "run", "workspace": str(tmp_path), "align": Align(init="scratch")} | changes))
-    this.marks = dict.fromkeys(("prepare", "collab", "align", "evaluate"), "x")
-    this.seconds = dict.fromkeys(this.marks, None)
-    metrics = {"auc": 0.72, "uauc": 0.6}
-    facts: dict[str, dict[str, Any]] = {
-        "prepare": {},
-        "collab": {"kept_step": 4, "evaluations": [[2, {"auc": 0.7, "uauc": 0.5}], [4, metrics]]},
-        "align": {"alignment": {"valid": {"align": {"auc": 0.71, "uauc": 0.6}, "collab": None}}},
-        "evaluate": {},
-    }
-    for stage, found in facts.items():
-        this.artifact(stage).write_json("manifest.json", {"fingerprint": "x", "facts": found, "versions": {}})
-    this.artifact("evaluate").write_json("results.json", [])
-    shown: list[dict[str, Any]] = []
-    monkeypatch.setattr(Run, "log", lambda self: SimpleNamespace(facts={"rows": {"valid": 100}}))
-    monkeypatch.setattr("sellarec.evaluation.report.write_report", lambda **given: shown.extend(given["stages"]) or "")
-    monkeypatch.setattr("sellarec.evaluation.results.format_table", lambda records: "")
-    pipeline._finish(this)
-    (align,) = (found["manifest"]["facts"]["alignment"] for found in shown if found["stage"] == "align")
-    assert align["valid"] == {"align": {"auc": 0.71, "uauc": 0.6}, "collab": beside}
 
 
 def test_a_width_that_tables_cannot_have_is_refused_before_any_stage(tmp_path):

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sellarec.training.pairs import left, log_sum_exp
+from sellarec.pairs import left, log_sum_exp
 
 LOWEST = torch.finfo(torch.float64).min
 
