@@ -1,12 +1,14 @@
-"""A training run that records which rows its workers step on: python record_rows.py FOLDER WORKERS
+"""A training run that records which rows its workers step on: python record_rows.py FOLDER WORKERS [LEAST]
 
 FOLDER/rows-*.parquet are streamed; FOLDER/seen gets a file per worker process, of lines {time, step, rank, workers, rows,
-references}, of which the last is how many objects of Ray's the worker holds.
+references}, of which the last is how many objects of Ray's the worker holds. With LEAST there are as many workers, from that many
+on, as find room beside what another job holds: the number of CPUs that FOLDER/held says, at any time.
 """
 
 import json
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -90,15 +92,34 @@ def order_of(folder: Path) -> Order:
     return Order(tuple(row_groups([str(path) for path in sorted(folder.glob("rows-*.parquet"))])), BATCH, SEED)
 
 
-def main(folder: Path, workers: int) -> None:
+def hold(folder: Path) -> None:
+    """Hold as many CPUs as FOLDER/held says, as another job would, once they come free."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    held: list = []
+    while True:
+        number = int((folder / "held").read_text())
+        while len(held) < number:
+            held.append(placement_group([{"CPU": 1.0}]))
+        while len(held) > number:
+            remove_placement_group(held.pop())
+        time.sleep(0.1)
+
+
+def main(folder: Path, workers: int, least: int | None = None) -> None:
     (folder / "seen").mkdir(exist_ok=True)
     console = Console()
     connect(workers, console, Place.of(str(folder)), device="cpu")
     settings = Recording(batch=BATCH, epochs=EPOCHS, checkpoint_every=0.5, table_learning_rate=0.01)
     output = Place.of(str(folder / "output"))
     training = Training("recording", partial(Recorder, folder), settings, SEED, order_of(folder), None, output)
-    train(training, Group(workers, False, workers), console, lambda record: None)
+    group = Group(workers, False, workers)
+    if least is not None:
+        threading.Thread(target=hold, args=(folder,), daemon=True).start()
+        time.sleep(2)
+        group = Group(workers, False, least, node_timeout=120, grow_every=1)
+    train(training, group, console, lambda record: None)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

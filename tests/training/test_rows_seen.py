@@ -1,4 +1,5 @@
-"""Which rows are stepped on when a worker is killed, and when a killed job goes on with more workers: each once an epoch."""
+"""Which rows are stepped on when workers are killed, a killed job goes on with more, and workers become more and fewer: each row
+once an epoch."""
 
 import itertools
 import json
@@ -16,15 +17,17 @@ import pyarrow.parquet as pq
 import pytest
 import record_rows
 
+from sellarec.training.stream import Order
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROWS = (4_000, 3_333)
 """Of two files: the last batch of an epoch is short, and slices of 4 workers are padded."""
 
 
-def start(folder: Path, workers: int) -> subprocess.Popen:
+def start(folder: Path, *workers: int) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, record_rows.__file__, str(folder), str(workers)]
+    command = [sys.executable, record_rows.__file__, str(folder), *map(str, workers)]
     with open(folder / "log", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -46,14 +49,9 @@ def wait_for_step(folder: Path, step: int, job: subprocess.Popen, workers: int) 
 
 
 def test_each_row_once_an_epoch_across_kills_and_another_number_of_workers(tmp_path: Path) -> None:
-    ends = np.cumsum((0, *ROWS))
-    for number, (low, high) in enumerate(itertools.pairwise(ends)):
-        table = pa.table({"row": np.arange(low, high)})
-        pq.write_table(table, tmp_path / f"rows-{number}.parquet", row_group_size=500)
-    order = record_rows.order_of(tmp_path)
-    steps, per_epoch = order.steps_per_epoch * record_rows.EPOCHS, order.steps_per_epoch
-
-    job = start(tmp_path, workers=2)
+    order = written(tmp_path)
+    per_epoch = order.steps_per_epoch
+    job = start(tmp_path, 2)
     try:
         wait_for_step(tmp_path, per_epoch // 2, job, workers=2)
         main_job.training_workers(job)[0].send_signal(signal.SIGKILL)
@@ -61,7 +59,7 @@ def test_each_row_once_an_epoch_across_kills_and_another_number_of_workers(tmp_p
         wait_for_step(tmp_path, per_epoch + per_epoch // 3, job, workers=2)
     finally:
         main_job.end(job)  # the whole job, its driver and Ray included
-    job = start(tmp_path, workers=4)
+    job = start(tmp_path, 4)
     try:
         assert job.wait(240) == 0, (tmp_path / "log").read_text()
     finally:
@@ -78,9 +76,52 @@ def test_each_row_once_an_epoch_across_kills_and_another_number_of_workers(tmp_p
     assert max(line["references"] for line in lives[2] if line["rank"] > 0) < 5
     begins = [min(line["step"] for line in life) for life in lives]
     assert begins[0] == 0 < begins[1] < per_epoch < begins[2], "each life goes on from a checkpoint of the one before"
-    # the last life that took a step is the one whose step counts
+    check(lives, order)
+
+
+def test_each_row_once_an_epoch_while_workers_become_more_and_fewer(tmp_path: Path) -> None:
+    """Of the 5 CPUs that there are for 3 workers another job holds fewer and fewer, then as many as at first."""
+    order = written(tmp_path)
+    held = tmp_path / "held"
+    held.write_text("3")
+    job = start(tmp_path, 3, 1)
+    try:
+        begin = 0
+        for workers in (1, 2, 3):
+            wait_for_step(tmp_path, begin + 5, job, workers)
+            begin = max(line["step"] for line in lines(tmp_path))
+            replaced = tmp_path / "held.new"
+            replaced.write_text(str({1: 2, 2: 1, 3: 3}[workers]))
+            replaced.rename(held)
+        assert begin < 2 * order.steps_per_epoch - 20, "no steps are left for the last workers"
+        main_job.training_workers(job)[0].send_signal(signal.SIGKILL)
+        assert job.wait(240) == 0, (tmp_path / "log").read_text()
+    finally:
+        main_job.end(job)
+    seen = lines(tmp_path)
+    lives = [list(life) for _, life in itertools.groupby(seen, key=lambda line: line["workers"])]
+    assert [life[0]["workers"] for life in lives] == [1, 2, 3, 1]
+    check(lives, order)
+
+
+def written(folder: Path) -> Order:
+    """The order of rows that are written into a folder."""
+    ends = np.cumsum((0, *ROWS))
+    for number, (low, high) in enumerate(itertools.pairwise(ends)):
+        pq.write_table(pa.table({"row": np.arange(low, high)}), folder / f"rows-{number}.parquet", row_group_size=500)
+    return record_rows.order_of(folder)
+
+
+def check(lives: list[list[dict]], order: Order) -> None:
+    """Each row was stepped on once an epoch, in the order of one worker.
+
+    Args:
+        lives: what each group of workers has recorded; of a step the last group that took it counts.
+    """
+    begins = [min(line["step"] for line in life) for life in lives]
+    per_epoch = order.steps_per_epoch
     rows_of_step = {}
-    for step in range(steps):
+    for step in range(per_epoch * record_rows.EPOCHS):
         life = max(number for number, first in enumerate(begins) if first <= step)
         parts = [line for line in lives[life] if line["step"] == step]
         assert sorted(line["rank"] for line in parts) == list(range(parts[0]["workers"])), step
