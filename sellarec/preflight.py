@@ -239,12 +239,12 @@ def check_workspace(workspace: Place) -> None:
 
 
 def living_nodes() -> list[Node]:
-    """The nodes of the connected cluster, the head first."""
+    """The nodes of the connected cluster, the head first, without those that are about to be taken away."""
     import ray
 
-    nodes = []
+    nodes, drained = [], ray._private.state.state.get_draining_nodes()
     for node in ray.nodes():
-        if node["Alive"]:
+        if node["Alive"] and node["NodeID"] not in drained:
             resources = node["Resources"]
             found = Node(
                 node["NodeName"], node["NodeManagerAddress"], node["NodeID"],

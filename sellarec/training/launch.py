@@ -16,7 +16,7 @@ from sellarec.errors import StageFailed, TrainingStopped, UserError
 from sellarec.training.cluster import Group
 from sellarec.training.failures import cause_of
 from sellarec.training.progress import Console, ProgressBoard, describe
-from sellarec.training.room import find_room, first_workers, needed_in_words, room_now, waits_for_others
+from sellarec.training.room import find_room, first_workers, leaving, needed_in_words, room_now, waits_for_others
 
 KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 """Variables by which glibc keeps what a worker frees, instead of handing it back to the system. Large tensors come and go at
@@ -34,6 +34,8 @@ RETRIES = 3
 CAUSE_CHARACTERS = 240
 """Of the cause for which a stage is taken up again, what is printed; Ray adds advice to it."""
 
+WATCH_SECONDS = 2.0
+"""After so long it is looked again for nodes that are about to be taken away."""
 
 START_SECONDS = 60.0
 """How long a group of workers that found room may take to start."""
@@ -229,33 +231,38 @@ class _Launch:
             except BaseException as error:  # raised below, in the driver's own thread
                 failures.append(error)
 
-        growing = False
         with (
             tempfile.TemporaryDirectory(prefix="sellarec-") as folder,
-            _showing(board, self.console, self.on_record, first) as (errors, failed, starts, stopped, unshown),
+            _showing(board, self.console, self.on_record, first) as told,
             _signals() as arrived,
         ):
             # in a thread of its own, where Ray Train leaves signals alone; it dies with the process where it is not waited for
             training = threading.Thread(target=fit, args=(folder,), daemon=True)
             training.start()
-            asked, looked = False, time.monotonic()
+            asked, looked, watched = False, time.monotonic(), time.monotonic()
             while training.is_alive():
-                if len(arrived) > 1 or (arrived and not (self.stops and starts)):
+                if len(arrived) > 1 or (arrived and not (self.stops and told.starts)):
                     raise KeyboardInterrupt  # at once also where nothing has been trained yet
-                may_grow = self.stops and starts and not asked and workers < group.most
-                if may_grow and time.monotonic() - looked > grow_every:
-                    growing, looked = room_now(group, 1, group.most - workers, workers) > 0, time.monotonic()
-                    if growing:
-                        self.console.line(f"{self.stage:<9} stops after a checkpoint: there is room for more workers")
-                if not asked and (growing or arrived or unshown or (self.stop is not None and self.stop.is_set())):
-                    if arrived:
-                        self.console.line(f"{self.stage:<9} stops after a checkpoint (again: at once)")
+                may_stop = self.stops and told.starts and not asked
+                why = None
+                if may_stop and time.monotonic() - watched > WATCH_SECONDS:
+                    nodes, watched = leaving(told.groups[-1]), time.monotonic()
+                    why = f"{', '.join(nodes)} is about to be taken away" if nodes else None
+                if may_stop and not why and workers < group.most and time.monotonic() - looked > grow_every:
+                    is_room, looked = room_now(group, 1, group.most - workers, workers) > 0, time.monotonic()
+                    why = "there is room for more workers" if is_room else None
+                if not asked and arrived:
+                    why = "asked to (again: at once)"
+                if not asked and (why or told.failures or (self.stop is not None and self.stop.is_set())):
+                    if why:
+                        self.console.line(f"{self.stage:<9} stops after a checkpoint: {why}")
                     ray.get(board.stop.remote())
                     asked = True
                 training.join(0.2)
         if failures and not isinstance(failures[0], TrainingFailedError):
             raise failures[0]
-        return _Ended(failures[0] if failures else None, errors, failed, starts, stopped, bool(arrived))
+        failure = failures[0] if failures else None
+        return _Ended(failure, told.errors, told.failed, told.starts, told.stopped, bool(arrived))
 
 
 def _found_no_room(failure: BaseException | None) -> bool:
@@ -311,42 +318,55 @@ def _board() -> Any:
     return ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote()
 
 
+@dataclasses.dataclass
+class _Told:
+    """What workers have put on the board.
+
+    Attributes:
+        errors: users' mistakes.
+        failed: other reasons for which the stage has failed.
+        starts: the step at which they started or took up their work.
+        stopped: the one at which they stopped, if they were asked to.
+        groups: their placement group.
+        failures: why nothing is shown any more.
+    """
+
+    errors: list[str] = dataclasses.field(default_factory=list)
+    failed: list[str] = dataclasses.field(default_factory=list)
+    starts: list[int] = dataclasses.field(default_factory=list)
+    stopped: list[int] = dataclasses.field(default_factory=list)
+    groups: list[str] = dataclasses.field(default_factory=list)
+    failures: list[BaseException] = dataclasses.field(default_factory=list)
+
+
 @contextlib.contextmanager
-def _showing(
-    board: Any, console: Console, on_record: Callable[[dict], None], first: bool = True
-) -> Iterator[tuple[list[str], list[str], list[int], list[int], list[BaseException]]]:
-    """Print what arrives on the board while the block runs; gives the errors of users and the other reasons to fail that workers
-    put there, the step at which they started or took up their work, the one at which they stopped, if they were asked to, and
-    why nothing is shown any more, which is raised when the block ends.
+def _showing(board: Any, console: Console, on_record: Callable[[dict], None], first: bool = True) -> Iterator[_Told]:
+    """Print what arrives on the board while the block runs. Why nothing is shown any more is raised when the block ends.
 
     Args:
         first: there was no group of workers before.
     """
     import ray
 
-    errors: list[str] = []
-    failed: list[str] = []
-    stopped: list[int] = []
-    starts: list[int] = []
-    failures: list[BaseException] = []
-    ended = threading.Event()
+    told, ended = _Told(), threading.Event()
 
     def show() -> None:
         while True:
             last = ended.wait(0.5)
             for record in ray.get(board.take.remote()):
                 if "error" in record:
-                    errors.append(record["error"])
+                    told.errors.append(record["error"])
                 elif "failed" in record:
-                    failed.append(record["failed"])
+                    told.failed.append(record["failed"])
                 elif "note" in record:
                     console.line(record["note"])
                 elif "stopped" in record:
-                    stopped.append(record["stopped"])
+                    told.stopped.append(record["stopped"])
                 elif "group" in record:
+                    told.groups.append(record["group"])
                     on_record(record)
                 elif "started" in record:
-                    starts.append(record["started"])
+                    told.starts.append(record["started"])
                     if record["started"]:
                         what = f"goes on from its checkpoint at step {record['started']}/{record['steps']}"
                         console.line(f"{record['stage']:<9} {what}")
@@ -364,15 +384,15 @@ def _showing(
         try:
             show()
         except BaseException as failure:
-            failures.append(failure)
+            told.failures.append(failure)
 
     thread = threading.Thread(target=show_or_note)
     thread.start()
     try:
-        yield errors, failed, starts, stopped, failures
+        yield told
     finally:
         ended.set()
         thread.join()
         ray.kill(board)
-    if failures:
-        raise failures[0]
+    if told.failures:
+        raise told.failures[0]

@@ -108,3 +108,21 @@ def needed_in_words(group: Group) -> str:
     has = ", ".join(f"{node} {node.cpus:g}" + (f" and {node.gpus:g} GPUs" if group.gpus else "") for node in nodes)
     needed = f"{group.least} workers of {cpu:g} CPU{gpu} each and 1 CPU to read data ({group.least * cpu + 1:g} CPUs)"
     return f"{needed}; CPUs are: {has}"
+
+
+def leaving(placement_group: str) -> list[str]:
+    """Names of the nodes that hold a part of a placement group and are about to be taken away, as Ray was told: by
+    `ray drain-node`, or by an autoscaler that was.
+
+    Args:
+        placement_group: its id, in hexadecimal digits.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, PlacementGroupID, placement_group_table
+
+    drained = ray._private.state.state.get_draining_nodes()
+    if not drained:
+        return []
+    table = placement_group_table(PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group))))
+    nodes = drained.keys() & set(table["bundles_to_node_id"].values())
+    return sorted(node["NodeName"] for node in ray.nodes() if node["NodeID"] in nodes)

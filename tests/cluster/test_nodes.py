@@ -1,5 +1,6 @@
 """Nodes that are lost, and that join: real raylets on this machine, killed and added while a stage trains."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import main_job
 import numpy as np
+import psutil
 import pytest
 from cluster_jobs import CLEAN, ROOT, exported, local
 
@@ -62,6 +64,37 @@ class Nodes:
         pids = self.raylets()
         for name in names:
             os.kill(pids[name], signal.SIGKILL)
+
+    def of_a_worker(self) -> str:
+        """A node that is not the head, and has a worker of Ray Train."""
+        for name, pid in self.raylets().items():
+            children = psutil.Process(pid).children()
+            if name != "head" and any("RayTrainWorker" in " ".join(child.cmdline()) for child in children):
+                return name
+        raise AssertionError("only the head has workers")
+
+    def notify(self, name: str) -> None:
+        """Tell Ray that a node is to be taken away in a minute."""
+        ray, environment = Path(sys.executable).parent / "ray", {**CLEAN, **self.variables}
+        found = subprocess.run(
+            [ray, "list", "nodes", "--format", "json", "--address", self.variables["RAY_ADDRESS"]],
+            capture_output=True, text=True, env=environment, check=True,
+        )  # fmt: skip
+        (node,) = [
+            node["node_id"]
+            for node in json.loads(found.stdout)
+            if node["node_name"] == name and node["state"] == "ALIVE"
+        ]
+        reason = (
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            "notice",
+            "--deadline-remaining-seconds",
+            "60",
+        )
+        command = [ray, "drain-node", "--address", self.variables["RAY_ADDRESS"], "--node-id", node, *reason]
+        subprocess.run(command, env=environment, check=True)
 
     def start(self, *arguments: str | Path, log: Path) -> subprocess.Popen:
         command = [sys.executable, str(ROOT / "jobs" / "train.py"), *map(str, arguments)]
@@ -156,6 +189,29 @@ def test_a_node_that_is_lost_is_waited_for(stage: str, nodes: Nodes, folder: Pat
         assert job.wait(600) == 0, log.read_text()
     finally:
         main_job.end(job)
+    assert_alike(stage, expected, workspace)
+
+
+@pytest.mark.parametrize("stage", ["collab", "adapt"])
+def test_a_node_that_is_about_to_be_taken_away_is_left_in_time(
+    stage: str, nodes: Nodes, folder: Path, tmp_path: Path
+) -> None:
+    """As a spot node's notice has it: no worker is lost, and the stage goes on elsewhere."""
+    nodes.have(4)
+    expected, workspace, flags = prepared(stage, nodes, folder, tmp_path)
+    log = tmp_path / "log"
+    job = nodes.start(*flags, "--workers", "2", log=log)
+    try:
+        main_job.wait_for(log, "valid AUC", job)
+        name = nodes.of_a_worker()
+        nodes.notify(name)
+        main_job.wait_for(log, f"stops after a checkpoint: {name} is about to be taken away", job)
+        main_job.wait_for(log, f"{stage:<9} goes on from its checkpoint at step", job)
+        nodes.kill(name)
+        assert job.wait(600) == 0, log.read_text()
+    finally:
+        main_job.end(job)
+    assert "was cut off" not in log.read_text()
     assert_alike(stage, expected, workspace)
 
 

@@ -146,7 +146,7 @@ def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(number: int, undisturb
     finally:
         main_job.end(job)
     lines = log.read_text().splitlines()
-    assert any(line.endswith("stops after a checkpoint (again: at once)") for line in lines)
+    assert any(line.endswith("stops after a checkpoint: asked to (again: at once)") for line in lines)
     assert lines[-1].startswith("interrupted: what is finished is kept")
     main_job.train(*common, log=tmp_path / "last.log")
     (resumed,) = re.findall(r"goes on from its checkpoint at step (\d+)", (tmp_path / "last.log").read_text())
