@@ -1,4 +1,4 @@
-"""Steps of matrix factorisation with the logistic loss, rows in memory: the training loop's engine, and plain torch."""
+"""Steps of matrix factorisation with the logistic loss: the training loop's engine, raw TorchRec, and plain torch."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from sides.engine import engine_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,7 +72,10 @@ class Plain(nn.Module):
 
 
 def plain(
-    work: dict[str, Any], model: Plain, optimizer: torch.optim.Optimizer, batches: Callable[[], Iterator[list[Tensor]]]
+    work: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[], Iterator[list[Tensor]]],
 ) -> Callable[[], tuple[int, dict]]:
     def repeat() -> tuple[int, dict]:
         losses = []
@@ -104,3 +108,58 @@ def dense_adam(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, di
     columns = [torch.from_numpy(column) for column in draw(work).values()]
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*columns), batch_size=work["batch"])
     return plain(work, model, optimizer, lambda: iter(loader))
+
+
+class RawTorchRec(nn.Module):
+    """Both tables as an EmbeddingBagCollection in DistributedModelParallel, each whole on the one worker, in bags of one id."""
+
+    def __init__(self, work: dict[str, Any]) -> None:
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
+        from torchrec.distributed import DistributedModelParallel
+        from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
+        from torchrec.distributed.types import ShardingEnv, ShardingPlan
+
+        super().__init__()
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        size, cpu = work["rows"] // 2, torch.device("cpu")
+        configs = [
+            EmbeddingBagConfig(name=name, embedding_dim=work["dim"], num_embeddings=size, feature_names=[name])
+            for name in ("user", "item")
+        ]
+        collection = EmbeddingBagCollection(device=torch.device("meta"), tables=configs)
+        sharder = EmbeddingBagCollectionSharder(
+            {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": RATE, "eps": EPSILON}
+        )
+        shardings = {config.name: table_wise(rank=0, compute_kernel="fused") for config in configs}
+        # without the planner, which has one worker to choose from
+        plan = construct_module_sharding_plan(
+            collection, shardings, sharder=sharder, local_size=1, world_size=1, device_type="cpu"
+        )
+        self.tables = DistributedModelParallel(
+            collection, ShardingEnv.from_process_group(dist.group.WORLD), cpu, ShardingPlan({"": plan}), [sharder]
+        )
+        for name, sharded in self.tables.state_dict().items():
+            table = Table(name.split(".")[-2], size, work["dim"], (), init_std=INIT)
+            (shard,) = sharded.local_shards()
+            shard.tensor.copy_(torch.from_numpy(initial_rows(table, 0, 0, size)))
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        from torchrec import KeyedJaggedTensor
+
+        lengths = torch.ones(2 * len(user), dtype=torch.int32)
+        found = self.tables(KeyedJaggedTensor(["user", "item"], torch.cat([user, item]), lengths=lengths))
+        return (found["user"] * found["item"]).sum(1)
+
+
+def raw_torchrec(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
+    """TorchRec as its own examples have it: row-wise Adagrad in the backward pass, to which the optimizer has nothing to add."""
+    model = RawTorchRec(work)
+    columns = [torch.from_numpy(column) for column in draw(work).values()]
+    return plain(
+        work,
+        model,
+        model.tables.fused_optimizer,
+        lambda: zip(*(column.split(work["batch"]) for column in columns), strict=True),
+    )

@@ -9,9 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-
-COLUMNS = ("user", "item", "label")
-LOG = "log.parquet"
+from sides.log_file import COLUMNS, LOG
 
 
 def inputs(work: dict[str, Any], folder: Path) -> None:

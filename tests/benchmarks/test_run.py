@@ -5,7 +5,7 @@ from scripts import BENCHMARKS, command
 
 CASES = sorted(path.stem for path in (BENCHMARKS / "cases").glob("*.yaml"))
 
-LONG = ("bpr", "launch")
+LONG = ("bpr", "launch", "stream-datasets")
 """Cases with a peer that is installed first, and with whole jobs as sides."""
 
 
