@@ -1,6 +1,7 @@
 """Steps of LightGCN with BPR, triples in memory: the training loop's engine, and the algorithm of the published PyTorch code."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,12 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
 
 
 class Plain(nn.Module):
-    """Two embeddings, whose rows are smoothed by products with a sparse matrix. Starts from the rows that ours start from."""
+    """Two embeddings, whose rows are smoothed over the graph; `multiply` is the product with its matrix. Starts from the rows
+    that ours start from."""
 
-    def __init__(self, work: dict[str, Any], matrix: Tensor) -> None:
+    def __init__(self, work: dict[str, Any], multiply: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.matrix, self.layers = matrix, work["layers"]
+        self.multiply, self.layers = multiply, work["layers"]
         for name in ("user", "item"):
             size = work[f"{name}s"]
             rows = initial_rows(Table(name, size, work["dim"], (name,), init_std=INIT), 0, 0, size)
@@ -101,7 +103,7 @@ class Plain(nn.Module):
         """Rows of all users and of all items."""
         layers = [torch.cat([self.user.weight, self.item.weight])]
         for _ in range(self.layers):
-            layers.append(torch.sparse.mm(self.matrix, layers[-1]))
+            layers.append(self.multiply(layers[-1]))
         users, items = torch.stack(layers, dim=1).mean(1).split([len(self.user.weight), len(self.item.weight)])
         return users, items
 
@@ -125,8 +127,8 @@ def adjacency(work: dict[str, Any], folder: Path) -> Tensor:
     return torch.sparse_coo_tensor(places, values, (size, size), check_invariants=False).coalesce()
 
 
-def plain(work: dict[str, Any], folder: Path, matrix: Tensor) -> Callable[[], tuple[int, dict]]:
-    model = Plain(work, matrix)
+def plain(work: dict[str, Any], folder: Path, multiply: Callable[[Tensor], Tensor]) -> Callable[[], tuple[int, dict]]:
+    model = Plain(work, multiply)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     triples = np.load(folder / TRIPLES)
     columns = [torch.from_numpy(triples[name]).split(work["batch"]) for name in ("user", "item", "negative")]
@@ -142,9 +144,23 @@ def plain(work: dict[str, Any], folder: Path, matrix: Tensor) -> Callable[[], tu
 
 
 def published(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
-    return plain(work, folder, adjacency(work, folder))
+    return plain(work, folder, partial(torch.sparse.mm, adjacency(work, folder)))
+
+
+class Symmetric(torch.autograd.Function):
+    """The product with a symmetric matrix, which is its own backward pass: torch's would transpose the matrix at each step."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor) -> Tensor:
+        ctx.matrix = matrix
+        return matrix @ rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.matrix @ gradient, None
 
 
 def compressed(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
-    """The same with compressed rows, for which torch has the quicker product."""
-    return plain(work, folder, adjacency(work, folder).to_sparse_csr())
+    """What a careful user would write: the matrix in compressed rows, for which torch has the quicker product."""
+    matrix = adjacency(work, folder).to_sparse_csr()
+    return plain(work, folder, lambda rows: Symmetric.apply(rows, matrix))
