@@ -2,7 +2,8 @@
 
 Reads every JSON that run.py and sweep.py have left in `--results`, and puts the tables between the lines
 `<!-- benchmarks -->` and `<!-- end of benchmarks -->` of a Markdown file (without `--into` they are printed). Plots go to the
-folder `images` beside it: one of all ratios, and one for each case that was swept over a number.
+folder `images` beside it: one of all ratios, and one for each case that was swept over a number, where no other
+setting varied with it.
 """
 
 import argparse
@@ -159,15 +160,17 @@ def main() -> int:
     swept = [result for result in results if cell_of(result)]
     for (case, *keys), group in groupby(swept, key=lambda result: [result["case"], *keys_of(result)]):
         cells = list(group)
-        if len(keys) > 1 or not arguments.into or not isinstance(cell_of(cells[0])[keys[0]], int | float):
+        varied = [key for key in keys if len({cell_of(cell)[key] for cell in cells}) > 1]
+        if len(varied) != 1 or not arguments.into or not isinstance(cell_of(cells[0])[varied[0]], int | float):
             continue
+        (over,) = varied
         plot(
-            lambda panels, cells=cells, key=keys[0]: draw_sweep(panels, cells, key),
-            images / f"{NAME}-{case}-{keys[0]}.svg",
+            lambda panels, cells=cells, over=over: draw_sweep(panels, cells, over),
+            images / f"{NAME}-{case}-{over}.svg",
             (7, 2.6),
             panels=2,
         )
-        pictures.append(f"![{case} over {keys[0]}: speed and memory]({images.name}/{NAME}-{case}-{keys[0]}.svg)\n")
+        pictures.append(f"![{case} over {over}: speed and memory]({images.name}/{NAME}-{case}-{over}.svg)\n")
     if arguments.into:
         put_between(arguments.into, NAME, "\n".join([*pictures, text]))
     else:

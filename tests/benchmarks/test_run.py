@@ -108,7 +108,7 @@ def test_results_are_collected_into_a_page(tmp_path):
     results, page = tmp_path / "results", tmp_path / "page.md"
     for arguments in (
         ("run", "infonce", "--quick", "--out", results / "infonce.json"),
-        ("sweep", "infonce", "work.batch=64,128", "--quick", "--out-dir", results),
+        ("sweep", "infonce", "work.batch=64,128", "work.temperature=0.2", "--quick", "--out-dir", results),
     ):
         found = command(*arguments)
         assert found.returncode == 0, found.stderr

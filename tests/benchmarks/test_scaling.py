@@ -1,0 +1,35 @@
+"""Scripts that measure what growth and failures cost, in their quick forms."""
+
+import json
+
+import pytest
+from scripts import command
+
+
+@pytest.mark.distributed
+def test_checkpoints_are_restored_as_they_were_written(tmp_path):
+    """By 1 and 2 workers, those of 2 by 1 too; the script itself compares rows and state."""
+    found = command("tables/checkpoints", "--quick", "--out", tmp_path / "out.json")
+    assert found.returncode == 0, found.stderr
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert [(case["workers"], case["restored on"]) for case in cases] == [(1, 1), (2, 2), (2, 1)]
+    for case in cases:
+        assert case["bytes"] > 10_000 * (64 + 1) * 4, "rows and a sum of squares of each"
+        assert min(case["write seconds"] + case["check seconds"] + case["load seconds"]) > 0
+    assert len(found.stdout.splitlines()) == 1 + len(cases)
+
+
+@pytest.mark.distributed
+@pytest.mark.ray
+@pytest.mark.slow
+def test_what_a_lost_worker_costs(tmp_path):
+    """The parts add up to the whole, and some steps are made again."""
+    found = command("recovery", "--quick", "--out", tmp_path / "out.json")
+    assert found.returncode == 0, found.stderr
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert [case["stage"] for case in cases] == ["collab", "adapt"]
+    for case in cases:
+        (one,) = case["rounds"]
+        parts = [one[name] for name in ("noticing", "starting", "restoring", "first step", "steps again")]
+        assert min(parts) >= 0 and sum(parts) == pytest.approx(one["all"])
+        assert one["steps made again"] >= 10
