@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Alike = Sequence[tuple[Tensor, Tensor]]
-"""Numbers of the rows, int64 [n], and of the others, int64 [m]: pairs that have the same, in any of them, are left out."""
+"""Numbers of the rows, int64 [n], and of the others, int64 [m]: pairs that have the same, in any of them, are left out.
+They are looked up, not compared one by one, which is quick where they are few: 16 bytes for each of a block's."""
 
 BLOCK = 512
 """Others that are gone through at once: enough for a product to be fast, and few enough to stay in a cache."""
@@ -32,11 +33,12 @@ def log_sum_exp(
     return _LogSumExp.apply(rows, others, alike, block, bound)
 
 
-def left(alike: Alike, rows: int, others: int, block: int = BLOCK) -> Tensor:
-    """How many others of each row aren't left out, int64 [n]."""
-    found = torch.full((rows,), others, device=alike[0][0].device)
-    for start in range(0, others, block):
-        found -= torch.bincount(_left_out(alike, slice(start, start + block))[0], minlength=rows)
+def left(rows: Tensor, others: Tensor, alike: Alike, block: int = BLOCK) -> Tensor:
+    """How many others of each row aren't left out, int64 [n]; of [n, H] and [m, H]."""
+    found = torch.full((len(rows),), len(others), device=rows.device)
+    for start in range(0, len(others), block):
+        places, _ = _left_out(alike, slice(start, start + block), rows.device)
+        found -= torch.bincount(places, minlength=len(rows))
     return found
 
 
@@ -92,13 +94,14 @@ def blocks(rows: Tensor, others: Tensor, shift: Tensor | None, alike: Alike, blo
         part = slice(start, min(start + block, len(others)))
         products = buffer[: len(rows) * (part.stop - start)].view(len(rows), part.stop - start)
         torch.mm(rows, others[part].T, out=products)
-        yield part, products, _left_out(alike, part)
+        yield part, products, _left_out(alike, part, rows.device)
 
 
-def _left_out(alike: Alike, part: slice) -> tuple[Tensor, Tensor]:
-    """The places (i, j) of pairs with equal numbers, each once. There are few: they are looked up, not compared one by one."""
+def _left_out(alike: Alike, part: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The places (i, j) of pairs with equal numbers, each once."""
     if not alike:
-        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        return none, none
     found = [_equal(ids, others[part]) for ids, others in alike]
     if len(found) == 1:
         return found[0]

@@ -238,11 +238,15 @@ def check_workspace(workspace: Place) -> None:
         )
 
 
-def living_nodes() -> list[Node]:
-    """The nodes of the connected cluster, the head first, without those that are about to be taken away."""
+def living_nodes(also_leaving: bool = False) -> list[Node]:
+    """The nodes of the connected cluster, the head first.
+
+    Args:
+        also_leaving: those too that are about to be taken away, on which nothing more is started.
+    """
     import ray
 
-    nodes, drained = [], ray._private.state.state.get_draining_nodes()
+    nodes, drained = [], {} if also_leaving else ray._private.state.state.get_draining_nodes()
     for node in ray.nodes():
         if node["Alive"] and node["NodeID"] not in drained:
             resources = node["Resources"]

@@ -84,7 +84,7 @@ def shared_softmax(
         of_targets, of_negatives = log_q
         corrected = torch.cat([negatives, -of_negatives[:, None]], dim=1)
         others = log_sum_exp(torch.cat([users, torch.ones_like(users[:, :1])], dim=1), corrected, alike)
-        others = others + _share(of_targets, left(alike, len(users), len(negatives)))
+        others = others + _share(of_targets, left(users, negatives, alike))
     return torch.logaddexp(positive, others) - positive
 
 

@@ -102,6 +102,9 @@ def connect(
     if local:
         # Despite its name it works everywhere: every Ray process of this run listens on the loopback address only.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # gloo and NCCL listen where the machine's name leads, which others may reach
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, _loopback())
         # A stage starts a handful of processes at once; by default more than one a core is warned about.
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(workers + 8))
 
@@ -154,6 +157,16 @@ def connect(
             console.line(f"  {line}")
         console.line(f"preflight passed in {time.monotonic() - start:.0f} s: {len(found)} nodes")
     return Cluster(local=local, gpus=has_gpus, share=share, groups=groups)
+
+
+def _loopback() -> str:
+    """The network interface that has 127.0.0.1."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            return name
+    raise UserError("no network interface of this machine has the address 127.0.0.1, by which workers on it meet")
 
 
 def joins_cluster() -> bool:

@@ -45,7 +45,11 @@ def keep_logs(place: Place) -> list[str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes, job, copy = living_nodes(), ray.get_runtime_context().get_job_id(), ray.remote(num_cpus=0)(_copy_logs)
+    nodes, job, copy = (
+        living_nodes(also_leaving=True),
+        ray.get_runtime_context().get_job_id(),
+        ray.remote(num_cpus=0)(_copy_logs),
+    )
     copied = [
         copy.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
             place / node.name, job

@@ -172,11 +172,16 @@ class ShardedGraph:
         Each worker may ask for another number of rows, also none, and repeat ids, which are sent once. Gradients are summed
         over all that asked for a row.
 
+        Args:
+            asked: all workers give as many.
+
         Raises:
             IndexError: an id is none of the graph's.
             ValueError: there are not as many rows as this worker owns.
         """
         self._check(rows)
+        if not asked:
+            return []
         for kind, ids in asked:
             count = self._blocks.rows[kind]
             # Another kind's row would be found at some wrong ids.

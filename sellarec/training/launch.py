@@ -141,7 +141,8 @@ def run_workers(
             raise TrainingStopped(f"stage {stage} was stopped at step {ended.stopped[0]}")
         elif ended.stopped:
             before, workers = workers, find_room(stage, group, console, stop)
-            grow_every = group.grow_every if workers > before else RARER * grow_every
+            if ended.tried_to_grow:
+                grow_every = group.grow_every if workers > before else RARER * grow_every
         else:
             return
 
@@ -157,6 +158,7 @@ class _Ended:
         starts: the steps at which they started or took up their work.
         stopped: the step at which they stopped, if they were asked to.
         interrupted: SIGINT or SIGTERM arrived.
+        tried_to_grow: they were stopped for room that more workers had.
     """
 
     failure: BaseException | None
@@ -165,6 +167,7 @@ class _Ended:
     starts: list[int]
     stopped: list[int]
     interrupted: bool
+    tried_to_grow: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +242,7 @@ class _Launch:
             # in a thread of its own, where Ray Train leaves signals alone; it dies with the process where it is not waited for
             training = threading.Thread(target=fit, args=(folder,), daemon=True)
             training.start()
-            asked, looked, watched = False, time.monotonic(), time.monotonic()
+            asked, is_room, looked, watched = False, False, time.monotonic(), time.monotonic()
             while training.is_alive():
                 if len(arrived) > 1 or (arrived and not (self.stops and told.starts)):
                     raise KeyboardInterrupt  # at once also where nothing has been trained yet
@@ -262,7 +265,7 @@ class _Launch:
         if failures and not isinstance(failures[0], TrainingFailedError):
             raise failures[0]
         failure = failures[0] if failures else None
-        return _Ended(failure, told.errors, told.failed, told.starts, told.stopped, bool(arrived))
+        return _Ended(failure, told.errors, told.failed, told.starts, told.stopped, bool(arrived), is_room)
 
 
 def _found_no_room(failure: BaseException | None) -> bool:

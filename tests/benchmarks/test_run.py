@@ -31,6 +31,11 @@ def test_a_case_runs_in_its_quick_form(case, tmp_path):
         assert f"{first} over {name}: {ratio['median']:.2f} times as fast" in found.stdout
 
 
+def test_the_docs_say_what_each_case_compares():
+    table = (BENCHMARKS.parent / "docs" / "performance.md").read_text()
+    assert [case for case in CASES if f"\n| `{case}` | " not in table] == []
+
+
 @pytest.mark.distributed
 def test_no_memory_left_is_a_result_of_a_side(tmp_path):
     """All pairs of 8,192 rows take a quarter of a GiB, beside as much that torch takes; blocks of them a tenth of that."""

@@ -189,5 +189,5 @@ def test_shared_negatives_are_those_of_each_target(seed, n, number, corrected, o
         expected = softmax_among(positive, scores, counts)
     found = shared_softmax(positive, users, rows, alike, tuple(log_q) if corrected else None)
     torch.testing.assert_close(found, expected)
-    for ours, theirs in zip(*(gradients(loss, users, positive) for loss in (found, expected)), strict=True):
+    for ours, theirs in zip(*(gradients(loss, users, rows, positive) for loss in (found, expected)), strict=True):
         torch.testing.assert_close(ours, theirs.nan_to_num(0))  # nan where there is no negative at all

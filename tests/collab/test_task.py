@@ -245,7 +245,7 @@ WHOLE_BATCH = ("in-batch", "shared")
 """Kinds of negatives that take the scores of all workers' candidates."""
 
 RANKING = [
-    *((name, "bpr", kind, "rows") for name in RANKED for kind in ("uniform", "popularity", "in-batch")),
+    *((name, "bpr", kind, "rows") for name in RANKED for kind in ("uniform", "popularity", "in-batch", "shared")),
     *((name, "softmax", kind, "rows") for name in RANKED for kind in ("uniform", "in-batch", "shared")),
     *((name, "full-softmax", "uniform", "rows") for name in RANKED),
     *(("sasrec", loss, "uniform", "sequences") for loss in ("bpr", "softmax", "full-softmax")),
