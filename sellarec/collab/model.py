@@ -87,12 +87,12 @@ class CollabModel(nn.Module):
 
     def user(self, batch: Batch, vectors: Vectors) -> Tensor:
         """The users' vectors: [n, D]."""
-        return vectors["user"] * batch["user_seen"][:, None]
+        return _of_seen(vectors["user"], batch.get("user_seen"))
 
     def item(self, batch: Batch, vectors: Vectors) -> Tensor:
         """The target items' vectors: [n, D]."""
         item = vectors["item"]
-        return item.values if isinstance(item, Jagged) else item * batch["item_seen"][:, None]
+        return item.values if isinstance(item, Jagged) else _of_seen(item, batch.get("item_seen"))
 
     def forward(self, batch: Batch, vectors: Vectors, *candidates: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The users' vectors [n, D], and for candidates [n, N, D] each their scores [n, N]."""
@@ -186,6 +186,11 @@ class CollabModel(nn.Module):
             elif name != "item" and not name.startswith((INITIAL, WHOLE)):
                 norms = norms + squares
         return norms
+
+
+def _of_seen(rows: Tensor, seen: Tensor | None) -> Tensor:
+    """Zeros in the place of rows [b, D] that aren't seen, float [b]; None: all are, as those of a row to train on."""
+    return rows if seen is None else rows * seen[:, None]
 
 
 def values(found: Tensor | Jagged) -> Tensor:

@@ -87,7 +87,9 @@ class CollabTask(Task):
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
         batch: Batch = {name: torch.from_numpy(rows[name].to_numpy().copy()) for name in ("user", "item")}
-        batch |= {name: _float(rows[name]) for name in ("user_seen", "item_seen", "label", "weight")}
+        batch |= {name: _float(rows[name]) for name in ("label", "weight")}
+        if step is None:  # a train row's user and item are seen
+            batch |= {name: _float(rows[name]) for name in ("user_seen", "item_seen")}
         if self.network.history:
             batch["history"] = Jagged.of(rows["history"])
         training = step is not None

@@ -137,7 +137,7 @@ class FuseTask(Task):
         return partial(prepare, self.prompts, self.collab.prepare_to_score)
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
-        batch = {**self.collab.collate(rows, step), **prompt_batch(rows, self._settings.loss)}
+        batch = {**self.collab.collate(rows, None), **prompt_batch(rows, self._settings.loss)}
         if step is not None:
             for number, name in enumerate(("user_seen", "item_seen")):
                 drawn = uniform(rows["row"].to_numpy(), self._seed, step, number)

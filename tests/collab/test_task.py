@@ -572,6 +572,7 @@ task = make(folder, model="popularity")
 batch = batch_of(task, some_rows())
 vectors = vectors_of(task, batch)
 task.loss(None, batch, vectors, Alone()).backward()
+batch = batch_of(task, some_rows(), None)
 score = task.score(None, batch, vectors)
 expected = task.network.constant + vectors["item"][:, -1] * batch["item_seen"]
 torch.testing.assert_close(score, expected)
