@@ -98,7 +98,7 @@ def test_cut_texts_are_told(monkeypatch, tmp_path, cut, capsys):
         dict.fromkeys(("prepare", "pretrain", "adapt", "distil"), "x"),
     )
     monkeypatch.setattr(Run, "log", lambda self: SimpleNamespace(paths=lambda table: [], facts={"noun": "movie"}))
-    monkeypatch.setattr(stages, "_check_model", lambda *_: None)
+    monkeypatch.setattr(stages, "check_model", lambda *_: None)
     monkeypatch.setattr(stages, "first_workers", lambda *_: 1)
     monkeypatch.setattr(stages, "run_task", lambda *_, **given: {"items": 34567, "texts_cut": cut})
     assert stages.carry_out(this, "distil")["texts_cut"] == cut

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from sellarec import stages
+from sellarec import ahead
 from sellarec.config import Adapt, Config, Distil, Fuse, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
 from sellarec.language.adapt import build_adapt
@@ -121,7 +121,7 @@ def test_a_stage_tells_what_its_model_takes_and_is_refused_beyond_this_machines_
         config = replace(config, **{stage: replace(getattr(config, stage), micro_batch=micro_batch)})
         run = Run.of(config)
         run.cluster = Cluster(local=True, gpus=False)
-        stages._check_model(run, stage, run.llm())
+        ahead.check_model(run, stage, run.llm())
 
     check(2)
     assert f"{stage:<9} the language model takes about, of each worker, " in capsys.readouterr().out
