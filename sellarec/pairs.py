@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 Alike = Sequence[tuple[Tensor, Tensor]]
 """Numbers of the rows, int64 [n], and of the others, int64 [m]: pairs that have the same, in any of them, are left out.
-They are looked up, not compared one by one, which is quick where they are few: 16 bytes for each of a block's."""
+They are looked up, not compared one by one, which is quick where they are few (16 bytes each)."""
 
 BLOCK = 512
 """Others that are gone through at once: enough for a product to be fast, and few enough to stay in a cache."""

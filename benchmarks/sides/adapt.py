@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from sides.engine import engine_of
+from sides.engine import engine_of, steps_of
 from sides.language import model_folder, prompt_rows, titles, write_model
 from torch.nn import functional as F
 
@@ -63,17 +63,8 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
     task, settings, batches = task_of(work, folder), settings_of(work), batches_of(work, folder)
     set_peft_model_state_dict(task.model.llm, load_file(folder / ADAPTER / "adapter_model.safetensors"))
     engine = engine_of(task, settings, work["device"])
-    real, taken = count_tokens(batches), 0
-
-    def repeat() -> tuple[int, dict]:
-        nonlocal taken
-        losses = []
-        for batch in batches:
-            losses.append(engine.step(batch, taken, 1.0))  # gives the loss as a number, for which a GPU is waited for
-            taken += 1
-        return real, {"losses": losses}
-
-    return repeat
+    real = count_tokens(batches)
+    return steps_of(engine, batches, real)
 
 
 def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple[int, dict]]:

@@ -1,7 +1,9 @@
 """The training loop's own engine in one process, without Ray: what a worker of Ray Train runs."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 
@@ -15,3 +17,18 @@ def engine_of(task: Task, settings: Any, device: str = "cpu") -> Engine:
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
     return Engine(task, Workers(0, 1, torch.device(device), group, group), 0, settings, Tables(), "float32")
+
+
+def steps_of(engine: Engine, batches: Sequence[pa.Table], units: int) -> Callable[[], tuple[int, dict]]:
+    """A repetition: a step on each batch, which gives the loss as a number, for which a GPU is waited for."""
+    taken = 0
+
+    def repeat() -> tuple[int, dict]:
+        nonlocal taken
+        losses = []
+        for batch in batches:
+            losses.append(engine.step(batch, taken, 1.0))
+            taken += 1
+        return units, {"first loss": losses[0], "losses": losses}
+
+    return repeat

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from sides import adapt
 from sides.adapt import ADAPTER, ROWS, batches_of, count_tokens
-from sides.engine import engine_of
+from sides.engine import engine_of, steps_of
 from sides.language import model_folder, prompt_rows, titles, write_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,18 +81,9 @@ def inputs(work: dict[str, Any], folder: Path) -> None:
 
 
 def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
-    task, batches, taken = task_of(work, folder, folder / PROJECTION), batches_of(work, folder), 0
+    task, batches = task_of(work, folder, folder / PROJECTION), batches_of(work, folder)
     engine, real = engine_of(task, settings_of(work), work["device"]), count_tokens(batches)
-
-    def repeat() -> tuple[int, dict]:
-        nonlocal taken
-        losses = []
-        for batch in batches:
-            losses.append(engine.step(batch, taken, 1.0))
-            taken += 1
-        return real, {"first loss": losses[0], "losses": losses}
-
-    return repeat
+    return steps_of(engine, batches, real)
 
 
 class Plain(nn.Module):

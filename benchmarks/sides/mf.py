@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from sides.engine import engine_of
+from sides.engine import engine_of, steps_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,17 +39,8 @@ def ours(work: dict[str, Any], folder: Path, optimizer: str = "rowwise-adagrad")
     engine = engine_of(task, settings)
     known = np.ones(number, bool)
     rows = pa.table({**draw(work), "user_seen": known, "item_seen": known, "weight": np.ones(number, np.float32)})
-    batches, taken = [rows.slice(step * work["batch"], work["batch"]) for step in range(work["steps"])], 0
-
-    def repeat() -> tuple[int, dict]:
-        nonlocal taken
-        losses = []
-        for batch in batches:
-            losses.append(engine.step(batch, taken, 1.0))
-            taken += 1
-        return number, {"first loss": losses[0], "losses": losses}
-
-    return repeat
+    batches = [rows.slice(step * work["batch"], work["batch"]) for step in range(work["steps"])]
+    return steps_of(engine, batches, number)
 
 
 def ours_adagrad(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:

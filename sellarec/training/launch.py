@@ -23,13 +23,11 @@ KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_T
 each step of a collaborative model on a CPU, and a fault for every page of them, each time, took up to half of it. The price: a
 worker's memory stays at its peak, so not where a language model is loaded whole and then sharded."""
 
-
 CHECKPOINTS = "checkpoints"
 """Folder in an unfinished artifact."""
 
 RETRIES = 3
 """How often in a row a stage is taken up again after workers were lost, where it left no new checkpoint in between."""
-
 
 CAUSE_CHARACTERS = 240
 """Of the cause for which a stage is taken up again, what is printed; Ray adds advice to it."""
@@ -39,7 +37,6 @@ WATCH_SECONDS = 2.0
 
 START_SECONDS = 60.0
 """How long a group of workers that found room may take to start."""
-
 
 RARER = 2
 """How many times rarer room for more workers is looked for after it was found in vain: what is free at one moment, as a CPU
