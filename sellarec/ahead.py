@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sellarec.config import EMBEDDED, Language, Selection
@@ -19,12 +20,38 @@ def check_ahead(this: Run, stages: Sequence[str]) -> None:
     """
     config, room = this.config, room_of(this)
     check_start(this, stages)
+    is_given = config.llm.model != EMBEDDED
+    # a decoder that is yet to be built has no tokenizer: stage pretrain looks
+    if {"pretrain", "adapt", "fuse"} & set(stages) and (is_given or "pretrain" not in stages):
+        check_prompts(this, (this.given_llm if is_given else this.llm()).folder(weights=False))
     for stage in stages:
         tables = _tables_ahead(this, stage)
-        if tables:
-            check_tables(this, tables, getattr(config, stage), room)
-        if isinstance(getattr(config, stage), Language) and config.llm.model != EMBEDDED:
-            _check_model_fits(this, stage, _memory_of_model(this, stage, this.given_llm), room)
+        held = check_tables(this, tables, getattr(config, stage), room) if tables else 0
+        if isinstance(getattr(config, stage), Language) and is_given:
+            _check_model_fits(this, stage, _memory_of_model(this, stage, this.given_llm, held), room)
+
+
+def check_prompts(this: Run, folder: Path) -> None:
+    """Refuse a language model for whose context the prompts of stage fuse, which are the longest, are too long.
+
+    Args:
+        folder: with its config and tokenizer.
+
+    Raises:
+        UserError: as `sellarec.language.prompts.Prompts`.
+    """
+    from sellarec.fusion.codes import coded_as
+    from sellarec.language.llm import context_length, load_tokenizer, read_config
+    from sellarec.language.prompts import Prompts
+
+    log, config = this.log(), this.config
+    titles = log.items(["title"])["title"].to_pylist()
+    answers = {config.adapt.loss, config.fuse.loss} != {"answer"}
+    tokenizer, context = load_tokenizer(folder), context_length(read_config(folder))
+    Prompts(
+        tokenizer, titles, config.prompt, log.facts["noun"], context, "fused" if config.fuse.tokens else "text", answers=answers,
+        soft=config.fuse.tokens, coded=coded_as(config.fuse, config.collab.dim),
+    )  # fmt: skip
 
 
 def check_start(this: Run, stages: Sequence[str]) -> None:
@@ -82,54 +109,69 @@ def _tables_ahead(this: Run, stage: str) -> tuple[Any, ...]:
 
 
 def room_of(this: Run) -> tuple[int, str] | None:
-    """Bytes that each worker has for tables or a model, and what has that room; None where that isn't known here, as of a
-    cluster's machines without GPUs."""
+    """Bytes that each worker has for tables and a model, and what has that room. Of a cluster's machines without GPUs it is the
+    one with the least, where Ray, which looks at CPUs alone, places as many workers as find some there. None where no machines
+    are known."""
     assert this.cluster is not None
+    at_once = this.config.workers * this.cluster.groups
     if this.gpus():
         return free_gpu_memory(this.cluster.share), "its share of a GPU"
     if this.cluster.local:
         # its workers' own memory was seen to be free before Ray was started
-        at_once = this.config.workers * this.cluster.groups
         return room_of_worker(at_once), f"each of {at_once} workers on this machine"
-    return None
+    rooms = []
+    for machine in this.cluster.machines:
+        there = min(at_once, machine.places)
+        if there:
+            rooms.append((room_of_worker(there, machine.memory), f"each of {there} workers on {machine.name}"))
+    return min(rooms, default=None)
 
 
-def check_tables(this: Run, tables: Sequence[Any], settings: Any, room: tuple[int, str] | None) -> None:
-    """Raises UserError where the kernels can't do what is asked of the tables, or a worker has no room for its part of them. Rows
-    that GPUs read from their host's memory (`tables.placement`) aren't weighed against it."""
-    from sellarec.training.plan import check_fits, place
+def check_tables(this: Run, tables: Sequence[Any], settings: Any, room: tuple[int, str] | None) -> int:
+    """Bytes of the tables on the worker that holds most of them. Rows that GPUs read from their host's memory
+    (`tables.placement`) don't count.
+
+    Raises:
+        UserError: the kernels can't do what is asked of the tables, or a worker has no room for its part of them.
+    """
+    from sellarec.training.plan import check_fits, place, worker_bytes
 
     workers, storage = this.config.least_workers, this.config.tables
     optimizer = None if all(table.frozen for table in tables) else settings
     placements = place(tables, storage, optimizer, workers, "cuda" if this.gpus() else "cpu")
-    if room is not None and storage.placement == "device":
+    if storage.placement != "device":
+        return 0
+    if room is not None:
         check_fits(placements, storage, optimizer, workers, *room)
+    return max(worker_bytes(placements, storage, optimizer, workers))
 
 
-def check_model(this: Run, stage: str, source: Any) -> None:
-    """Tell what a stage's language model takes of each worker.
+def check_model(this: Run, stage: str, source: Any, tables: int = 0) -> None:
+    """Tell what a stage's language model takes of each worker, with the stage's tables.
+
+    Args:
+        tables: bytes that a worker holds of them.
 
     Raises:
         UserError: the worker's GPU, or this machine's memory, has less free.
     """
     from sellarec.language.memory import summary
 
-    found = _memory_of_model(this, stage, source)
-    this.console.line(f"{stage:<9} the language model takes about, of each worker, {summary(found)}")
+    found = _memory_of_model(this, stage, source, tables)
+    what = "the language model and the tables take" if tables else "the language model takes"
+    this.console.line(f"{stage:<9} {what} about, of each worker, {summary(found)}")
     _check_model_fits(this, stage, found, room_of(this))
 
 
-def _memory_of_model(this: Run, stage: str, source: Any) -> dict[str, dict[str, int]]:
-    """What a stage's language model takes of each worker: `sellarec.language.memory.phases`."""
+def _memory_of_model(this: Run, stage: str, source: Any, tables: int) -> dict[str, dict[str, int]]:
+    """What a stage's language model takes of each worker, with the tables: `sellarec.language.memory.phases`."""
     from sellarec.language.llm import context_length, read_config
     from sellarec.language.memory import phases, shape_of, use_of
 
     config = this.config
     shape = shape_of(source, None if stage == "pretrain" or config.adapt.method == "full" else config.adapt)
     use = use_of(stage, config, context_length(read_config(source.name, source.revision)))
-    if this.gpus():  # what is saved is loaded again into the host's memory
-        use = dataclasses.replace(use, compares=False)
-    return phases(shape, use)
+    return phases(shape, dataclasses.replace(use, tables=tables, on_gpu=this.gpus()))
 
 
 def _check_model_fits(this: Run, stage: str, found: dict[str, dict[str, int]], room: tuple[int, str] | None) -> None:

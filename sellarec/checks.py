@@ -11,6 +11,7 @@ from typing import Any
 
 from sellarec.config import (
     ALL_LINEAR,
+    DECODER_LINEAR,
     DECODER_SETTINGS,
     DENSE_SETTINGS,
     DENSE_TABLE_OPTIMIZERS,
@@ -33,6 +34,7 @@ from sellarec.config import (
     leaves,
 )
 from sellarec.errors import UserError
+from sellarec.language.llm import check_targets
 from sellarec.language.prompts import CODE_BITS
 from sellarec.language.templates import read_templates
 from sellarec.tracking import check_trackers
@@ -252,6 +254,8 @@ def _check_adapt(config: Config) -> None:
         raise UserError("adapt.targets is empty: give names of linear layers, or all-linear")
     if ALL_LINEAR in targets and len(targets) > 1:
         raise UserError(f"adapt.targets is {', '.join(targets)}: {ALL_LINEAR} takes every layer, so it stands alone")
+    if config.llm.model == EMBEDDED:
+        check_targets(targets, DECODER_LINEAR, "the embedded model")
 
 
 def _check_distil(config: Config) -> None:
@@ -301,10 +305,11 @@ def _check_fuse(config: Config) -> None:
     fuse, defaults = config.fuse, Fuse()
     if not 0 <= fuse.unseen_dropout < 1:
         raise UserError(f"fuse.unseen_dropout is {fuse.unseen_dropout}: a share from 0 to below 1 is needed")
-    if not fuse.tokens:
+    if not fuse.tokens and (fuse.train != ("adapter",) or fuse.represent != "collaborative" or fuse.collab_score):
         raise UserError(
-            "fuse.tokens names none: the model without soft tokens is the one that stage adapt trains, which stage evaluate "
-            "scores as text-only beside the others; name some of user, item, semantic"
+            f"fuse.tokens names none, but fuse.train is {' '.join(fuse.train)}, fuse.represent {fuse.represent} and "
+            f"fuse.collab_score {fuse.collab_score}: without tokens the adapter alone is there to be trained on (--fuse.train "
+            "adapter, the other two left out); or name some of user, item, semantic"
         )
     if not fuse.train:
         raise UserError("fuse.train names nothing to train: name some of tables, projections, adapter")
@@ -360,6 +365,9 @@ def _check_fuse(config: Config) -> None:
             ("projections", "experts", "norm", "warm_start"),
             f"fuse.represent is {fuse.represent}, which projects nothing",
         )
+    if not fuse.tokens:
+        of_tokens = ("projections", "experts", "norm", "warm_start", "unseen_dropout", "semantic")
+        unread |= dict.fromkeys(of_tokens, "fuse.tokens names none")
     if not fuse.collab_score:
         unread["language_weights"] = "fuse.collab_score is False, so no other score is added to the language model's"
     if not coded:

@@ -24,6 +24,9 @@ FLASH_ATTENTION = "flash_attention_2"
 DECODER_SETTINGS = ("vocabulary", "hidden", "layers", "heads")
 """Settings of `pretrain` that say what the embedded decoder is."""
 
+DECODER_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+"""Names of the embedded decoder's linear layers."""
+
 ALL_LINEAR = "all-linear"
 """Of `adapt.targets`: every linear layer but the output layer."""
 
@@ -503,7 +506,7 @@ class Fuse(Steps, Selection, Dense, Sparse, Backpropagation):
 
     tokens: tuple[Literal["user", "item", "semantic"], ...] = ("user", "item", "semantic")
     """Soft tokens of the prompt: the user's row, the item's row, the item's distilled vector (user item is CoLLM's set). The
-    text speaks of no other; tables that none takes are not read."""
+    text speaks of no other; tables that none takes are not read. None of them: the adapter is trained on (TALLRec)."""
     represent: Literal["collaborative", "learned", "codes"] = "collaborative"
     """What stands for user and item: their projected rows of the collaborative model; learned: tokens that are rows of their own,
     as wide as the model's input embeddings, that start from small random numbers and know no collaborative model (PersonPrompt);

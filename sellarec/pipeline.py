@@ -79,6 +79,7 @@ def _run(this: Run) -> None:
     wanted = config.stages or tuple(stage for stage in STAGES if stage in read)
     this.store.check_writable()
     _check_sharding(this, wanted)
+    _check_language_model(this, wanted)
     _check_layer(this, wanted)
     _check_width(this, wanted)
     if not joins_cluster():
@@ -273,6 +274,7 @@ def run_stage(this: Run, stage: str) -> None:
 def check_stage(this: Run, stage: str) -> None:
     """Raises UserError where a stage can't be carried out as asked for, whatever the data."""
     _check_sharding(this, (stage,))
+    _check_language_model(this, (stage,))
     _check_layer(this, (stage,))
     _check_width(this, (stage,))
     _check_computing(this, (stage,))
@@ -359,6 +361,18 @@ def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
             check_sharding(this.config.tables, optimizer, stage)
             if optimizer is not None:
                 check_optimizer(this.config.tables, optimizer, stage)
+
+
+def _check_language_model(this: Run, wanted: Sequence[str]) -> None:
+    """Raises UserError where --llm names no causal language model, or one that has no layers of adapt.targets."""
+    from sellarec.language.llm import causal_config, check_targets, linear_layers, without_weights
+
+    config = this.config
+    if config.llm.model == EMBEDDED or not any(isinstance(getattr(config, stage, None), Language) for stage in wanted):
+        return
+    found = causal_config(this.given_llm.name, this.given_llm.revision)
+    if "adapt" in wanted and config.adapt.method == "lora":
+        check_targets(config.adapt.targets, linear_layers(without_weights(found)), config.llm.model)
 
 
 def _check_layer(this: Run, wanted: Sequence[str]) -> None:

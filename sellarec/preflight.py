@@ -88,6 +88,21 @@ class Report:
     clock: float
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What the nodes of one machine have together.
+
+    Attributes:
+        name: of the first of them.
+        places: workers for which it has CPUs.
+        memory: free bytes.
+    """
+
+    name: str
+    places: int
+    memory: int
+
+
 class Probe:
     """Runs on a node and looks around. Sent by value (`_probes`), as a node may lack this package: its methods know nothing of
     this module.
@@ -474,6 +489,17 @@ def check_resources(
             f"table or model) and {several}1 CPU to read data need {needed:g} CPUs; the cluster has {cpus:g}, and room for "
             f"{places} workers: {'; '.join(lines)}: lower {fewer} or add nodes"
         )
+
+
+def machines_of(found: Sequence[tuple[Node, Report]], cpu: float) -> tuple[Machine, ...]:
+    """The machines of the nodes that reported, for workers that take so much of a CPU each."""
+    there: dict[str, list[tuple[Node, Report]]] = {}
+    for node, report in found:
+        there.setdefault(report.machine, []).append((node, report))
+    return tuple(
+        Machine(str(nodes[0][0]), sum(int(n.cpus / cpu) for n, _ in nodes), min(r.memory for _, r in nodes))
+        for nodes in there.values()
+    )
 
 
 def _check_network(nodes: Sequence[Node], probes: Sequence[Any], gpus: bool) -> None:

@@ -40,6 +40,7 @@ def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
     pretrained = ("pretrain",) if config.pretrains else ()
     collab = ("collab",) if config.align.init == "collab" else ()
     rows = {"collaborative": ("align",), "learned": (), "codes": ("collab",)}[config.fuse.represent]
+    rows = rows if config.fuse.tokens else ()
     return {
         "prepare": (),
         "pretrain": ("prepare",),

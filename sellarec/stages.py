@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sellarec.ahead import check_model, check_tables, room_of
+from sellarec.ahead import check_model, check_prompts, check_tables, room_of
 from sellarec.artifacts import Place
 from sellarec.config import Language, Selection
 from sellarec.data.log import Log, copy_log
@@ -77,26 +77,11 @@ def _pretrain(this: Run) -> dict[str, Any]:
                 log.items(["text"])["text"].to_pylist(), words, settings, this.config.seed, folder / "initial"
             )
         start = (this.artifact("pretrain") / "initial").local
-    _check_prompts(this, start())
+        check_prompts(this, start())
     order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
     source = LlmSource(str(start()), None, "initial")
     build = partial(_build_pretrain, start, settings, this.config.llm.attention)
     return _train(this, "pretrain", build, order, source=source)
-
-
-def _check_prompts(this: Run, folder: Path) -> None:
-    """Raises UserError where prompts don't fit the context of a model that is about to be trained."""
-    from sellarec.fusion.codes import coded_as
-    from sellarec.language.llm import context_length, load_tokenizer, read_config
-    from sellarec.language.prompts import Prompts
-
-    log, config = this.log(), this.config
-    answers = {config.adapt.loss, config.fuse.loss} != {"answer"}
-    tokenizer, context = load_tokenizer(folder), context_length(read_config(folder))
-    Prompts(
-        tokenizer, _titles(log), config.prompt, log.facts["noun"], context, "fused", answers=answers,
-        soft=config.fuse.tokens, coded=coded_as(config.fuse, config.collab.dim),
-    )  # fmt: skip
 
 
 def _build_pretrain(start: Callable[[], Path], settings: Any, attention: str) -> Any:
@@ -109,9 +94,6 @@ def _adapt(this: Run) -> dict[str, Any]:
     from sellarec.language.adapt import build_adapt
 
     log, config = this.log(), this.config
-    if config.fuse.represent == "codes" and this.llm().revision is None:
-        # adapt's own prompts have no codes, so that a context too short for them would only be told by stage fuse
-        _check_prompts(this, this.llm().folder())
     build = partial(build_adapt, this.llm(), _titles(log), config.prompt, log.facts["noun"], config.adapt)
     return _train(this, "adapt", build, _order(this, "train", config.adapt.batch, config.seed))
 
@@ -262,7 +244,7 @@ def _fuse(this: Run) -> dict[str, Any]:
     tokens, trained = (" and ".join(names) for names in (config.fuse.tokens, config.fuse.train))
     written = f"codes in text ({config.fuse.code})"
     what = {"collaborative": "tokens", "learned": "learned tokens", "codes": written}[config.fuse.represent]
-    this.console.line(f"fuse      {what} of {tokens}; trains {trained}")
+    this.console.line(f"fuse      {f'{what} of {tokens}' if tokens else 'no tokens'}; trains {trained}")
     order = _order(this, "train", config.fuse.batch, config.seed)
     facts = _train(this, "fuse", _fuse_builder(this, "align"), order, _tables_of_fuse(this))
     return {**facts, **_weigh_language(this)}
@@ -308,8 +290,8 @@ def _weigh_language(this: Run) -> dict[str, Any]:
 def _fuse_builder(this: Run, stage: str, language_weight: float = 1.0) -> Callable[[], Any]:
     """Builds the recommender from what stages before fuse left (align), or as stage fuse left it."""
     config, of = this.config, _parts_of_fuse(this, stage)
-    collab, tables = _rows_of_fuse(this, stage)
-    aligned = config.fuse.warm_start and config.fuse.represent == "collaborative"
+    collab, tables = _rows_of_fuse(this, stage) if config.fuse.tokens else (None, None)
+    aligned = of.get("projections") == "align" and config.fuse.warm_start
     start = this.artifact("align").local() / "projection.safetensors" if aligned else None
     return partial(
         _build_fuse,
@@ -320,7 +302,7 @@ def _fuse_builder(this: Run, stage: str, language_weight: float = 1.0) -> Callab
         prompt=config.prompt,
         noun=this.log().facts["noun"],
         hidden=config.align.hidden,
-        projection=start if of.get("projections") == "align" else None,
+        projection=start,
         trained=this.artifact("fuse").local() / "projection.safetensors" if of.get("projections") == "fuse" else None,
         settings=config.fuse,
         seed=config.seed,
@@ -354,14 +336,17 @@ def _tables_of_fuse(this: Run) -> tuple[Any, ...]:
     """The tables that stage fuse looks up in."""
     from sellarec.fusion.fuse import semantic_table, tables_of
 
+    if not this.config.fuse.tokens:
+        return ()
     collab, tables = _rows_of_fuse(this, "align")
     return tables_of(collab(), semantic_table(tables, this.config.fuse), this.config.fuse)
 
 
-def _build_fuse(collab: Callable[[], Any], tables: Path, **arguments: Any) -> Any:
+def _build_fuse(collab: Callable[[], Any] | None, tables: Path | None, **arguments: Any) -> Any:
     from sellarec.fusion.fuse import build_fuse, semantic_table
 
-    return build_fuse(collab=collab(), semantic=semantic_table(tables, arguments["settings"]), **arguments)
+    semantic = None if tables is None else semantic_table(tables, arguments["settings"])
+    return build_fuse(collab=None if collab is None else collab(), semantic=semantic, **arguments)
 
 
 def _evaluate(this: Run) -> dict[str, Any]:
@@ -430,10 +415,9 @@ def _train(
         this.console.line(
             f"{stage:<9} {stage}.max_steps {settings.max_steps} ends it after {done:.2f} of {settings.epochs:g} epochs"
         )
-    if tables:
-        check_tables(this, tables, settings, room_of(this))
+    held = check_tables(this, tables, settings, room_of(this)) if tables else 0
     if isinstance(settings, Language):
-        check_model(this, stage, this.llm() if source is None else source)
+        check_model(this, stage, this.llm() if source is None else source, held)
     valid = None
     if isinstance(settings, Selection):
         valid = _valid_order(this, stage, settings)

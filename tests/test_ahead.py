@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prepared import prepare_into, rules, source_of
 from small import small_log
 from transformers import LlamaConfig
 
@@ -17,8 +19,10 @@ from sellarec.ahead import check_ahead
 from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Tables
 from sellarec.data.log import FACTS_FILE, Log
 from sellarec.errors import UserError
+from sellarec.language.llm import LlmSource
+from sellarec.preflight import GIB, Machine
 from sellarec.run import Run
-from sellarec.training.cluster import Cluster
+from sellarec.training.cluster import WORKER_MEMORY, Cluster
 
 USERS, ITEMS, DIM, WIDTH = 30, 40, 8, 16
 ROWS = {"user": USERS // 2, "item": ITEMS // 2, "semantic": ITEMS // 2}
@@ -32,6 +36,7 @@ def of(models, tmp_path, monkeypatch):
     """Makes a connected run with a prepared log."""
     log = small_log(tmp_path, USERS, ITEMS, np.ones(ITEMS, bool))
     monkeypatch.setattr(Run, "log", lambda self: log)
+    monkeypatch.setattr(ahead, "check_prompts", lambda *_: None)  # the log has no titles
 
     def make(cluster: Cluster = HERE, **changes: Any) -> Run:
         llm = Llm(model=str(models["llama"]))
@@ -43,7 +48,7 @@ def of(models, tmp_path, monkeypatch):
 
 
 def set_room(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(ahead, "room_of_worker", lambda workers: size)
+    monkeypatch.setattr(ahead, "room_of_worker", lambda workers, memory=None: size)
     monkeypatch.setattr(ahead, "free_gpu_memory", lambda share: int(2 * share * size))
 
 
@@ -86,10 +91,72 @@ def test_learned_tokens_are_as_wide_as_the_language_model(of, monkeypatch):
         check_ahead(this, ["fuse"])
 
 
-def test_rows_in_the_hosts_memory_and_a_clusters_machines_without_gpus_are_not_weighed(of, monkeypatch):
+def test_rows_in_the_hosts_memory_are_not_weighed(of, monkeypatch):
     set_room(monkeypatch, 1)
     check_ahead(of(ON_GPUS, tables=Tables(placement="uvm")), ["collab", "align"])
+
+
+def test_tables_and_the_language_model_of_stage_fuse_are_weighed_together(of, monkeypatch, capsys):
+    """Each by itself would fit."""
+    this = of()
+    tables = ahead.check_tables(this, ahead._tables_ahead(this, "fuse"), this.config.fuse, None)
+    parts = [sum(found.values()) for found in ahead._memory_of_model(this, "fuse", this.given_llm, 0).values()]
+    assert 0 < tables < max(parts)
+    set_room(monkeypatch, max(parts) + tables)
+    check_ahead(this, ["fuse"])
+    ahead.check_model(this, "fuse", this.given_llm, tables)
+    assert "fuse      the language model and the tables take about, of each worker, " in capsys.readouterr().out
+    set_room(monkeypatch, max(parts) + tables - 1)
+    for check in (
+        partial(check_ahead, this, ["fuse"]),
+        partial(ahead.check_model, this, "fuse", this.given_llm, tables),
+    ):
+        with pytest.raises(UserError, match=r"the language model and the tables would take .* \+ tables 0 MiB"):
+            check()
+    ahead.check_model(this, "fuse", this.given_llm)
+
+
+def test_a_clusters_machines_without_gpus_have_what_preflight_found(of):
+    """Of the one with the least for each of the workers that find a CPU there; a head without CPUs holds none."""
+    machines = (Machine("head", 0, 1), Machine("small", 1, 4 * GIB), Machine("large", 8, 6 * GIB))
+    room = ahead.room_of(of(Cluster(local=False, gpus=False, machines=machines)))
+    assert room == (3 * GIB - WORKER_MEMORY, "each of 2 workers on large")
+    room = ahead.room_of(of(Cluster(local=False, gpus=False, machines=machines), workers=1))
+    assert room == (4 * GIB - WORKER_MEMORY, "each of 1 workers on small")
     check_ahead(of(Cluster(local=False, gpus=False)), ["collab", "align", "adapt", "evaluate"])
+    full = Cluster(local=False, gpus=False, machines=(Machine("full", 2, 2 * WORKER_MEMORY),))
+    with pytest.raises(UserError, match="each of 2 workers on full has room for 0"):
+        check_ahead(of(full), ["adapt"])
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a hub id", "the embedded model"])
+def test_a_context_too_short_for_codes_is_refused_once_the_log_is_there(models, tmp_path, monkeypatch, kind):
+    """Of a hub id, nothing but its config and tokenizer is downloaded for that; of the embedded model as it stands."""
+    asked: list[str] = []
+
+    def download(name: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(models["llama"])
+
+    llm = Llm() if kind == "the embedded model" else Llm(model=str(models["llama"]))
+    codes = Fuse(represent="codes", tokens=("user", "item"), train=("adapter",))
+    this = Run.of(Config(workspace=str(tmp_path), llm=llm, collab=Collab(model="binary_mf", dim=512), fuse=codes))
+    this.cluster = Cluster(local=False, gpus=False)
+    this.marks = dict.fromkeys(("prepare", "pretrain"), "x")
+    folder = this.artifact("prepare").local()
+    folder.mkdir(parents=True)
+    rows = {"user": [0, 1] * 6, "item": [0, 1, 2] * 4, "label": pa.array([0, 1] * 6, pa.int8()), "timestamp": range(12)}
+    prepare_into(folder, source_of(pa.table(rows)), rules())
+    if kind == "a hub id":
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        this.__dict__["given_llm"] = LlmSource("some/model", "c0ffee", "some/model@c0ffee")
+    if kind == "the embedded model":
+        this.artifact("pretrain").local().mkdir()
+        (this.artifact("pretrain").local() / "model").symlink_to(models["llama"])
+    for stages in (["adapt", "collab", "fuse"], ["fuse"]):
+        with pytest.raises(UserError, match=r"the full prompt needs .* the model's context 256.*take fuse.code dotted"):
+            check_ahead(this, stages)
+    assert ("*.json" in asked and "*.safetensors" not in asked) == (kind == "a hub id")
 
 
 @pytest.mark.parametrize("cluster", [HERE, ON_GPUS], ids=["cpus", "gpus"])
@@ -130,6 +197,7 @@ def test_what_evaluate_cannot_hold_is_refused_once_the_log_is_there(models, tmp_
     monkeypatch.setattr(Run, "connect", connect)
     monkeypatch.setattr(pipeline, "_stage", stage)
     monkeypatch.setattr(pipeline, "check_room", lambda workers: None)
+    monkeypatch.setattr(ahead, "check_prompts", lambda *_: None)
     large = replace(Config().evaluate, micro_batch=100_000_000)
     with pytest.raises(UserError, match=r"lower evaluate\.micro_batch"):
         start(evaluate=large)

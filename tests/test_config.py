@@ -275,11 +275,15 @@ def test_contradictions_are_refused_naming_both(arguments, named):
     assert all(word in message for word in named), message
 
 
-def test_fusing_no_token_is_refused_with_where_that_model_is():
+def test_without_tokens_the_adapter_alone_is_trained():
     """In a recipe and by flag."""
-    with pytest.raises(UserError, match=r"fuse.tokens names none.*adapt.*text-only"):
+    check(Config(fuse=Fuse(tokens=(), train=("adapter",))))
+    with pytest.raises(
+        UserError, match=r"fuse.tokens names none.*fuse.train is tables projections.*--fuse.train adapter"
+    ):
         check(Config(fuse=Fuse(tokens=())))
-    assert "fuse.tokens names none" in refusal("--fuse.tokens")
+    for flags in ("", "--fuse.train adapter --fuse.warm-start False", "--fuse.train adapter --fuse.collab-score True"):
+        assert "fuse.tokens names none" in refusal("--fuse.tokens", *flags.split())
     with pytest.raises(UserError, match=r"fuse.train names nothing"):
         check(Config(fuse=Fuse(train=())))
 

@@ -16,7 +16,7 @@ from sellarec import preflight
 from sellarec.artifacts import Place
 from sellarec.command_line import parse_preflight
 from sellarec.errors import UserError
-from sellarec.preflight import GIB, Node, Report
+from sellarec.preflight import GIB, Machine, Node, Report
 
 VERSIONS: dict[str, str | None] = {
     "python": "3.11.7",
@@ -100,6 +100,16 @@ def test_room_is_counted_by_node() -> None:
     preflight.check_resources(cluster(), 4, False, GIB, groups=2, share=0.5)
     with refused("2 x 3 workers of 1 CPU", "2 x 1 CPU to read data need 8 CPUs", "lower --workers or --concurrent"):
         preflight.check_resources(cluster(), 3, False, GIB, groups=2)
+
+
+def test_nodes_of_one_machine_share_its_memory() -> None:
+    found = cluster(memory=9 * GIB)
+    assert preflight.machines_of(found, 0.5) == (
+        Machine("head (10.0.0.0)", 4, 16 * GIB), Machine("worker-1 (10.0.0.1)", 4, 16 * GIB),
+        Machine("worker-2 (10.0.0.2)", 4, 9 * GIB),
+    )  # fmt: skip
+    together = [found[0], *((node, replace(report, machine="m")) for node, report in found[1:])]
+    assert preflight.machines_of(together, 1.0)[1:] == (Machine("worker-1 (10.0.0.1)", 4, 9 * GIB),)
 
 
 def test_a_workspace_in_the_jobs_unpacked_files() -> None:

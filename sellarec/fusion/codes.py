@@ -1,9 +1,10 @@
-"""Stage fuse with users and items as text: codes of bits in the prompt, and no soft tokens (BinLLM, ACL 2024).
+"""Stage fuse with users and items as text: codes of bits in the prompt, and no soft tokens (BinLLM, ACL 2024); or with neither
+(TALLRec, arXiv 2305.00447), the prompts of stage adapt.
 
 Shapes: R rows of a table, D columns, one bit each, G groups of bits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from sellarec.collab.model import CollabModel
 from sellarec.config import Fuse, Prompt
 from sellarec.fusion.rows import CodedRows
 from sellarec.language import llm as llms
@@ -77,23 +77,22 @@ def build_codes(
     prompt: Prompt,
     noun: str,
     adapter: Path | None,
-    network: CollabModel,
+    tables: Sequence[Table],
     settings: Fuse,
     seed: int,
 ) -> CodesTask:
-    """The task of training an adapter on codes, or of scoring with one.
+    """The task of training an adapter on codes, or (TALLRec) on texts without any, or of scoring with one.
 
     Args:
-        network: the collaborative model, of whose tables the rows' signs are the codes.
+        tables: those of the collaborative model, of which the rows' signs are the codes.
     """
     folder = source.folder()
     model = llms.load_model(folder, source.storage, source.attention)
     if settings.loss != "answer":
         llms.check_output_layer(model)
-    codes = {table.name: codes_of(table) for table in network.tables}
-    prompts = make_prompts(
-        folder, titles, prompt, noun, model, "fused", settings.loss, tuple(codes), coded_as(settings, network.dim)
-    )
+    codes = {table.name: codes_of(table) for table in tables}
+    kind, coded = ("fused", coded_as(settings, tables[0].dim)) if tables else ("text", None)
+    prompts = make_prompts(folder, titles, prompt, noun, model, kind, settings.loss, tuple(codes), coded)
     adapted = llms.with_adapter(model, adapter, trains="adapter" in settings.train)
     return CodesTask(source, adapted, prompts, codes, settings, seed)
 

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from sellarec.alignment.align import PROJECTION
 from sellarec.collab.model import CollabModel
@@ -32,6 +33,7 @@ from sellarec.language.adapt import (
     compare_saved,
     count_targets,
     make_prompts,
+    of_part,
     prompt_batch,
     prompt_loss,
 )
@@ -41,6 +43,9 @@ from sellarec.training.stream import Prepare
 from sellarec.training.table import SavedTable, Table
 from sellarec.training.task import Batch, Peers, Task, Vectors
 
+LLM = "scorer.llm."
+"""What names of the language model's weights begin with in `Recommender`."""
+
 LEARNED_STD = 0.02
 """Standard deviation that learned tokens start with: the usual one of fresh input embeddings."""
 
@@ -49,7 +54,8 @@ class Recommender(nn.Module):
     """The language model, the projections whose tokens it reads, and the collaborative model that they are made of.
 
     Args:
-        adds_to: the token (of the vocabulary) to whose logit the collaborative model's score is added; None for none.
+        answers: the tokens (of the vocabulary) of yes and no, see `PromptScorer`.
+        adds_collab: whether the collaborative model's score is added to the logit of yes.
         language_weight: what the language model's logits are multiplied by before that.
     """
 
@@ -58,14 +64,15 @@ class Recommender(nn.Module):
         llm: nn.Module,
         projection: HybridProjection,
         network: CollabModel,
-        adds_to: int | None,
+        answers: tuple[int, int],
+        adds_collab: bool,
         language_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.scorer = PromptScorer(llm)
+        self.scorer = PromptScorer(llm, answers)
         self.projection = projection
         self.network = network
-        self.adds_to = adds_to
+        self.adds_collab = adds_collab
         self.language_weight = language_weight
 
     def train(self, mode: bool = True) -> "Recommender":
@@ -77,13 +84,13 @@ class Recommender(nn.Module):
         return self
 
     def forward(self, batch: Batch, vectors: Vectors | None) -> Tensor:
-        """Logits [b, V] at the deciding position; where the batch has `targets`, their losses [b]. Without vectors the language
-        model's own logits, of prompts with the tokens that stand in their slots."""
+        """Logits [b, 2] of yes and no at the deciding position; where the batch has `targets`, their losses [b]. Without vectors
+        the language model's own logits, of prompts with the tokens that stand in their slots."""
         if vectors is None:
             return self.scorer(batch["tokens"], batch["mask"], {}, {})
         made_by: dict[str, Callable[[], Tensor]] = {
-            "user": partial(self.network.represent_user, batch, vectors),
-            "item": partial(self.network.represent_item, batch, vectors),
+            "user": partial(self._collaborative, "represent_user", batch, vectors),
+            "item": partial(self._collaborative, "represent_item", batch, vectors),
             "semantic": lambda: vectors["semantic"],
         }
         tokens = self.projection({name: made_by[name]() for name in self.projection.tokens})
@@ -91,11 +98,26 @@ class Recommender(nn.Module):
         found = self.scorer(batch["tokens"], batch["mask"], slots, tokens, batch.get("targets"), prefixes_of(batch))
         if self.language_weight != 1:
             found = self.language_weight * found
-        if self.adds_to is None:
+        if not self.adds_collab:
             return found
-        # the score is a difference of two logits, so this adds to it
-        score = self.network.score(batch, vectors)[:, None]
-        return found.index_add(1, torch.tensor([self.adds_to], device=found.device), score.float())
+        yes, no = found.unbind(1)  # the score is their difference, so this adds to it
+        return torch.stack([yes + self._collaborative("score", batch, vectors), no], dim=1)
+
+    def _collaborative(self, method: str, *arguments: Any) -> Tensor:
+        """What a method of the collaborative model gives, in float32: the language model's type of computing is for itself."""
+        weights = {f"network.{name}": weight.float() for name, weight in self.network.named_parameters()}
+        return functional_call(_Method(self.network, method), weights, arguments)
+
+
+class _Method(nn.Module):
+    """A collaborative model that is called by one of its methods."""
+
+    def __init__(self, network: CollabModel, method: str) -> None:
+        super().__init__()
+        self.network, self._method = network, method
+
+    def forward(self, *arguments: Any) -> Tensor:
+        return getattr(self.network, self._method)(*arguments)
 
 
 class FuseTask(Task):
@@ -155,10 +177,10 @@ class FuseTask(Task):
         return self.collab.propagate(rows, multiply)
 
     def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
-        return prompt_loss(model(batch, vectors), batch, self.prompts)
+        return prompt_loss(model(batch, vectors), batch)
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
-        return answer_score(model(batch, vectors), self.prompts)
+        return answer_score(model(batch, vectors))
 
     def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, float, int]:
         told_by: list[str] = []
@@ -187,27 +209,29 @@ class FuseTask(Task):
     @contextmanager
     def without_collab_score(self) -> Iterator[None]:
         """Scores in it leave out the collaborative model's."""
-        kept, self.model.adds_to = self.model.adds_to, None
+        kept, self.model.adds_collab = self.model.adds_collab, False
         try:
             yield
         finally:
-            self.model.adds_to = kept
+            self.model.adds_collab = kept
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})
-        prefix = "scorer.llm."
-        adapter = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        adapter = of_part(weights, LLM)
         if adapter:
             self.model.scorer.llm.save_pretrained(folder / "adapter", state_dict=adapter)
 
     @torch.no_grad()
-    def check_saved(self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype) -> None:
+    def check_saved(
+        self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype, weights: dict[str, Tensor]
+    ) -> None:
         """The adapter, where it was trained, on prompts as text: what other programs load knows no soft tokens."""
         if "adapter" not in self._settings.train:
             return
-        logits = model(batch, None)
+        with self.model.scorer.all_logits():
+            logits = model(batch, None)
         if folder is not None:
-            compare_saved(logits, batch, self.source, folder, True, dtype)
+            compare_saved(of_part(weights, LLM), logits, batch, self.source, folder, True, dtype)
 
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
@@ -226,7 +250,7 @@ def build_fuse(
     prompt: Prompt,
     noun: str,
     adapter: Path | None,
-    collab: CollabTask,
+    collab: CollabTask | None,
     semantic: Table | None,
     hidden: int,
     projection: Path | None,
@@ -240,7 +264,8 @@ def build_fuse(
 
     Args:
         adapter: folder of the adapter that it starts from; None where adapt left a whole model.
-        collab: the collaborative model, with the rows that it starts from, of what the tokens take; see `token_rows`.
+        collab: the collaborative model, with the rows that it starts from, of what the tokens take; see `token_rows`. None where
+            there is no token.
         semantic: the table of distilled vectors; None where no token takes it.
         hidden: width of the collaborative projection's hidden layers.
         projection: file of the aligned projection to start from; None for random weights.
@@ -248,8 +273,9 @@ def build_fuse(
         language_weight: of those that `settings` names, the one that was kept.
         layers: hidden layers of the collaborative projection.
     """  # fmt: skip
-    if settings.represent == "codes":
-        return build_codes(source, titles, prompt, noun, adapter, collab.network, settings, seed)
+    if collab is None or settings.represent == "codes":
+        tables = () if collab is None else collab.network.tables
+        return build_codes(source, titles, prompt, noun, adapter, tables, settings, seed)
     folder = source.folder()
     model = llms.load_model(folder, source.storage, source.attention)
     tokens = soft_tokens(settings)
@@ -280,8 +306,9 @@ def build_fuse(
     hybrid.requires_grad_("projections" in settings.train)
     # items are represented by their rows alone
     collab.network.requires_grad_("tables" in settings.train and ("user" in tokens or settings.collab_score))
-    adds_to = prompts.segments.yes if settings.collab_score else None
-    recommender = Recommender(adapted, hybrid, collab.network, adds_to, language_weight)
+    recommender = Recommender(
+        adapted, hybrid, collab.network, prompts.segments.deciding, settings.collab_score, language_weight
+    )
     return FuseTask(source, recommender, collab, semantic, prompts, settings, seed)
 
 
@@ -293,6 +320,8 @@ def made_by(settings: Fuse) -> dict[str, str]:
         before = {"tables": "fuse", "adapter": "adapt"}
     elif settings.represent == "codes":
         before = {"tables": "collab", "adapter": "adapt"}
+    if not settings.tokens:
+        before = {"adapter": "adapt"}
     return {part: "fuse" if part in settings.train else stage for part, stage in before.items()}
 
 
@@ -313,7 +342,7 @@ def token_rows(settings: Fuse, collab: Collab, source: llms.LlmSource) -> Collab
 
 def tables_of(collab: CollabTask, semantic: Table | None, settings: Fuse) -> tuple[Table, ...]:
     """The tables that a fused model looks up in, of which those are frozen that stage fuse doesn't train."""
-    if settings.represent == "codes":
+    if settings.represent == "codes" or not settings.tokens:
         return ()
     frozen = "tables" not in settings.train
     tables = tuple(replace(table, frozen=frozen) for table in collab.tables)

@@ -62,7 +62,7 @@ class HybridProjection(nn.Module):
 
     def forward(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By token [b, D] of user and item, [b, H] of semantic -> by token [b, H]."""
-        tokens = {name: self._projection(name)(vectors[name]) for name in self.tokens}
+        tokens = {name: self._projected(name, vectors[name]) for name in self.tokens}
         if self._norm is None:
             return tokens
         return {
@@ -70,5 +70,7 @@ class HybridProjection(nn.Module):
             for gain, (name, token) in zip(self.gain, tokens.items(), strict=True)
         }
 
-    def _projection(self, token: str) -> nn.Module:
-        return self.projections[token if token in self.projections else "collaborative"]
+    def _projected(self, token: str, rows: Tensor) -> Tensor:
+        projection = self.projections[token if token in self.projections else "collaborative"]
+        weight = next(projection.parameters(), rows)  # learned tokens have none
+        return projection(rows.to(weight.dtype))

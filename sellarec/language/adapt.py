@@ -47,7 +47,7 @@ class TextTask(Task):
 
     def __init__(self, source: llms.LlmSource, model: nn.Module, prompts: Prompts, loss: str = "answer") -> None:
         self.source = source
-        self.model = PromptScorer(model)
+        self.model = PromptScorer(model, prompts.segments.deciding)
         self.blocks = self.model.blocks
         self.prompts = prompts
         self.prepare: Prepare = partial(prompts.prepare, answers=loss != "answer")
@@ -69,29 +69,31 @@ class TextTask(Task):
         return count_targets(batch)
 
     def loss(self, model: nn.Module, batch: Batch, vectors: Vectors, peers: Peers) -> Tensor:
-        return prompt_loss(model(batch["tokens"], batch["mask"], {}, {}, batch.get("targets")), batch, self.prompts)
+        return prompt_loss(model(batch["tokens"], batch["mask"], {}, {}, batch.get("targets")), batch)
 
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         logits = model(batch["tokens"], batch["mask"], {}, {}, prefix=prefixes_of(batch))
-        return answer_score(logits, self.prompts)
+        return answer_score(logits)
 
     def share(self, rows: pa.Table, size: int) -> tuple[pa.Table, float, int]:
         return share_prefixes(self.model, rows, size)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        prefix = "llm."
-        assert all(name.startswith(prefix) for name in weights)
-        state = {name.removeprefix(prefix): value for name, value in weights.items()}
+        state = of_part(weights, "llm.")
+        assert len(state) == len(weights)
         if self._has_adapter:
             self.model.llm.save_pretrained(folder / "adapter", state_dict=state)
         else:
             tokenizer = llms.load_tokenizer(self.source.folder())
             llms.save_model(self.model.llm, state, tokenizer, folder / "model")
 
-    def check_saved(self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype) -> None:
-        logits = model(batch["tokens"], batch["mask"], {}, {})
+    def check_saved(
+        self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype, weights: dict[str, Tensor]
+    ) -> None:
+        with self.model.all_logits():
+            logits = model(batch["tokens"], batch["mask"], {}, {})
         if folder is not None:
-            compare_saved(logits, batch, self.source, folder, self._has_adapter, dtype)
+            compare_saved(of_part(weights, "llm."), logits, batch, self.source, folder, self._has_adapter, dtype)
 
     def facts(self) -> dict[str, Any]:
         trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
@@ -101,16 +103,25 @@ class TextTask(Task):
 
 @torch.no_grad()
 def compare_saved(
-    logits: Tensor, batch: Batch, source: llms.LlmSource, folder: Path, has_adapter: bool, dtype: torch.dtype
+    weights: dict[str, Tensor],
+    logits: Tensor,
+    batch: Batch,
+    source: llms.LlmSource,
+    folder: Path,
+    has_adapter: bool,
+    dtype: torch.dtype,
 ) -> None:
-    """Compare a trained model's logits of each prompt's last position with those of PEFT's or Transformers' own loading: without
-    padding, and on the CPU, where the worker has held the whole model before.
+    """Compare a trained model with PEFT's or Transformers' own loading of it: each trained weight, which has to be the same, and
+    the logits of each prompt's last position, which are made without padding, and on the CPU, where the worker has held the whole
+    model before.
 
     Args:
+        weights: the trained ones, float32, by their names in the model.
+        logits: float32 [b, V].
         folder: where it was saved, as `adapter` where it `has_adapter`, else as `model`.
 
     Raises:
-        UserError: they differ by more than rounding.
+        UserError: weights differ, or logits by more than rounding.
     """
     from peft import PeftModel
 
@@ -121,6 +132,13 @@ def compare_saved(
     else:
         what = f"the model in {folder / 'model'}, loaded with Transformers {version('transformers')},"
         plain = llms.load_model(folder / "model").eval()
+    loaded = plain.state_dict()
+    wrong = [name for name, weight in weights.items() if name not in loaded or not torch.equal(loaded[name], weight)]
+    if wrong:
+        raise UserError(
+            f"{what} has other weights than the trained model: {len(wrong)} of {len(weights)} trained ones, {wrong[0]} the first "
+            "of them. Whatever loads it would score otherwise, so the stage ends here: report it with the output of jobs/env.py"
+        )
     for weight in plain.parameters():
         if weight.itemsize > dtype.itemsize:
             weight.data = weight.data.to(dtype)
@@ -136,6 +154,11 @@ def compare_saved(
             "allowed for rounding. Whatever loads it would score otherwise, so the stage ends here: report it with the "
             "output of jobs/env.py"
         )
+
+
+def of_part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of the weights whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def prompt_batch(rows: pa.Table, loss: str) -> Batch:
@@ -157,23 +180,23 @@ def count_targets(batch: Batch) -> Tensor:
     return ((batch["targets"] != NO_TARGET).sum(1) * batch["weight"]).sum()
 
 
-def prompt_loss(found: Tensor, batch: Batch, prompts: Prompts) -> Tensor:
+def prompt_loss(found: Tensor, batch: Batch) -> Tensor:
     """The loss summed over targets of weight 1, from what `PromptScorer` finds: logits, or losses where there are targets."""
-    return (found * batch["weight"]).sum() if "targets" in batch else answer_loss(found, batch, prompts)
+    return (found * batch["weight"]).sum() if "targets" in batch else answer_loss(found, batch)
 
 
-def answer_loss(logits: Tensor, batch: Batch, prompts: Prompts) -> Tensor:
+def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of the right answer against the other one at the deciding position, summed over rows of weight 1.
 
     It is the logistic loss of the score; the rest of the vocabulary, which is never answered with, has no part in it.
     """
-    losses = F.binary_cross_entropy_with_logits(answer_score(logits, prompts), batch["label"], reduction="none")
+    losses = F.binary_cross_entropy_with_logits(answer_score(logits), batch["label"], reduction="none")
     return (losses * batch["weight"]).sum()
 
 
-def answer_score(logits: Tensor, prompts: Prompts) -> Tensor:
-    """float32 [b]: logit of yes minus logit of no."""
-    return logits[:, prompts.segments.yes] - logits[:, prompts.segments.no]
+def answer_score(logits: Tensor) -> Tensor:
+    """float32 [b]: of logits [b, 2] that of yes minus that of no."""
+    return logits[:, 0] - logits[:, 1]
 
 
 def make_prompts(
@@ -205,7 +228,6 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
             loaded.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
 
     folder, is_full = source.folder(), settings.method == "full"
     if is_full:
@@ -216,14 +238,9 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
     prompts = make_prompts(folder, titles, prompt, noun, model, "text", settings.loss)
     if is_full:
         return TextTask(source, model, prompts, settings.loss)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    is_transposed = any(isinstance(module, Conv1D) for module in linear.values())  # as in GPT-2
-    layers = {name.rpartition(".")[2] for name in linear}
-    missing = sorted(set(settings.targets) - {ALL_LINEAR} - layers)
-    if missing:
-        raise UserError(
-            f"adapt.targets names {', '.join(missing)}, but the linear layers of {source.name} are {', '.join(sorted(layers))}"
-        )
+    linear = llms.linear_layers(model)
+    is_transposed = not all(isinstance(module, nn.Linear) for module in linear.values())  # as in GPT-2
+    llms.check_targets(settings.targets, linear, source.name)  # before any stage too, but for those that a sweep draws
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

@@ -162,8 +162,7 @@ def assumptions(mfu: float = MFU) -> list[str]:
 
 def memory_of(config: Config, shape: Shape, context: int, stages: Sequence[str], workers: int) -> int:
     """Bytes that the stage with the most of them takes of each of so many workers on GPUs, beside tables."""
-    # on GPUs what is saved is loaded again into the host's memory
-    uses = [replace(use_of(stage, config, context), compares=False) for stage in stages]
+    uses = [replace(use_of(stage, config, context), on_gpu=True) for stage in stages]
     uses = [use if use.workers == 1 and not use.sharded else replace(use, workers=workers) for use in uses]
     return max(sum(largest(phases(shape, use))[1].values()) for use in uses)
 
@@ -172,7 +171,7 @@ def fewest_workers(
     config: Config, shape: Shape, context: int, stages: Sequence[str], tables: int, gpu: Gpu
 ) -> int | None:
     """The fewest workers, of 1, 2, 4, ... 1,024, on whose GPUs the model and an equal share of the tables fit; None: no number
-    of them does, as a worker loads the whole model before it is sharded.
+    of them does, as each worker of stage distil holds the whole model.
 
     Args:
         tables: bytes of all tables with their optimizer.

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sellarec.config import FLASH_ATTENTION
+from sellarec.config import ALL_LINEAR, FLASH_ATTENTION
 from sellarec.data.files import file_hash
 from sellarec.errors import UserError
 
@@ -34,13 +35,14 @@ class LlmSource:
     storage: str = "float32"
     attention: str = "auto"
 
-    def folder(self) -> Path:
-        """The local folder with the model; a hub id is downloaded once a machine."""
+    def folder(self, weights: bool = True) -> Path:
+        """The local folder with the model; a hub id is downloaded once a machine, without its weights where they aren't asked
+        for."""
         if self.revision is None:
             return Path(self.name)
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.model", "*.txt", "*.jinja", *["*.safetensors"] * weights]
         return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
 
 
@@ -185,19 +187,57 @@ def check_attention(name: str | Path, revision: str | None, attention: str) -> N
         UserError: with what Transformers says of it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = causal_config(name, revision)
     if attention == FLASH_ATTENTION:
         config.dtype = torch.bfloat16
     try:
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        without_weights(config, attn_implementation=attention)
     except (ValueError, ImportError) as error:
         raise UserError(
             f"llm.attention is {attention}, which can't be had here of {name} ({' '.join(str(error).split())}): take "
             "llm.attention auto"
         ) from error
+
+
+def without_weights(config: Any, **options: Any) -> Any:
+    """The causal model of a config on the device meta: its layers, without a number in them.
+
+    Args:
+        options: of `AutoModelForCausalLM.from_config`.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **options)
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """A model's linear layers by name, its output layer among them."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+
+
+def check_targets(targets: Sequence[str], layers: Iterable[str], model: str) -> None:
+    """Refuse `adapt.targets` that a model has no linear layers of.
+
+    Args:
+        layers: names of its linear layers, of which the last part counts.
+        model: what to call it.
+
+    Raises:
+        UserError: naming them, and the layers that there are.
+    """
+    names = {layer.rpartition(".")[2] for layer in layers}
+    missing = sorted(set(targets) - {ALL_LINEAR} - names)
+    if missing:
+        raise UserError(
+            f"adapt.targets names {', '.join(missing)}, but the linear layers of {model} are {', '.join(sorted(names))}: name "
+            f"some of these, or take {ALL_LINEAR}"
+        )
 
 
 def context_length(config: Any) -> int:
@@ -322,9 +362,10 @@ def with_adapter(model: "PreTrainedModel", folder: Path | None, trains: bool = F
     folder the model as it is.
 
     Raises:
-        UserError: the folder's weights are not an adapter of this model; no tensor is silently left out.
+        UserError: the folder's weights are missing, damaged, or not an adapter of this model; no tensor is silently left out.
     """
     from peft import PeftConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if folder is None:
@@ -336,7 +377,14 @@ def with_adapter(model: "PreTrainedModel", folder: Path | None, trains: bool = F
         adapted = PeftModelForCausalLM(model, settings)
     except ValueError as error:  # no adapter at all, or the model lacks the layers that it is for
         raise UserError(f"the adapter in {folder} isn't one of this model: {error}") from error
-    saved = load_file(folder / "adapter_model.safetensors")
+    file = folder / "adapter_model.safetensors"
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the adapter in {folder} has an adapter_config.json, but its weights, {file.name}, can't be read "
+            f"({str(error).splitlines()[0]}): copy the folder whole, or make the adapter anew"
+        ) from error
     # compared before loading, which passes over what is missing or too much
     found = {name: tuple(weight.shape) for name, weight in saved.items()}
     needed = {name: tuple(weight.shape) for name, weight in get_peft_model_state_dict(adapted).items()}

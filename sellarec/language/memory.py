@@ -1,9 +1,10 @@
 """What a stage's language model takes of a worker's memory, by arithmetic, before anything is loaded.
 
-Counted: weights as they are stored, whole while they are loaded and sharded after that; what is trained, with gradients and the
-optimizer's state; layers that are gathered to compute; activations of a micro-batch of the longest prompts; logits. Not counted:
-tables and projections, the prompts' own tensors, buffers of NCCL or gloo, what an allocator keeps, and the process itself
-(`sellarec.training.cluster.WORKER_MEMORY`).
+Counted: weights as they are stored, whole while they are loaded (into a GPU a layer at a time) and sharded after that; what is
+trained, with gradients and the optimizer's state; layers that are gathered to compute; activations of a micro-batch of the
+longest prompts; logits. Not counted: projections, the prompts' own tensors, buffers of NCCL or gloo, what an allocator keeps,
+and the process itself (`sellarec.training.cluster.WORKER_MEMORY`). The tables of a stage are counted elsewhere
+(`sellarec.training.plan`), and added.
 `benchmarks/language/memory.py` compares it with processes.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 
 from sellarec.config import ALL_LINEAR, Adapt
 from sellarec.errors import UserError
-from sellarec.language.llm import LlmSource, causal_config, decoder_layers
+from sellarec.language.llm import LlmSource, causal_config, decoder_layers, linear_layers, without_weights
 from sellarec.training.plan import GIB
 
 SAVED_NUMBERS = 1.25
@@ -54,14 +55,11 @@ def shape_of(source: LlmSource, adapter: Adapt | None) -> Shape:
         UserError: its config can't be read, or is of no causal language model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
     config = causal_config(source.name, source.revision)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = without_weights(config)
     output = model.get_output_embeddings()
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output}
+    linear = {name: module for name, module in linear_layers(model).items() if module is not output}
     targets: Collection[str] = () if adapter is None else adapter.targets
     adapted = [m for n, m in linear.items() if ALL_LINEAR in targets or n.rpartition(".")[2] in targets]
     lora = 0
@@ -96,11 +94,12 @@ class Use:
         trains: what gradients are of: the whole model, its adapter, or nothing of it.
         backward: whether gradients go through it.
         checkpoints: whether layers are computed again in the backward pass.
-        logits: of which positions logits are made: the last one (answer), some at a time (tokens), or none.
-        before: models of the same shape that are held beside it, sharded.
+        logits: what has some: the two answers at the last position (answer), some positions at a time (tokens), or none.
         compares: whether one worker loads the whole model once more at the end.
         validates: whether prompts are scored between steps.
         sharded: whether FSDP2 holds the weights and gathers them, a single worker's too.
+        tables: bytes of a worker's part of the stage's tables, which are made before the weights are sharded.
+        on_gpu: whether a GPU's memory is meant: what is whole at the start or at the end is in its machine's.
     """
 
     workers: int
@@ -112,17 +111,18 @@ class Use:
     backward: bool = False
     checkpoints: bool = False
     logits: str = "answer"
-    before: int = 0
     compares: bool = False
     validates: bool = False
     sharded: bool = True
+    tables: int = 0
+    on_gpu: bool = False
 
 
 def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
     """By phase of a stage what a worker holds then, in bytes by name."""
     stored, computed = BYTES[use.storage], BYTES[use.dtype]
     whole = shape.weights * stored + shape.adapter * 4
-    share = whole * (1 + use.before) // use.workers
+    share = whole // use.workers
     trained = {"model": shape.weights, "adapter": shape.adapter, "nothing": 0}[use.trains]
     state = trained * 12 // use.workers
     outside = shape.weights - shape.layers * shape.layer
@@ -141,17 +141,20 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
     if use.validates:
         numbers = max(numbers, scored)
     logits = {
-        "answer": 12 * use.micro_batch * shape.vocabulary,
+        "answer": 24 * use.micro_batch,
         "tokens": 4 * min(LOGIT_BYTES, 4 * rows * shape.vocabulary),
         "none": 0,
     }[use.logits]
-    held = {"weights": share, "gradients and optimizer": state}
+    held = {"weights": share, "gradients and optimizer": state, "tables": use.tables}
+    loaded = {"the whole model": whole, "weights": share if use.sharded else 0}
+    if use.on_gpu and use.sharded:
+        loaded = {"weights": share, "a layer": max(shape.layer, outside) * stored}
     found = {
-        "while it is loaded": {"the whole model": whole, "weights": share if use.sharded else 0},
+        "while it is loaded": loaded | {"tables": use.tables},
         "at a micro-batch": held
         | {"gathered layers": gathered, "activations": rows * numbers * computed, "logits": logits},
     }
-    if use.compares:
+    if use.compares and not use.on_gpu:
         # one worker does, on a machine whose room is shared out evenly
         again = held | {"the whole model": whole // use.workers}
         found["at the end, where it is loaded again to be compared"] = again
@@ -174,10 +177,10 @@ def summary(found: dict[str, dict[str, int]]) -> str:
 
 
 def check_model_fits(found: dict[str, dict[str, int]], room: int, whose: str, advice: dict[str, str]) -> None:
-    """Refuse a model that takes more than there is room for.
+    """Refuse a model that takes more, with its stage's tables, than there is room for.
 
     Args:
-        room: bytes that one worker has for it.
+        room: bytes that one worker has for both.
         whose: what has that room, for the message.
         advice: by name of a part what makes it smaller.
 
@@ -191,9 +194,10 @@ def check_model_fits(found: dict[str, dict[str, int]], room: int, whose: str, ad
     hints = list(
         dict.fromkeys(advice[name] for name in ordered if name in advice and parts[name] * 4 > sum(parts.values()))
     )
+    beside = " and the tables" if parts["tables"] else ""
     raise UserError(
-        f"the language model would take about {_amount(sum(parts.values()))} of each worker {when} ({_sum(parts)}), but {whose} "
-        f"has room for {_amount(room)}: {', or '.join([*hints, 'take a smaller model or a larger machine'])}"
+        f"the language model{beside} would take about {_amount(sum(parts.values()))} of each worker {when} ({_sum(parts)}), but "
+        f"{whose} has room for {_amount(room)}: {', or '.join([*hints, 'take a smaller model or a larger machine'])}"
     )
 
 
@@ -224,7 +228,7 @@ def use_of(stage: str, config: Any, context: int) -> Use:
         tokens = min(settings.max_tokens, context)
         return Use(**common | {"workers": 1, "dtype": "float32"}, tokens=tokens, logits="none", sharded=False)
     if stage == "evaluate":
-        return Use(**common, tokens=tokens, before=1)
+        return Use(**common, tokens=tokens)
     common["checkpoints"] = settings.checkpoint_activations
     if stage == "pretrain":
         common["storage"] = "float32"
@@ -250,4 +254,7 @@ def advice_of(stage: str, config: Any) -> dict[str, str]:
     tunes_all = stage == "adapt" and settings.method == "full"
     if config.llm.storage == "float32" and stage != "pretrain" and not tunes_all:
         advice |= dict.fromkeys(("the whole model", "weights"), "take llm.storage bfloat16 (now float32)")
+    if stage == "fuse":
+        kinds = f"tables.dtype {config.tables.dtype}, fuse.table_optimizer {settings.table_optimizer}"
+        advice["tables"] = f"take a smaller type of rows or an optimizer with less state ({kinds})"
     return advice

@@ -94,9 +94,17 @@ class Segments:
         return self.answers[1][0]
 
     @property
+    def deciding(self) -> tuple[int, int]:
+        return self.yes, self.no
+
+    @property
     def fixed(self) -> int:
         """Tokens beside history and title, of each slot one."""
         return sum(1 if part in SOFT else len(part) for part in self.parts if part not in ("history", "title"))
+
+
+SPACES = (" ", "\u2581", "\u0120")
+"""What a space is in tokens: itself, as SentencePiece writes it, as byte-level BPE does."""
 
 
 class SegmentTokenizer:
@@ -104,10 +112,13 @@ class SegmentTokenizer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
-        # A tokenizer that puts a space before its input turns " a" into two spaces and an "a".
-        self._adds_space = tokenizer.decode(self._ids(" a")) != tokenizer.decode(self._ids("a")) and len(
-            self._ids(" a")
-        ) > len(self._ids("a"))
+        # A tokenizer that puts a space before its input turns " a" into two spaces and an "a"; one that doesn't may have no token
+        # for a space and an "a", but then none of "a" begins with a space.
+        (first, *_), longer = (
+            tokenizer.convert_ids_to_tokens(self._ids("a")),
+            len(self._ids(" a")) > len(self._ids("a")),
+        )
+        self._adds_space = longer and first[0] in SPACES
         # What the tokenizer puts before a text; what it may put after one (an end token) would end the prompt.
         whole, alone = tokenizer("a")["input_ids"], self._ids("a")
         self._start = next(tuple(whole[:i]) for i in range(len(whole)) if whole[i : i + len(alone)] == alone)

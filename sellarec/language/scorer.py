@@ -7,7 +7,10 @@ Shapes: b rows, T prompt tokens, H width of the model, V vocabulary, n positions
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +29,22 @@ NO_TARGET = -100
 
 
 class PromptScorer(nn.Module):
-    """`llm` read at the last position of left-padded prompts."""
+    """`llm` read at the last position of left-padded prompts.
 
-    def __init__(self, llm: nn.Module) -> None:
+    Args:
+        answers: the tokens (of the vocabulary) whose logits alone are made there, in float32 whatever the model computes in, as
+            logits that were rounded to bfloat16 leave most pairs of prompts alike; None: those of the whole vocabulary.
+    """
+
+    def __init__(self, llm: nn.Module, answers: Sequence[int] | None = None) -> None:
         super().__init__()
         self.llm = llm
+        self.answers = answers
         self.shares = has_full_attention(base_model(llm))
+        output = self._output()
+        output.chosen = None
+        if type(output) is nn.Linear:  # with an adapter on it, it makes all logits
+            output.forward = partial(_chosen_logits, output)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -46,7 +59,8 @@ class PromptScorer(nn.Module):
         targets: Tensor | None = None,
         prefix: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Logits [b, V], float32, of the token that follows each prompt; with `targets` their losses [b] instead.
+        """Logits [b, V], float32, of the token that follows each prompt, or (`answers`) [b, number of them]; with `targets` their
+        losses [b] instead.
 
         Both are made in the forward pass, for which FSDP2 has gathered the output layer's weights.
 
@@ -72,13 +86,13 @@ class PromptScorer(nn.Module):
             "inputs_embeds": embedded, "attention_mask": mask.long(), "position_ids": positions(mask), "use_cache": False
         }  # fmt: skip
         if targets is None:
-            return self.llm(**given, logits_to_keep=1).logits[:, -1].float()
+            return self._last_logits(**given)
         model = base_model(self.llm)
         hidden = model.base_model(**given).last_hidden_state
         return token_losses(model.get_output_embeddings(), hidden, targets[:, padding:])
 
     def _after_prefixes(self, embedded: Tensor, lengths: Tensor, prefix: Tensor, prefix_tokens: Tensor) -> Tensor:
-        """Logits [b, V] as `forward` gives them, in two passes whatever is shared: layers that are sharded over workers are
+        """Logits as `forward` gives them, in two passes whatever is shared: layers that are sharded over workers are
         gathered equally often on each.
 
         Args:
@@ -107,18 +121,46 @@ class PromptScorer(nn.Module):
         longest = int(follow.max())
         column = torch.arange(longest, device=prefix.device) - longest
         mask = torch.cat([prefix_mask[group], column >= -follow[:, None]], dim=1)
-        return (
-            self.llm(
-                inputs_embeds=embedded[:, -longest:],
-                attention_mask=mask.long(),
-                position_ids=positions(mask)[:, -longest:],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            .logits[:, -1]
-            .float()
+        return self._last_logits(
+            inputs_embeds=embedded[:, -longest:],
+            attention_mask=mask.long(),
+            position_ids=positions(mask)[:, -longest:],
+            past_key_values=cache,
+            use_cache=True,
         )
+
+    def _last_logits(self, **given: Any) -> Tensor:
+        """float32 [b, V], or of `answers`; what a model does to its logits beside, as to cap them, it does to these."""
+        output = self._output()
+        output.chosen = None if self.answers is None else list(self.answers)
+        try:
+            logits = self.llm(**given, logits_to_keep=1).logits[:, -1].float()
+        finally:
+            output.chosen = None
+        if self.answers is None or logits.shape[1] == len(self.answers):
+            return logits
+        return logits[:, list(self.answers)]
+
+    def _output(self) -> Any:
+        return base_model(self.llm).get_output_embeddings()
+
+    @contextmanager
+    def all_logits(self) -> Iterator[None]:
+        """Logits that are made in it are those of the whole vocabulary, as the model gives them."""
+        kept, self.answers = self.answers, None
+        try:
+            yield
+        finally:
+            self.answers = kept
+
+
+def _chosen_logits(output: Any, hidden: Tensor) -> Tensor:
+    """What an output layer makes of last hidden states [..., H]: float32 logits of the `chosen` tokens alone, where there are
+    some, else all."""
+    if output.chosen is None:
+        return F.linear(hidden, output.weight, output.bias)
+    bias = None if output.bias is None else output.bias[output.chosen].float()
+    return F.linear(hidden.float(), output.weight[output.chosen].float(), bias)
 
 
 def token_losses(output: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

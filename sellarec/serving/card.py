@@ -9,8 +9,8 @@ from sellarec.evaluation.results import format_table
 TEMPLATE = """\
 # {run}
 
-A [SeLLa-Rec](https://arxiv.org/abs/2504.10107) recommender: a language model {tuned}, and {rows}
-that it reads as {read_as} beside {noun} titles. It scores pairs of a user and an item.
+A [SeLLa-Rec](https://arxiv.org/abs/2504.10107) recommender: a language model {tuned}{beside}. It
+scores pairs of a user and an item.
 
     import sellarec
     recommender = sellarec.load("PATH/OF/THIS/FOLDER")
@@ -86,13 +86,16 @@ def model_card(
         for stage in STAGES
         if "steps" in (training := manifests.get(stage, {}).get("facts", {}))
     ]
+    beside = f" that reads {data['noun']} titles"
+    if config.fuse.tokens:
+        rows = "a row of each user and item" if learned else "a collaborative model's rows of users and items"
+        read_as = f"codes in text ({config.fuse.code})" if represent == "codes" else "soft tokens"
+        beside = f", and {rows}\nthat it reads as {read_as} beside {data['noun']} titles"
     return TEMPLATE.format(
         run=facts["run"],
-        rows="a row of each user and item" if learned else "a collaborative model's rows of users and items",
-        read_as=f"codes in text ({config.fuse.code})" if represent == "codes" else "soft tokens",
+        beside=beside,
         tuned="whose weights were all tuned" if is_tuned else "with an adapter",
         made="tuned model" if is_tuned else "adapter",
-        noun=data["noun"],
         source=config.data.source if config.data.dataset is None else f"{config.data.source}, {config.data.dataset}",
         users=data["users"],
         items=data["items"],
@@ -102,7 +105,7 @@ def model_card(
         split_rule=data["split_rule"],
         histories="in `histories/`" if facts["histories"] else "left out, so they are given with each call",
         results=format_table(results).replace("\n", "\n    ").replace("\n    \n", "\n\n"),
-        collab="none" if learned else config.collab.model,
+        collab="none" if learned or not config.fuse.tokens else config.collab.model,
         template=manifests["fuse"]["facts"]["template"],
         seed=config.seed,
         stages="\n".join(trained),

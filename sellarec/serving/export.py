@@ -150,21 +150,10 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
         shutil.copytree(of["adapter"] / "adapter", out / "adapter")
     if "projections" in of:
         _copy(of["projections"], out, [PROJECTION])
-    rows = of["tables"]
-    _copy(rows, out, [name for name in (WEIGHTS,) if (rows / name).is_file()])
     if is_file(config.prompt.template):
         shutil.copyfile(Path(config.prompt.template).expanduser(), out / TEMPLATE)
-    tokens = soft_tokens(config.fuse)
-    settings = token_rows(config.fuse, config.collab, source)
-    collab = build_collab(log, settings, rows, represented=represented(config.fuse))
-    smoothed = [] if collab.graph is None or not collab.tables else ["user", "item"]
-    semantic = ["semantic"] * ("semantic" in tokens)
-    names = [name for name in (*(table.name for table in collab.tables), *semantic) if name not in smoothed]
-    for name in names:
-        shards = SavedTable(rows / "tables", name).facts["shards"]
-        _copy(rows / "tables", out / "tables", [f"{name}.json", *(shard["file"] for shard in shards)])
-    if smoothed:
-        _write_smoothed(collab, out / "tables")
+    if "tables" in of:
+        _write_tables(finished, source, log, of["tables"], out)
     _write_catalog(log, out / CATALOG)
     if histories:
         _write_histories(log, out / HISTORIES)
@@ -187,6 +176,22 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
     card = model_card(facts, config, log.facts, results, finished.manifests)
     (out / "README.md").write_text(card, encoding="utf-8")
     (out / EXPORT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_tables(finished: Finished, source: LlmSource, log: Log, rows: Path, out: Path) -> None:
+    """The tables, and the collaborative model's dense weights, of an artifact's folder."""
+    config = finished.config
+    _copy(rows, out, [name for name in (WEIGHTS,) if (rows / name).is_file()])
+    settings = token_rows(config.fuse, config.collab, source)
+    collab = build_collab(log, settings, rows, represented=represented(config.fuse))
+    smoothed = [] if collab.graph is None or not collab.tables else ["user", "item"]
+    semantic = ["semantic"] * ("semantic" in soft_tokens(config.fuse))
+    names = [name for name in (*(table.name for table in collab.tables), *semantic) if name not in smoothed]
+    for name in names:
+        shards = SavedTable(rows / "tables", name).facts["shards"]
+        _copy(rows / "tables", out / "tables", [f"{name}.json", *(shard["file"] for shard in shards)])
+    if smoothed:
+        _write_smoothed(collab, out / "tables")
 
 
 def _base_model(finished: Finished) -> LlmSource:

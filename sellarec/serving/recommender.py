@@ -18,7 +18,6 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from sellarec.alignment.align import PROJECTION
 from sellarec.collab.rows import flat, lists
@@ -109,7 +108,7 @@ class Recommender:
         device: torch.device,
     ) -> None:
         self._folder, self._task, self._text_task = folder, task, text_task
-        self._chunk, self._micro_batch, self._dtype, self._device = chunk, micro_batch, dtype, device
+        self._chunk, self._micro_batch, self._device = chunk, micro_batch, device
         self.users, self.items = Ids(log.paths("users")), Ids(log.paths("items"))
         self._seen = {
             "user": log.users(["seen"])["seen"].to_numpy(),
@@ -170,7 +169,7 @@ class Recommender:
         for name in self._task.tokens:
             with self._task.without(name):
                 parts[name] = score - float(self.score_rows(users, items, shown)[0])
-        if isinstance(self._task, FuseTask) and self._task.model.adds_to is not None:
+        if isinstance(self._task, FuseTask) and self._task.model.adds_collab:
             with self._task.without_collab_score():
                 collab = score - float(self.score_rows(users, items, shown)[0])
         return {
@@ -224,7 +223,7 @@ class Recommender:
             arranged, shared, alone = task.share(part, self._micro_batch)
             part = arranged if shared <= WORTH_SHARING * alone else part
             batch = task.collate(part, None)
-            batch, vectors = self._ready(batch), self._ready(self._look_up(task.lookups(batch)))
+            batch, vectors = self._to_device(batch), self._to_device(self._look_up(task.lookups(batch)))
             found = []
             for first in range(0, len(part), self._micro_batch):
                 some = slice(first, min(first + self._micro_batch, len(part)))
@@ -252,16 +251,8 @@ class Recommender:
             found[name] = Jagged(vectors, asked.lengths) if isinstance(asked, Jagged) else vectors
         return found
 
-    def _ready(self, found: dict[str, Any]) -> dict[str, Any]:
-        """On the device, and numbers in the compute type, as FSDP2 gives them to a model."""
-
-        def of(tensor: Tensor) -> Tensor:
-            return tensor.to(self._device, self._dtype if tensor.is_floating_point() else None)
-
-        return {
-            name: Jagged(of(value.values), of(value.lengths)) if isinstance(value, Jagged) else of(value)
-            for name, value in found.items()
-        }
+    def _to_device(self, found: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to(self._device) for name, value in found.items()}
 
     def _last_positives(self, user: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each of n users the items of the last positives one after the other, and int64 [n], how many they are."""
@@ -298,16 +289,17 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
     source = replace(_base_model(folder, facts["base_model"], llm), storage=config.llm.storage)
     log = read_log(folder / CATALOG)
     titles, noun = [*log.items(["title"])["title"].to_pylist(), ""], log.facts["noun"]
-    made = made_by(config.fuse).get("projections")
+    made, collab = made_by(config.fuse).get("projections"), None
+    if config.fuse.tokens:
+        rows = token_rows(config.fuse, config.collab, source)
+        collab = build_collab(log, rows, folder, represented=represented(config.fuse))
     task = build_fuse(
         source=source,
         titles=titles,
         prompt=config.prompt,
         noun=noun,
         adapter=folder / "adapter" if config.adapt.method == "lora" else None,
-        collab=build_collab(
-            log, token_rows(config.fuse, config.collab, source), folder, represented=represented(config.fuse)
-        ),
+        collab=collab,
         semantic=semantic_table(folder / "tables", config.fuse),
         hidden=config.align.hidden,
         projection=folder / PROJECTION if made == "align" else None,

@@ -10,7 +10,7 @@ import time
 from sellarec.artifacts import Place
 from sellarec.config import GROW_EVERY, NODE_TIMEOUT, STORAGE_TIMEOUT, WORKER_TIMEOUT
 from sellarec.errors import StageFailed, UserError
-from sellarec.preflight import check_address, check_workspace, in_words, preflight
+from sellarec.preflight import Machine, check_address, check_workspace, in_words, machines_of, preflight
 from sellarec.training.progress import Console
 
 WORKER_MEMORY = 800 << 20
@@ -32,12 +32,14 @@ class Cluster:
         gpus: whether workers get a GPU each.
         share: what each worker takes of a CPU, or of a GPU.
         groups: worker groups that may run at a time.
+        machines: of a cluster that was joined, as they were then.
     """
 
     local: bool
     gpus: bool
     share: float = 1.0
     groups: int = 1
+    machines: tuple[Machine, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +152,15 @@ def connect(
             f"share is {share:g} and workers {workers}, but NCCL takes no two workers of a group on one GPU: give --workers 1, "
             "or leave share out"
         )
+    machines: tuple[Machine, ...] = ()
     if not local:
         start = time.monotonic()
         found = preflight(workers, has_gpus, WORKER_MEMORY, workspace, groups, share)
         for line in in_words(found):
             console.line(f"  {line}")
         console.line(f"preflight passed in {time.monotonic() - start:.0f} s: {len(found)} nodes")
-    return Cluster(local=local, gpus=has_gpus, share=share, groups=groups)
+        machines = machines_of(found, 1.0 if has_gpus else share)
+    return Cluster(local=local, gpus=has_gpus, share=share, groups=groups, machines=machines)
 
 
 def _loopback() -> str:
@@ -214,11 +218,16 @@ def takes_gpus(gpus: float, workers: int, device: str, groups: int = 1, share: f
     return gpus > 0
 
 
-def room_of_worker(workers: int) -> int:
-    """Bytes that each of so many workers on this machine has for tables or a model, beside what a worker takes itself."""
+def room_of_worker(workers: int, memory: int | None = None) -> int:
+    """Bytes that each of so many workers on a machine has for tables and a model, beside what a worker takes itself.
+
+    Args:
+        memory: that is free there; None asks this machine.
+    """
     import psutil
 
-    return max(0, psutil.virtual_memory().available // workers - WORKER_MEMORY)
+    free = psutil.virtual_memory().available if memory is None else memory
+    return max(0, free // workers - WORKER_MEMORY)
 
 
 def free_gpu_memory(share: float) -> int:

@@ -26,9 +26,13 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, d
 
     Frozen weights may be stored in another type than the trained ones, which share one: each is cast to `dtype` as it is
     gathered, and only gradients are reduced together.
+
+    Args:
+        model: on the CPU; a block at a time goes to `device`, where each worker keeps its share, so no device ever holds all.
     """
     mesh = init_device_mesh(device.type, (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # vectors of tables stay float32: a model casts them where it needs to
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     large = [block for block in blocks if sum(w.nbytes for w in block.parameters()) >= MIN_BLOCK_BYTES]
     for module in [*large, model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)

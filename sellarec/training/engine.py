@@ -205,7 +205,6 @@ class Engine:
         in it, and the update of rows. On GPUs only what the host waits."""
         self.optimizer = None
         if task.model is not None:
-            task.model.to(workers.device)
             if isinstance(settings, Backpropagation) and settings.compile:
                 dense.compile_blocks(task.blocks)
             if isinstance(settings, Backpropagation) and settings.checkpoint_activations:
@@ -584,7 +583,8 @@ class Engine:
         assert isinstance(task, CheckedTask) and task.model is not None
         with self._scoring():
             batch = self._to_device(task.collate(rows, None))
-            task.check_saved(task.model, batch, output.local() if self.workers.rank == 0 else None, self.dtype)
+            folder = output.local() if self.workers.rank == 0 else None
+            task.check_saved(task.model, batch, folder, self.dtype, dense.trained_weights(task.model))
 
 
 def rank_queries(

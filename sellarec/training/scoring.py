@@ -1,5 +1,6 @@
 """Scoring a split with several trained models, and ranking for its users, on each worker, under Ray Train."""
 
+import gc
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,9 @@ def _score(scoring: Scoring) -> None:
     columns: dict[str, np.ndarray] = {}
     histories: dict[str, dict[str, int]] = {}
     rankings: dict[str, pa.Table] = {}
-    for name, build in scoring.build.items():
+
+    def score(name: str, build: Callable[[], Task]) -> None:
+        """With one of the models, which is gone when the next one is loaded."""
         start = time.monotonic()
         task = together(build, workers)
         dtype = scoring.dtype if task.blocks else "float32"  # as each was trained
@@ -91,6 +94,10 @@ def _score(scoring: Scoring) -> None:
             ranked = _rank(scoring, scoring.queries, name, engine)
             if ranked is not None:
                 rankings[name] = pa.table({"user": ranked.users, **ranked.values})
+
+    for name, build in scoring.build.items():
+        score(name, build)
+        gc.collect()  # FSDP's hooks and modules name each other
 
     def write() -> None:
         with scoring.output.writing() as folder:

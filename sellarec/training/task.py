@@ -189,9 +189,11 @@ class SharingTask(Protocol):
 class CheckedTask(Protocol):
     """What a task has beside, whose saved weights are for other programs too: once saved, they are loaded as those load them."""
 
-    def check_saved(self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype) -> None:
-        """Compare the trained model with what `save` has written into `folder`. All workers call it, each with some rows, and all
-        but one with None, as they only take part in running the sharded model, which computes in `dtype`.
+    def check_saved(
+        self, model: nn.Module, batch: Batch, folder: Path | None, dtype: torch.dtype, weights: dict[str, Tensor]
+    ) -> None:
+        """Compare the trained model with what `save` has written of its `weights` into `folder`. All workers call it, each with
+        some rows, and all but one with None, as they only take part in running the sharded model, which computes in `dtype`.
 
         Raises:
             UserError: the two don't agree.

@@ -12,6 +12,7 @@ from pathlib import Path
 import main_job
 import pytest
 import torch
+from transformers import BertConfig, BloomConfig
 
 from sellarec.errors import exit_status
 
@@ -125,6 +126,24 @@ def test_model_folder_without_weights_or_tokenizer(run: Run, tmp_path: Path) -> 
     refused(run("--llm", folder), "weights")
     (folder / "model.safetensors").write_bytes(b"")
     refused(run("--llm", folder), "tokenizer")
+
+
+def test_a_model_that_is_no_causal_one_or_lacks_the_layers_to_adapt(
+    run: Run, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Before any stage, though nobody knows yet how many rows there are."""
+    small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = Path(shutil.copytree(models["gpt2"], tmp_path / "bert"))
+    BertConfig(**small, intermediate_size=16, architectures=["BertForMaskedLM"]).save_pretrained(bert)
+    refused(run("--llm", bert), "BertForMaskedLM, which is no causal language model")
+    bloom = Path(shutil.copytree(models["gpt2"], tmp_path / "bloom"))
+    BloomConfig(**small, architectures=["BloomForCausalLM"]).save_pretrained(bloom)
+    refused(run("--llm", bloom), "bloom has no max_position_embeddings")
+    refused(run("--llm", models["gpt2"]), "adapt.targets names down_proj", "c_attn, c_fc, c_proj, lm_head")
+    refused(
+        run("--adapt.targets", "c_attn"), "adapt.targets names c_attn", "layers of the embedded model are down_proj"
+    )
+    assert not list((tmp_path / "w").rglob("manifest.json"))
 
 
 def test_more_workers_than_memory_holds(run: Run) -> None:

@@ -208,7 +208,7 @@ def test_tables_without_room_are_refused_before_workers_start(workspace, monkeyp
             pretrain=Pretrain(hidden=WIDTH),
         )
     )
-    run.marks = {"prepare": "x"}
+    run.marks = {"prepare": "x", "pretrain": "x"}
     run.cluster = Cluster(local=True, gpus=False)
     monkeypatch.setattr(stages, "train", start)
     monkeypatch.setattr(stages, "check_model", lambda *_: None)  # of its own, and larger

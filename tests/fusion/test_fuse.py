@@ -171,7 +171,7 @@ def test_the_collaborative_score_is_added_to_the_language_models(make, model, pl
     batch = batch_of(task, rows(6, **unseen), None)
     vectors = look_up(task, batch)
     both = task.score(task.model, batch, vectors)
-    task.model.adds_to = None
+    task.model.adds_collab = False
     alone = task.score(task.model, batch, vectors)
     collab = task.collab.score(None, batch, vectors)
     assert collab.abs().max() > 0.01
@@ -179,9 +179,25 @@ def test_the_collaborative_score_is_added_to_the_language_models(make, model, pl
     item = vectors["item"].values if isinstance(vectors["item"], Jagged) else vectors["item"]
     (gradient,) = torch.autograd.grad((both - alone).sum(), [item])
     assert gradient.abs().max() > 0
-    task.model.language_weight, task.model.adds_to = 0.25, task.prompts.segments.yes
+    task.model.language_weight, task.model.adds_collab = 0.25, True
     weighed = task.score(task.model, batch, vectors)
     torch.testing.assert_close(weighed, 0.25 * alone + collab, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("model", "tolerance"), [("mf", 1e-4), ("sasrec", 3e-2), ("fism", 3e-2)])
+def test_a_language_model_in_bfloat16_leaves_the_collaborative_score_in_float32(make, model, tolerance):
+    """Of dense weights alone it sees rounded ones: those that FSDP2 has gathered."""
+    task = make(tokens=SOFT, model=model, collab_score=True)
+    batch = batch_of(task, rows(6), None)
+    vectors = look_up(task, batch)
+    with torch.no_grad():
+        collab = task.collab.score(None, batch, vectors)
+        task.model.to(torch.bfloat16)
+        both = task.score(task.model, batch, vectors)
+        task.model.adds_collab = False
+        alone = task.score(task.model, batch, vectors)
+    torch.testing.assert_close(both - alone, collab, rtol=tolerance, atol=1e-5)
+    assert both.dtype == torch.float32
 
 
 def test_tokens_have_the_norm_of_the_models_embeddings(task):
@@ -282,20 +298,21 @@ def test_a_saved_adapter_that_lacks_a_tensor_ends_the_stage(make, tmp_path, trai
         for weight in trained.values():
             weight.add_(0.05)
     task.model.eval()
-    task.save(tmp_path, {name: weight.detach() for name, weight in trained.items()})
+    saved = {name: weight.detach() for name, weight in trained.items()}
+    task.save(tmp_path, saved)
     batch = batch_of(task, rows(), None)
-    task.check_saved(task.model, batch, tmp_path, torch.float32)
+    task.check_saved(task.model, batch, tmp_path, torch.float32, saved)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
     del weights[next(name for name in weights if "lora_B" in name)]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"the adapter in .*, loaded with PEFT .* gives other logits than the trained"):
-        task.check_saved(task.model, batch, tmp_path, torch.float32)
-    task.check_saved(task.model, batch, None, torch.float32)
+    with pytest.raises(UserError, match=r"the adapter in .*, loaded with PEFT .* has other weights than the trained"):
+        task.check_saved(task.model, batch, tmp_path, torch.float32, saved)
+    task.check_saved(task.model, batch, None, torch.float32, {})
 
 
 def test_where_no_adapter_is_trained_none_is_compared(task, tmp_path):
-    task.check_saved(task.model, batch_of(task, rows(), None), tmp_path, torch.float32)
+    task.check_saved(task.model, batch_of(task, rows(), None), tmp_path, torch.float32, {})
 
 
 def test_rows_of_weight_zero_have_no_effect(task):

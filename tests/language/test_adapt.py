@@ -1,5 +1,6 @@
 """Stage adapt: what is adapted, what is saved, and that Hugging Face's and PEFT's own loading gives the same logits."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_the_saved_adapter_loads_elsewhere_and_gives_the_same_logits(models, tit
     task.model.eval()
     save(task, tmp_path)
     batch = batch_of(task)
-    with torch.no_grad():
+    with torch.no_grad(), task.model.all_logits():
         logits = task.model(batch["tokens"], batch["mask"], {}, {})
     base = AutoModelForCausalLM.from_pretrained(models[model])
     without = logits_of(base, batch)
@@ -85,7 +86,7 @@ def test_a_fresh_adapter_changes_nothing(models, titles, model, variant):
     case = case_of(models, titles, model, **VARIANTS[variant])
     task = build_adapt(llms.find_llm(str(case.model), None), titles, language_cases.PROMPT, "movie", case.settings)
     batch = batch_of(task)
-    with torch.no_grad():
+    with torch.no_grad(), task.model.all_logits():
         logits = task.model(batch["tokens"], batch["mask"], {}, {})
     torch.testing.assert_close(logits_of(llms.load_model(case.model), batch), logits, rtol=0, atol=1e-4)
 
@@ -124,23 +125,38 @@ def test_layers_of_another_architecture_are_refused_naming_those_there_are(model
         build_adapt(source, titles, language_cases.PROMPT, "movie", Adapt())
 
 
-def check(task: TextTask, folder: Path) -> None:
-    task.model.eval()
-    task.check_saved(task.model, batch_of(task), folder, torch.float32)
+def check(task: TextTask, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """As the engine does: what is trained stays float32, whatever the model computes in."""
+    weights = {name: weight.detach() for name, weight in task.model.named_parameters() if weight.requires_grad}
+    task = copy.deepcopy(task)
+    for weight in task.model.eval().parameters():
+        weight.data = weight.data.to(min(weight.dtype, dtype, key=lambda kind: kind.itemsize))
+    llms.compute_in(task.model, dtype)
+    task.check_saved(task.model, batch_of(task), folder, dtype, weights)
 
 
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", TARGETS)
-def test_a_saved_adapter_that_lacks_a_tensor_ends_the_stage(models, titles, tmp_path, model, storage):
-    """PEFT only warns of it, and goes on with a fresh one."""
+def test_a_saved_adapter_that_lacks_a_tensor_ends_the_stage(models, titles, tmp_path, model, storage, computed):
+    """PEFT only warns of it, and goes on with a fresh one, whose logits may be too close for bfloat16 to tell."""
     task = language_cases.adapt_task(case_of(models, titles, model, storage))
-    llms.compute_in(task.model, torch.float32)  # as the engine does
     save(task, tmp_path)
-    check(task, tmp_path)
+    check(task, tmp_path, computed)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
     del weights[next(name for name in weights if "lora_B" in name)]
     save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"has other weights than the trained model: 1 of \d+ trained ones, .*lora_B"):
+        check(task, tmp_path, computed)
+
+
+def test_a_saved_adapter_that_is_applied_otherwise_ends_the_stage(models, titles, tmp_path):
+    task = language_cases.adapt_task(case_of(models, titles, "llama"))
+    save(task, tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"lora_alpha": 4 * settings["lora_alpha"]}))
     with pytest.raises(UserError, match=r"gives other logits than the trained model: .* differ by up to"):
         check(task, tmp_path)
 
@@ -163,7 +179,7 @@ def test_a_wholly_tuned_model_loads_elsewhere_and_gives_the_same_logits(models, 
     save(task, tmp_path)
     assert not (tmp_path / "adapter").exists()
     batch = batch_of(task)
-    with torch.no_grad():
+    with torch.no_grad(), task.model.all_logits():
         logits = task.model(batch["tokens"], batch["mask"], {}, {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     torch.testing.assert_close(logits_of(plain, batch), logits, rtol=0, atol=1e-4)
@@ -190,7 +206,7 @@ def test_a_wholly_tuned_model_that_was_saved_otherwise_ends_the_stage(models, ti
     weights = load_file(file)
     name = next(name for name in weights if ".1." in name)
     save_file(weights | {name: weights[name] * 1.2}, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"the model in .*, loaded with Transformers .* gives other logits than"):
+    with pytest.raises(UserError, match=r"the model in .*, loaded with Transformers .* has other weights than"):
         check(task, tmp_path)
 
 

@@ -193,6 +193,17 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path):
         llms.with_adapter(llama(), tmp_path / "adapter")
 
 
+def test_an_adapter_without_whole_weights_is_refused(tmp_path):
+    file = save_adapter(llama(), tmp_path / "adapter") / "adapter_model.safetensors"
+    said = rf"{tmp_path}/adapter has an adapter_config\.json, but its weights, adapter_model\.safetensors, can't be read \(.*copy"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=said):
+        llms.with_adapter(llama(), tmp_path / "adapter")
+    file.unlink()
+    with pytest.raises(UserError, match=said):
+        llms.with_adapter(llama(), tmp_path / "adapter")
+
+
 def test_an_adapter_comes_back_frozen_and_as_it_was(tmp_path):
     torch.manual_seed(0)
     base = llama()

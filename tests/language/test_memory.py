@@ -47,13 +47,14 @@ def test_weights_are_counted_as_they_are_made(models, name, dora):
 def test_memory_by_hand():
     found = phases(SHAPE, USE)
     whole = 4 * 10_100_000
-    assert found["while it is loaded"] == {"the whole model": whole, "weights": whole // 2}
+    assert found["while it is loaded"] == {"the whole model": whole, "weights": whole // 2, "tables": 0}
     assert found["at a micro-batch"] == {
         "weights": whole // 2,
         "gradients and optimizer": 12 * 100_000 // 2,
+        "tables": 0,
         "gathered layers": 4 * (2_000_000 + 2 * 2_000_000),
         "activations": 4 * 400 * 4 * 12_500,
-        "logits": 12 * 4 * 30_000,
+        "logits": 24 * 4,
     }
     half = phases(SHAPE, replace(USE, storage="bfloat16", checkpoints=True, compares=True))
     assert half["while it is loaded"]["the whole model"] == 2 * 10_000_000 + 4 * 100_000
@@ -61,10 +62,15 @@ def test_memory_by_hand():
     assert (
         half["at the end, where it is loaded again to be compared"]["the whole model"] == 20_400_000 // 2
     )  # one of two
+    beside = phases(SHAPE, replace(USE, compares=True, tables=7))
+    assert [parts.pop("tables") for parts in beside.values()] == [7, 7, 7], "made before the model is sharded"
+    on_gpu = phases(SHAPE, replace(USE, compares=True, on_gpu=True))
+    assert on_gpu.keys() == found.keys(), "what is compared is in the host's memory"
+    assert on_gpu["while it is loaded"] == {"weights": whole // 2, "a layer": 4 * 2_000_000, "tables": 0}
     validating = phases(SHAPE, replace(USE, checkpoints=True, validates=True))  # keys and values of all layers
     assert validating["at a micro-batch"]["activations"] == 4 * 400 * max(12_500 + 4 * 500, 10_000 + 4 * 400)
-    scoring = phases(SHAPE, replace(USE, trains="nothing", backward=False, before=1, workers=1))
-    assert scoring["at a micro-batch"]["weights"] == 2 * whole
+    scoring = phases(SHAPE, replace(USE, trains="nothing", backward=False, workers=1))
+    assert scoring["at a micro-batch"]["weights"] == whole
     assert phases(SHAPE, replace(USE, sharded=False))["at a micro-batch"]["gathered layers"] == 0
     assert scoring["at a micro-batch"]["activations"] == 4 * 400 * (10_000 + 4 * 400)
 
@@ -86,7 +92,7 @@ def test_each_stage_uses_the_model_in_its_way():
     assert not distil.sharded
     longer = replace(config, distil=Distil(max_tokens=90))
     assert [use_of("distil", longer, context).tokens for context in (1000, 80)] == [90, 80]
-    assert use_of("evaluate", config, 1000).before == 1 and not use_of("evaluate", config, 1000).backward
+    assert not use_of("evaluate", config, 1000).backward
 
 
 def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():
@@ -102,6 +108,12 @@ def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():
         "lower adapt.micro_batch (4) or prompt.max_tokens (100), set adapt.checkpoint_activations",
     ):  # fmt: skip
         assert words in str(refused.value), refused.value
+    beside = phases(SHAPE, replace(USE, tables=10**9))
+    with pytest.raises(
+        UserError, match=r"the language model and the tables would take .*\+ tables 0.93 GiB"
+    ) as refused:
+        check_model_fits(beside, 10**9, "its GPU", advice_of("fuse", config))
+    assert "(tables.dtype float32, fuse.table_optimizer rowwise-adagrad)" in str(refused.value)
     large = phases(replace(SHAPE, weights=10**9, layer=2 * 10**8, layers=5), USE)
     with pytest.raises(UserError, match=r"while it is loaded.*take llm\.storage bfloat16") as refused:
         check_model_fits(large, 2**30, "its GPU", advice_of("adapt", config))

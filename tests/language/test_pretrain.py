@@ -12,13 +12,13 @@ import torch
 from prepared import prepare_into, rules, source_of
 from transformers import ByT5Tokenizer
 
-from sellarec.config import Config, Llm, Pretrain
+from sellarec.ahead import check_prompts
+from sellarec.config import DECODER_LINEAR, Config, Llm, Pretrain
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.pretrain import build_pretrain
 from sellarec.pipeline import _check_name, _origins
 from sellarec.run import Run, facts_of, inputs_of
-from sellarec.stages import _check_prompts
 
 torch.set_num_threads(1)
 
@@ -110,8 +110,13 @@ def test_a_runs_name_belongs_to_whether_its_model_was_pretrained_further(run):
 
 
 def test_prompts_that_the_given_model_has_no_room_for_are_refused_before_it_is_trained(run, copied):
-    _check_prompts(run, run.given_llm.folder())
+    check_prompts(run, run.given_llm.folder())
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 12}))
     with pytest.raises(UserError, match="context 12"):
-        _check_prompts(run, copied)
+        check_prompts(run, copied)
+
+
+def test_the_embedded_decoders_linear_layers_are_those_that_adapt_can_name(decoder):
+    layers = llms.linear_layers(llms.load_model(decoder))
+    assert {name.rpartition(".")[2] for name in layers} == set(DECODER_LINEAR)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sellarec.config import Prompt
+from sellarec.config import Pretrain, Prompt
 from sellarec.errors import UserError
 from sellarec.language.llm import load_tokenizer
+from sellarec.language.pretrain import build_decoder
 from sellarec.language.prompts import (
     MIN_HISTORY,
     NO_CODE,
@@ -113,6 +114,17 @@ def test_a_prompt_reads_as_its_template_says(tokenizer, titles, template, kind):
         kept = [token for at, token in enumerate(tokens_of(found, row)) if at not in slots]
         said = tokenizer.decode(kept, skip_special_tokens=True).strip()
         assert said == readable(template, [known[i] for i in history], known[item], kind)
+
+
+def test_spaces_stay_where_the_vocabulary_has_no_word_that_begins_with_a_space_and_an_a(tmp_path):
+    """Such a byte-level tokenizer takes " a" for two tokens, as one does that puts a space before its input."""
+    titles = ["Golden Voyage", "Moon Detective", "Silent Harbour", "Bad Santa", "Heat"]
+    build_decoder(titles * 20, [], Pretrain(vocabulary=1024, hidden=16, layers=1, heads=2), 0, tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer(" a")["input_ids"]) > len(tokenizer("a")["input_ids"])
+    found = build(make(tokenizer, titles, template="compact"), [(0, [1, 2])])
+    said = tokenizer.decode(tokens_of(found, 0), skip_special_tokens=True)
+    assert said.strip() == readable("compact", titles[1:3], titles[0])
 
 
 WORDS = st.lists(st.text("abcdefghijklmnopqrstuvwxyz", min_size=1, max_size=8), min_size=1, max_size=4).map(" ".join)

@@ -48,6 +48,56 @@ def llama(vocabulary: int = 50) -> LlamaForCausalLM:
 ROWS = pa.table({"tokens": pa.array([[5, 6, 7, 8, 9], [1, 0, 3], [4, 2, 6, 6]]), "user_position": [2, 1, 0]})
 
 
+def test_answers_are_told_apart_in_float32_where_the_model_computes_in_bfloat16():
+    """The last hidden states are bfloat16's, the logits made of them are not: hardly two prompts get one score."""
+    model = llama().bfloat16().eval()
+    model.lm_head.weight.data.normal_()
+    tokens = torch.randint(0, 50, (2000, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        hidden = model.model(tokens).last_hidden_state[:, -1]
+        found = PromptScorer(model, (7, 30))(tokens, mask, {}, {})
+        rounded = PromptScorer(model)(tokens, mask, {}, {})[:, [7, 30]]
+    expected = hidden.float() @ model.lm_head.weight[[7, 30]].float().T
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    differences = [len((logits[:, 0] - logits[:, 1]).unique()) for logits in (found, rounded)]
+    assert differences[0] > 1990 and differences[1] < 1800, differences
+
+
+def gemma2() -> Gemma2ForCausalLM:
+    """Caps its logits, and ties its output layer to the input embeddings."""
+    torch.manual_seed(3)
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_hidden_layers=2, final_logit_softcapping=0.5,
+    )  # fmt: skip
+    return Gemma2ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [llama, gemma2])
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["plain", "adapter on the output layer"])
+def test_the_logits_of_answers_are_those_of_whole_logits(make, is_adapted):
+    """So are the gradients, whatever the model does to its logits, also where all of them have to be made."""
+    model = make().eval()
+    if is_adapted:
+        model = get_peft_model(model, LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False))
+    answers = PromptScorer(model, (7, 30))
+    batch = left_padded(ROWS)
+    given = batch["tokens"], batch["mask"], {}, {}
+    found = answers(*given)
+    with answers.all_logits():
+        expected = answers(*given)
+    assert found.shape == (3, 2) and expected.shape == (3, 50)
+    torch.testing.assert_close(found, expected[:, [7, 30]], rtol=1e-5, atol=1e-6)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = [
+        torch.autograd.grad((logits[:, 0] - logits[:, 1]).sum(), weights, allow_unused=True)
+        for logits in (found, expected[:, [7, 30]])
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
 def test_targets_are_the_tokens_that_follow_but_for_padding_and_slots():
     batch = left_padded(ROWS)
     targets = next_tokens(batch, None)

@@ -83,7 +83,8 @@ def interactions(titles: list[str]) -> pa.Table:
 def make_workspace(
     folder: Path, model: str, decoder: Path, titles: list[str], method: str = "lora", **fuse_settings: Any
 ) -> Workspace:
-    projects = fuse_settings.get("represent", "collaborative") == "collaborative"
+    has_tokens = fuse_settings.get("tokens") != ()
+    projects = has_tokens and fuse_settings.get("represent", "collaborative") == "collaborative"
     coded = fuse_settings.get("represent") == "codes"
     titles = [*titles[:-1], ""]  # the last item, which has no train row, has no title either
     items = pa.table({"item": [f"i{number}" for number in range(len(titles))], "title": titles})
@@ -161,14 +162,16 @@ def make_workspace(
         table = Table("semantic", count, WIDTH, ("semantic",), read=lambda start, stop: semantic[start:stop])
         return build_fuse(
             **adapted, titles=titles, prompt=config.prompt, noun=log.facts["noun"],
-            collab=build_collab(log, rows_of_tokens, tables), semantic=table if projects else None, hidden=HIDDEN,
-            projection=None, trained=trained, settings=config.fuse, seed=1, language_weight=weight,
+            collab=build_collab(log, rows_of_tokens, tables) if has_tokens else None,
+            semantic=table if projects else None, hidden=HIDDEN, projection=None, trained=trained,
+            settings=config.fuse, seed=1, language_weight=weight,
         )  # fmt: skip
 
     torch.manual_seed(6)
     task = build(None)
-    if coded:
-        finish("collab", {"steps": 2, "kept_step": 2})
+    if coded or not has_tokens:
+        if coded:
+            finish("collab", {"steps": 2, "kept_step": 2})
         trained = {name: weight.detach() for name, weight in task.model.named_parameters() if weight.requires_grad}
         task.save(fuse, {name: weight + 0.05 * torch.randn_like(weight) for name, weight in trained.items()})
         adapted["adapter"] = fuse / "adapter"
@@ -555,6 +558,23 @@ def test_codes_are_exported(decoder, titles, tmp_path):
     assert explained["nobody"]["score"] == pytest.approx(without, abs=1e-5)
     # nothing is left on the task
     assert recommender.score(["1"], ["i2"], [["i1", "i4"]]).scores == pytest.approx([explained["1"]["score"]], abs=1e-5)
+
+
+def test_without_tokens_the_tuned_language_model_is_exported_alone(decoder, titles, tmp_path):
+    """TALLRec: no rows, no projections; what is unknown counts as what has no history, or title."""
+    workspace = make_workspace(tmp_path / "workspace", "mf", decoder, titles, tokens=(), train=("adapter",))
+    export_run(str(workspace.run), tmp_path / "export", histories=True, with_model=False)
+    assert not (tmp_path / "export/tables").exists() and not list((tmp_path / "export").glob("*.safetensors"))
+    card = (tmp_path / "export/README.md").read_text()
+    assert "with an adapter that reads book titles. It" in card and "Collaborative model: none." in card
+    rows, recommender = workspace.test_rows(), sellarec.load(tmp_path / "export")
+    users, items, histories = named(workspace, rows)
+    found = recommender.score(users, items, histories).scores
+    np.testing.assert_allclose(found, stage_scores(workspace, rows), atol=1e-5)
+    explained = recommender.explain(users[0], items[0], histories[0])
+    assert explained["tokens"] == {} and explained["collab"] is None
+    assert explained["score"] == pytest.approx(explained["text_only"], abs=1e-6)
+    assert recommender.score(["1"], ["nothing"]).unknown_item.tolist() == [True]
 
 
 def test_another_base_model_is_refused(made, tmp_path, decoder):

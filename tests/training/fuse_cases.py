@@ -55,8 +55,10 @@ def task_of(case: Case, trained: bool) -> FuseTask | CodesTask:
     tables = case.output if "tables" in left else case.inputs
     log, source = read_log(case.inputs / "log"), find_llm(str(case.inputs / "decoder"), None)
     start = None if case.settings.represent == "learned" and not trained else tables
-    settings = token_rows(case.settings, case.collab, source)
-    collab = build_collab(log, settings, start, represented=represented(case.settings))
+    collab = None
+    if case.settings.tokens:
+        settings = token_rows(case.settings, case.collab, source)
+        collab = build_collab(log, settings, start, represented=represented(case.settings))
     semantic = semantic_table(tables / "tables", case.settings)
     return build_fuse(
         source, titles_of(case.inputs), Prompt(template="compact"), "movie",

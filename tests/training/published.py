@@ -5,13 +5,13 @@ from typing import Any
 # SeLLa-Rec's paper and code, MovieLens-1M: by stage what its scripts set, and by the recipe's names.
 SELLA: dict[str, dict[str, Any]] = {
     "prompt": {"template": "sella", "history": 10, "max_tokens": 768},
-    "llm": {"dtype": "bfloat16"},
+    "llm": {"dtype": "bfloat16", "storage": "bfloat16"},
     "adapt": {
         "loss": "sequence", "rank": 64, "alpha": 16, "dropout": 0.05, "rslora": False, "dora": False,
         "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "batch": 128, "epochs": 1, "max_steps": 254,
         "optimizer": "adamw", "learning_rate": 8e-5, "beta2": 0.95, "weight_decay": 0.01,
-        "schedule": "cosine", "warmup": 0.01,
+        "schedule": "cosine", "warmup": 0.01, "checkpoint_activations": True,
     },
     "distil": {"text": "title", "prompt": "{Noun}: {text}", "layer": -1, "pooling": "last"},
     "collab": {
@@ -32,7 +32,7 @@ SELLA: dict[str, dict[str, Any]] = {
         "train": ("tables", "projections"), "unseen_dropout": 0.0, "semantic": "trained", "loss": "sequence", "batch": 128,
         "max_steps": 254, "optimizer": "adamw", "learning_rate": 2e-4, "beta2": 0.95, "weight_decay": 0.01,
         "schedule": "cosine", "warmup": 0.0, "table_optimizer": "adamw", "table_learning_rate": 2e-4,
-        "table_weight_decay": 0.01,
+        "table_weight_decay": 0.01, "checkpoint_activations": True,
     },
 }  # fmt: skip
 

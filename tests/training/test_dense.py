@@ -101,7 +101,7 @@ def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, models, titl
             np.testing.assert_allclose(worker["weights"][weight][moved], value[moved], err_msg=weight, **WEIGHTS)
     np.testing.assert_allclose(found[0]["scores"]["score"], twin["scores"], rtol=1e-3, atol=2e-3)
     assert all(worker["checked"] is None for worker in found), found[0]["checked"]
-    assert "gives other logits than the trained model" in found[0]["spoilt"]
+    assert "has other weights than the trained model" in found[0]["spoilt"]
     assert all(worker["spoilt"] is None for worker in found[1:])
 
 

@@ -52,6 +52,7 @@ CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "learned": (SASREC, LEARNED | {"train": ("tables",), "tokens": ("item",), "table_optimizer": "adam"}),
     "learned, adapter": (LIGHTGCN, LEARNED | {"train": ("tables", "adapter"), "learning_rate": 0.003}),
     "codes": (BINARY, CODES),
+    "no token": (MF, {"tokens": (), "train": ("adapter",), "learning_rate": 0.003}),
     "codes, sequence": (BINARY, CODES | {"code": "dotted", "loss": "sequence", "tokens": ("user",)}),
 }
 QUICK = ("collm", "all", "tables alone", "frozen lightgcn", "with the collaborative score", "learned, adapter", "codes")
@@ -71,6 +72,7 @@ LEFT: dict[str, tuple[set[str], set[str]]] = {
     "learned": ({"item"}, set()),
     "learned, adapter": ({"user", "item"}, {"adapter/adapter_model.safetensors"}),
     "codes": (set(), {"adapter/adapter_model.safetensors"}),
+    "no token": (set(), {"adapter/adapter_model.safetensors"}),
     "codes, sequence": (set(), {"adapter/adapter_model.safetensors"}),
 }
 """Tables, and files of dense weights: what is trained, and nothing else."""
