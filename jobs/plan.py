@@ -106,7 +106,7 @@ def plan_language_model(settings: "Planning", config: "Config", tables: int) -> 
     rows = cost.known_rows(config, None)
     if settings.rows is not None:
         train, valid, test = (round(settings.rows * part / config.data.split[0]) for part in config.data.split)
-        rows = {"train": train, "valid": valid, "test": test, "items": settings.items}
+        rows = {"train": train, "valid": valid, "test": test, "users": settings.users, "items": settings.items}
     if rows is None:
         raise UserError("give --rows, the rows of the train split: the recipes name no dataset whose counts are known")
     stages = [stage for stage in cost.STAGES if stage != "pretrain" or config.pretrains]

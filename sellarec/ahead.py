@@ -100,8 +100,12 @@ def _tables_ahead(this: Run, stage: str) -> tuple[Any, ...]:
     width = config.pretrain.hidden if is_built else hidden_width(this.given_llm)
     semantic = Table("semantic", this.log().facts["items"], width, ("semantic",))
     if stage == "align":
+        distilled = [semantic]
+        if config.reads_profiles:
+            distilled.append(Table("profile", this.log().facts["users"], width, ("profile",)))
         frozen = config.align.semantic == "frozen"
-        return (*build_collab(this.log(), rows, None).tables, dataclasses.replace(semantic, frozen=frozen))
+        tables = (dataclasses.replace(table, frozen=frozen) for table in distilled)
+        return (*build_collab(this.log(), rows, None).tables, *tables)
     if learned:
         rows = token_rows(fuse, config.collab, this.given_llm)
     collab = build_collab(this.log(), rows, None, represented=represented(fuse))

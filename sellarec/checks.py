@@ -29,6 +29,7 @@ from sellarec.config import (
     Config,
     Data,
     Dense,
+    Distil,
     Fuse,
     Pretrain,
     leaves,
@@ -190,21 +191,27 @@ def _check_align(config: Config) -> None:
             "align.weight is 0, but fuse.warm_start is True: without the contrastive loss nothing but weight decay moves the "
             "projection, from which fuse would start; take --fuse.warm-start False"
         )
-    if align.history != defaults.history and align.side == "items":
+    if align.user_vectors != defaults.user_vectors and align.side == "items":
         raise UserError(
-            f"align.history is {align.history}, but align.side is items, which reads no history: leave out one of the two"
+            f"align.user_vectors is {align.user_vectors}, but align.side is items, which aligns no users: leave out one of them"
+        )
+    reads_histories = align.side != "items" and align.user_vectors == "liked"
+    if align.history != defaults.history and not reads_histories:
+        raise UserError(
+            f"align.history is {align.history}, but align.side is {align.side} and align.user_vectors {align.user_vectors}, "
+            "which read no history: leave it out"
         )
     if align.contrastive == "rince" and align.rince_q / align.temperature > 40:
         raise UserError(
             f"align.rince_q is {align.rince_q} and align.temperature {align.temperature}: exp(q / temperature) overflows; raise "
             "the temperature or lower q"
         )
-    if align.side != "items" and config.data.split_by == "random":
+    if reads_histories and config.data.split_by == "random":
         raise UserError(
             f"align.side is {align.side}, but data.split_by is random: histories of train rows then hold positives of valid and "
             "test, to which users would be drawn; take align.side items, or another split"
         )
-    if align.side != "items" and config.data.source != "log" and align.history > config.data.history_cap:
+    if reads_histories and config.data.source != "log" and align.history > config.data.history_cap:
         raise UserError(
             f"align.history is {align.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
             "data.history_cap or lower align.history"
@@ -259,26 +266,36 @@ def _check_adapt(config: Config) -> None:
 
 
 def _check_distil(config: Config) -> None:
-    prompt = config.distil.prompt
-    try:
-        pieces = list(Formatter().parse(prompt))
-        fields = [name for _, name, _, _ in pieces if name is not None]
-    except ValueError as error:
-        raise UserError(f"distil.prompt is '{prompt}', whose braces don't close ({error}): write {{text}}") from error
-    unknown = [name for name in fields if name not in ("text", "noun", "Noun")]
-    if unknown or fields.count("text") != 1:
-        raise UserError(
-            f"distil.prompt is '{prompt}', with the fields {', '.join(fields) or 'none'}: {{text}} once is needed, {{noun}} and "
-            "{Noun} are allowed"
-        )
-    if any(form or conversion for _, _, form, conversion in pieces):
-        raise UserError(f"distil.prompt is '{prompt}': its fields are written plainly, as {{text}}")
-    if not "".join(literal for literal, _, _, _ in pieces).strip():
-        raise UserError(
-            f"distil.prompt is '{prompt}', which makes no token of an item without a text: put words around {{text}}"
-        )
+    distil, defaults = config.distil, Distil()
+    for name in ("prompt", "profile"):
+        _check_form(f"distil.{name}", getattr(distil, name))
+    for name in ("profile", "profile_items", "profile_tokens"):
+        if getattr(distil, name) != getattr(defaults, name) and not config.reads_profiles:
+            raise UserError(
+                f"distil.{name} is {getattr(distil, name)}, but align.side is {config.align.side} and align.user_vectors "
+                f"{config.align.user_vectors}, which read no profiles: take --align.side users (or both) --align.user-vectors "
+                "profile, or leave it out"
+            )
     if config.llm.model == EMBEDDED:
         check_layer(config.distil.layer, config.pretrain.layers, "the embedded model (pretrain.layers)")
+
+
+def _check_form(name: str, form: str) -> None:
+    try:
+        pieces = list(Formatter().parse(form))
+        fields = [field for _, field, _, _ in pieces if field is not None]
+    except ValueError as error:
+        raise UserError(f"{name} is '{form}', whose braces don't close ({error}): write {{text}}") from error
+    unknown = [field for field in fields if field not in ("text", "noun", "Noun")]
+    if unknown or fields.count("text") != 1:
+        raise UserError(
+            f"{name} is '{form}', with the fields {', '.join(fields) or 'none'}: {{text}} once is needed, {{noun}} and {{Noun}} "
+            "are allowed"
+        )
+    if any(written or conversion for _, _, written, conversion in pieces):
+        raise UserError(f"{name} is '{form}': its fields are written plainly, as {{text}}")
+    if not "".join(literal for literal, _, _, _ in pieces).strip():
+        raise UserError(f"{name} is '{form}', which makes no token of what has no text: put words around {{text}}")
 
 
 def check_layer(layer: int, layers: int, model: str) -> None:

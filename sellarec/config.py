@@ -437,7 +437,7 @@ class Collab(Steps, Selection, Dense, Sparse):
 
 @dataclass(frozen=True, kw_only=True)
 class Distil(Language):
-    """One semantic vector per item, from the adapted language model."""
+    """One semantic vector per item (and, where align reads them, per user), from the adapted language model."""
 
     text: Literal["title", "text"] = "title"
     """What the language model reads of an item: its title, or its longer text."""
@@ -451,6 +451,13 @@ class Distil(Language):
     max_tokens: int = 64
     """Longest text (tokens), with what stands around it: a longer one is cut at its end. The default is as published; a model
     with a shorter context reads as much as that."""
+    profile: str = "{Noun}s that one user liked: {text}"
+    """With `align.user_vectors profile`, what the language model reads of a user: {text} are titles that the user liked in train,
+    one after the other with semicolons between."""
+    profile_items: int = 20
+    """Titles of a profile at most, the most recent ones (items)."""
+    profile_tokens: int = 256
+    """Longest profile (tokens), as `max_tokens`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -486,8 +493,11 @@ class Align(Steps, Selection, Dense, Sparse):
     semantic: Literal["trained", "frozen"] = "trained"
     """Whether the distilled vectors are trained too (as published), or stay as they are."""
     side: Literal["items", "users", "both"] = "items"
-    """What is aligned: items' rows to their distilled vectors (as published), users' vectors to the mean of the distilled
-    vectors of what the row's history holds, or both, their losses added."""
+    """What is aligned: items' rows to their distilled vectors (as published), users' vectors to what `user_vectors` says, or
+    both, their losses added."""
+    user_vectors: Literal["liked", "profile"] = "liked"
+    """What users' vectors are aligned to. liked: the mean of the distilled vectors of what the row's history holds; profile: what
+    the language model makes of a text of what the user liked in train (RLMRec, whose profiles a language model has written)."""
     history: int = 50
     """Most recent positives of whose distilled vectors the mean is taken for users (items)."""
     block: int = runtime(512)
@@ -627,6 +637,11 @@ class Config:
     def least_workers(self) -> int:
         """Training processes that a stage needs at least."""
         return self.workers if self.min_workers is None else self.min_workers
+
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether users have distilled vectors too: of their profiles."""
+        return self.align.side != "items" and self.align.user_vectors == "profile"
 
     @property
     def pretrains(self) -> bool:

@@ -75,6 +75,10 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         del settings["llm"]["storage"]  # no weight is frozen there
     if stage == "distil":
         settings["llm"] = {"storage": settings["llm"]["storage"]}  # it computes in float32 always
+        if not config.reads_profiles:
+            settings["distil"] = {
+                name: value for name, value in settings["distil"].items() if not name.startswith("profile")
+            }
     if stage == "align":  # it trains the model as its own section says; what it starts from is among the inputs
         training = {f.name for section in (Steps, Selection, Dense, Sparse) for f in dataclasses.fields(section)}
         kept = {name: value for name, value in settings["collab"].items() if name not in {*training, "train_on"}}

@@ -37,7 +37,8 @@ def _prepare(this: Run) -> dict[str, Any]:
             copy_log(this.given_log, folder)
         facts = this.given_log.facts
         check_expected(facts, data.expected)
-        for name in ("prompt", "collab", *["align"] * (this.config.align.side != "items")):
+        reads_histories = this.config.align.side != "items" and not this.config.reads_profiles
+        for name in ("prompt", "collab", *["align"] * reads_histories):
             read = getattr(this.config, name).history
             if read > facts["history_cap"]:
                 this.console.line(
@@ -176,42 +177,66 @@ def _given_tables(this: Run) -> dict[str, Path]:
 
 
 def _distil(this: Run) -> dict[str, Any]:
-    from sellarec.language.distil import distil
+    from sellarec.language.distil import PROFILES, distil, write_profiles
 
-    config, log = this.config, this.log()
+    config, log, settings, output = this.config, this.log(), this.config.distil, this.artifact("distil")
     check_model(this, "distil", this.llm())
-    facts = run_task(
+    encode = partial(
+        run_task,
         distil,
         "distil",
         this.console,
-        items=[str(path) for path in log.paths("items")],
-        settings=config.distil,
         **this.adapted(),
         noun=log.facts["noun"],
         workers=first_workers("distil", this.group(), this.console),
         gpus=this.gpus(),
-        output=this.artifact("distil"),
         mark=this.marks["distil"],
     )
+    facts = encode(items=[str(path) for path in log.paths("items")], settings=settings, output=output)
+    _tell_cut(this, "texts", facts, f"distil.max_tokens {settings.max_tokens}")
+    if config.reads_profiles:
+        work, users = output / WORK, output / PROFILES
+        with work.writing() as texts, users.writing() as known:
+            write_profiles(log, settings.profile_items, texts / "profiles.parquet", known / "users.parquet")
+        of_users = dataclasses.replace(
+            settings, text="text", prompt=settings.profile, max_tokens=settings.profile_tokens
+        )
+        found = encode(items=[str(work.local() / "profiles.parquet")], settings=of_users, output=users)
+        _tell_cut(this, "profiles", found, f"distil.profile_tokens {settings.profile_tokens}")
+        output.delete(WORK)
+        facts["profiles"] = {name: found[name] for name in ("items", "texts_cut")}
+    return facts
+
+
+def _tell_cut(this: Run, what: str, facts: dict[str, Any], limit: str) -> None:
     if facts["texts_cut"]:
         this.console.line(
-            f"distil    {facts['texts_cut']:,} of {facts['items']:,} texts were longer than what is read of one, and cut at "
-            f"their end (distil.max_tokens {config.distil.max_tokens}, or the model's context)"
+            f"distil    {facts['texts_cut']:,} of {facts['items']:,} {what} were longer than what is read of one, and cut at "
+            f"their end ({limit}, or the model's context)"
         )
-    return facts
 
 
 def _align(this: Run) -> dict[str, Any]:
     from sellarec.alignment.measures import draw_items, kept_metrics, summary
-    from sellarec.language.distil import SavedVectors
+    from sellarec.language.distil import SavedVectors, read_profiles
 
-    config, log = this.config, this.log()
-    vectors = SavedVectors(this.artifact("distil").local(), this.marks["distil"])
+    config, log, mark = this.config, this.log(), this.marks["distil"]
+    distilled = this.artifact("distil").local()
+    vectors = SavedVectors(distilled, mark)
+    profiles = read_profiles(distilled, mark) if config.reads_profiles else None
     origin = this.artifact("collab") if config.align.init == "collab" else None
     collab = _collab_builder(this, origin, trains="align")
     measured = draw_items(log.items(["seen"])["seen"].to_numpy(), config.seed)
     build = partial(
-        _build_align, collab, vectors.width, vectors.read, config.collab.dim, config.align, measured, config.seed
+        _build_align,
+        collab,
+        vectors.width,
+        vectors.read,
+        config.collab.dim,
+        config.align,
+        measured,
+        config.seed,
+        profiles,
     )
     facts = _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
     # from scratch it is made without stage collab, whose artifact may not be there

@@ -262,6 +262,13 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--fuse.collab-score True --fuse.language-weights 1 1", ["fuse.language_weights is 1.0 1.0", "each once"]),
         ("--fuse.collab-score True --fuse.language-weights -1 1", ["fuse.language_weights is -1.0 1.0", "from 0 on"]),
         ("--fuse.train tables", ["fuse.train is tables", "fuse.tokens is user item semantic"]),
+        ("--align.user-vectors profile", ["align.user_vectors is profile", "align.side is items"]),
+        (
+            "--align.side users --align.user-vectors profile --align.history 3",
+            ["align.history is 3", "user_vectors profile"],
+        ),
+        ("--align.side users --distil.profile-items 3", ["distil.profile_items is 3", "align.user_vectors liked"]),
+        ("--align.side both --align.user-vectors profile --distil.profile {titles}", ["distil.profile is", "titles"]),
         ("--fuse.train adapter --fuse.tokens user --fuse.warm-start False", ["fuse.train", "fuse.warm_start is False"]),
         ("--fuse.train adapter --fuse.tokens user --fuse.experts 2", ["fuse.train is adapter", "fuse.experts is 2"]),
         (

@@ -2,9 +2,9 @@
 
 The projection of an item's collaborative row is drawn to the item's distilled vector and away from other items' vectors, and the
 other way round (SeLLa-Rec, arXiv 2504.10107, section on semantic alignment). A user's vector may be drawn to the mean of the
-distilled vectors of what the user liked, as RLMRec (arXiv 2310.15950) does with profiles of users. Of that, `rlmrec-con` projects
-the distilled vector, and `rlmrec-gen` takes rows away before a graph smooths them, to have them told by their neighbours. `darec`
-aligns the structure of what both sides share (`disentangled.py`).
+distilled vectors of what the user liked, or, as RLMRec (arXiv 2310.15950) does it, to that of a profile of the user. Of RLMRec,
+`rlmrec-con` projects the distilled vector, and `rlmrec-gen` takes rows away before a graph smooths them, to have them told by
+their neighbours. `darec` aligns the structure of what both sides share (`disentangled.py`).
 
 Shapes: b rows of one worker, D columns of a collaborative row, H columns of a distilled vector, K of both once one of them is
 projected to the width of the other.
@@ -78,7 +78,8 @@ class AlignTask(Task):
     """The collaborative model's loss plus `weight` times the contrastive one, of items, of users, or the sum of both.
 
     Tables: those of the collaborative model, and semantic ([I, H], starting from the distilled vectors). For users the distilled
-    vectors of the row's own history are looked up in it, so no row tells of what comes after it. To score, none are.
+    vectors of the row's own history are looked up in it, so no row tells of what comes after it; or, with `profiles`, those of
+    their profiles in a table of their own (profile, [U, H]), which tell of all that the user liked in train. To score, none are.
 
     With rlmrec-gen a share of users and items is masked at each step: their rows are zeros before they are smoothed over the
     graph (in its code a learned token, which starts as zeros), for the collaborative loss too. Only rows of masked items, or
@@ -96,14 +97,17 @@ class AlignTask(Task):
         settings: Align,
         measured: np.ndarray,
         seed: int,
+        profiles: Table | None = None,
     ) -> None:
         self._collab, self.measured, self._seed = collab, measured, seed
         self._sides = ("items", "users") if settings.side == "both" else (settings.side,)
+        self._has_profiles = profiles is not None
         self.columns, self.prepare = collab.columns, collab.prepare
-        if settings.side != "items":
+        if settings.side != "items" and not self._has_profiles:
             self.columns = tuple(dict.fromkeys([*collab.columns, "history"]))
             self.prepare = partial(prepare, settings.history, collab.prepare, "history" in collab.columns)
-        self.tables, self.whole, self.graph = (*collab.tables, semantic), collab.whole, collab.graph
+        tables = (semantic,) if profiles is None else (semantic, profiles)
+        self.tables, self.whole, self.graph = (*collab.tables, *tables), collab.whole, collab.graph
         self.model = Aligned(collab.network, make_projection(), settings.contrastive)
         self._make_projection, self._settings = make_projection, settings
 
@@ -128,7 +132,9 @@ class AlignTask(Task):
         batch = self._collab.collate(rows, step)
         if step is None:
             return batch
-        if "users" in self._sides:
+        if self._has_profiles:
+            batch["profile"] = batch["user"]
+        elif "users" in self._sides:
             batch[LIKED] = Jagged.of(rows[LIKED])
         if "items" in self._sides:
             batch["semantic"] = batch["item"]
@@ -153,9 +159,13 @@ class AlignTask(Task):
         semantic: dict[str, Tensor] = {}
         if "items" in self._sides:
             semantic["items"] = vectors["semantic"]
-        if "users" in self._sides:
+        if self._has_profiles:
+            semantic["users"] = vectors["profile"]
+            has_vector = (vectors["profile"].detach() != 0).any(1)  # a user without a profile has zeros
+        elif "users" in self._sides:
             liked = vectors[LIKED]
             semantic["users"] = liked.sum() / liked.lengths.clamp(min=1)[:, None]
+            has_vector = liked.lengths > 0
         aligned: dict[str, tuple[Tensor, ...]] = {}
 
         def network(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -163,12 +173,12 @@ class AlignTask(Task):
             aligned.update(found)
             return users, scores
 
-        collab_vectors = {name: found for name, found in vectors.items() if name not in ("semantic", LIKED)}
+        collab_vectors = {name: found for name, found in vectors.items() if name not in ("semantic", "profile", LIKED)}
         total, kind = self._collab.loss(network, batch, collab_vectors, peers), self._settings.contrastive
         for side, found in aligned.items():
             weights = self._collab.row_weights(batch)
-            if side == "users":  # without a history there is nothing to be drawn to
-                weights = weights * (vectors[LIKED].lengths > 0)
+            if side == "users":  # without what was liked there is nothing to be drawn to
+                weights = weights * has_vector
             if kind == "rlmrec-gen":
                 weights = weights * batch[MASKED + side]
             scale: float | Tensor = self._settings.weight
@@ -208,7 +218,14 @@ class AlignTask(Task):
 
 
 def build_align(
-    collab: CollabTask, width: int, vectors: RowReader, dim: int, settings: Align, measured: np.ndarray, seed: int
+    collab: CollabTask,
+    width: int,
+    vectors: RowReader,
+    dim: int,
+    settings: Align,
+    measured: np.ndarray,
+    seed: int,
+    profiles: RowReader | None = None,
 ) -> AlignTask:
     """The task for a collaborative model.
 
@@ -218,11 +235,16 @@ def build_align(
         dim: D, columns of the collaborative rows.
         measured: int64 [n], the items by which the two spaces are compared before and after training.
         seed: of the masked users and items, and of those that centres start as.
+        profiles: reads the vectors of users' profiles; None where users, if any, are aligned to what they liked.
     """
-    items = next(table.rows for table in collab.tables if table.name == "item")
-    features = ("semantic",) if settings.side == "items" else ("semantic", LIKED)
-    semantic = Table("semantic", items, width, features, read=vectors, frozen=settings.semantic == "frozen")
+    rows = {table.name: table.rows for table in collab.tables}
+    features = ("semantic",) if settings.side == "items" or profiles is not None else ("semantic", LIKED)
+    frozen = settings.semantic == "frozen"
+    semantic = Table("semantic", rows["item"], width, features, read=vectors, frozen=frozen)
+    of_users = None
+    if profiles is not None:
+        of_users = Table("profile", rows["user"], width, ("profile",), read=profiles, frozen=frozen)
     ends = (width, dim) if settings.contrastive == "rlmrec-con" else (dim, width)
     kind = Disentangling if settings.contrastive == "darec" else Projection
     make = partial(kind, ends[0], settings.hidden, ends[1], settings.layers)
-    return AlignTask(collab, semantic, make, settings, measured, seed)
+    return AlignTask(collab, semantic, make, settings, measured, seed, of_users)

@@ -66,7 +66,8 @@ def contrastive_loss(views: Views, settings: Align, peers: Peers) -> Tensor:
     exp(cos(s_j, sigma_up(e_i))). With `mask_equal` false, rows of one item in a batch count as there. Other than there,
 
     - sigma is Linear - GELU - Linear of a width that is set, where the code has LeakyReLU and the mean of both widths;
-    - s of an item is its distilled vector and s of a user the mean of those of its history, not embeddings of written profiles;
+    - s of an item is its distilled vector, and s of a user the mean of those of its history, or the distilled vector of a list of
+      liked titles, not an embedding of a profile that a language model has written;
     - negatives are the rows of the global batch, of users as of items, where the code takes all users, and has a second term, of
       drawn negative items; and users are no negatives of items, where its generative loss goes through both at once.
     """

@@ -96,11 +96,13 @@ def cost_of(stage: str, config: Config, shape: Shape, context: int, rows: Mappin
 
     Args:
         context: the model's, in tokens.
-        rows: of `train`, `valid` and `test`, and how many `items` there are.
+        rows: of `train`, `valid` and `test`, and how many `users` and `items` there are.
     """
     settings, use = getattr(config, stage), use_of(stage, config, context)
     if stage in ("distil", "evaluate"):
-        scored = rows["items"] if stage == "distil" else 2 * rows["test"]  # text-only and SeLLa-Rec
+        scored = 2 * rows["test"]  # text-only and SeLLa-Rec
+        if stage == "distil":
+            scored = rows["items"] + rows["users"] * config.reads_profiles
         found = operations(shape, scored, use.tokens, 0 if stage == "distil" else 1)
         return Cost(stage, 0, 0, scored, use.tokens, found, use.dtype)
     per_epoch = math.ceil(rows["items" if stage == "pretrain" else "train"] / settings.batch)
@@ -183,11 +185,10 @@ def fewest_workers(
 
 
 def known_rows(config: Config, facts: Mapping[str, Any] | None) -> dict[str, int] | None:
-    """How many rows and items there are: of a prepared log's facts, or of what the dataset is known to hold; None where neither
-    is there."""
+    """How many rows, users and items there are: of a prepared log's facts, or of what the dataset is known to hold; None where
+    neither is there."""
     if facts is not None:
-        return {**facts["rows"], "items": facts["items"]}
+        return {**facts["rows"], "users": facts["users"], "items": facts["items"]}
     if config.data.expected is not None:
-        train, valid, test, _, items = config.data.expected
-        return {"train": train, "valid": valid, "test": test, "items": items}
+        return dict(zip(("train", "valid", "test", "users", "items"), config.data.expected, strict=True))
     return None

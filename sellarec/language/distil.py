@@ -1,4 +1,6 @@
-"""Stage distil: one semantic vector per item, a hidden state of the adapted model that reads the item's text.
+"""Stage distil: one semantic vector per item, a hidden state of the adapted model that reads the item's text; and of users, where
+they are asked for, what it makes of a profile: the titles that the user liked (RLMRec, arXiv 2310.15950, has profiles written by
+a language model).
 
 Ray Data batch inference over the catalog; vectors stay float32. They are written a part at a time, and a distillation that was
 killed goes on after the parts that stand.
@@ -9,10 +11,12 @@ Shapes: b texts, T tokens, H width of the model.
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -20,16 +24,21 @@ import torch
 
 from sellarec.artifacts import Place
 from sellarec.config import Distil
+from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.scorer import base_model
 from sellarec.training.progress import PROGRESS_SECONDS
+from sellarec.training.table import RowReader
 
 BLOCK_ROWS = 4096
 """Items that an actor takes at a time, and sorts by length."""
 
 PART_ROWS = 65_536
 """Items of a file of vectors: what a distillation that was killed begins anew at most."""
+
+PROFILES = "users"
+"""Folder in the artifact for users' vectors, one after the other, and `users.parquet`: of which user each is."""
 
 WRITTEN = "vectors.json"
 """File beside the vectors: of which fingerprint they are, how many parts and items are written, of how many of these the text was
@@ -200,6 +209,44 @@ def distil(
         "texts_cut": written["texts_cut"],
         "items_that_stood": first,
     }
+
+
+def write_profiles(log: Log, most: int, texts: Path, users: Path) -> None:
+    """Write profiles of the users that liked an item with a title in train, by their ids.
+
+    Args:
+        most: titles of a profile at most, the most recent ones, which come last.
+        texts: file of `item` int64, the profile's number from 0 on, and `text`.
+        users: file of `user` int64, in the same order.
+    """
+    positives = pl.scan_parquet(log.split_paths("train")).filter(pl.col("label") == 1).select("user", "item")
+    titles = pl.scan_parquet(log.paths("items")).select("item", "title").filter(pl.col("title") != "")
+    liked = positives.join(titles, on="item", how="inner", maintain_order="left").group_by("user", maintain_order=True)
+    found = liked.agg(pl.col("title").tail(most).str.join("; ").alias("text")).sort("user").collect()
+    found.select("user").write_parquet(users)
+    found.select("text").with_row_index("item").with_columns(pl.col("item").cast(pl.Int64)).write_parquet(texts)
+
+
+def read_profiles(folder: Path, mark: str) -> RowReader:
+    """The vectors of users in a stage's artifact: `read(start, stop)` gives float32 [stop - start, H], zeros where there is none.
+
+    Args:
+        mark: the fingerprint that they should have.
+
+    Raises:
+        UserError: as SavedVectors.
+    """
+    vectors = SavedVectors(folder / PROFILES, mark)
+    known = pq.read_table(folder / PROFILES / "users.parquet")["user"].to_numpy()
+    return partial(_rows_of_users, vectors, known)
+
+
+def _rows_of_users(vectors: "SavedVectors", known: np.ndarray, start: int, stop: int) -> np.ndarray:
+    first, last = np.searchsorted(known, [start, stop])
+    found = np.zeros((stop - start, vectors.width), np.float32)
+    if first < last:
+        found[known[first:last] - start] = vectors.read(int(first), int(last))
+    return found
 
 
 def _write_part(table: pa.Table, written: dict[str, Any], output: Place) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def use_of(stage: str, config: Any, context: int) -> Use:
         "dtype": llm.dtype,
     }
     if stage == "distil":
-        tokens = min(settings.max_tokens, context)
+        tokens = min(max(settings.max_tokens, settings.profile_tokens * config.reads_profiles), context)
         return Use(**common | {"workers": 1, "dtype": "float32"}, tokens=tokens, logits="none", sharded=False)
     if stage == "evaluate":
         return Use(**common, tokens=tokens)

@@ -114,6 +114,40 @@ def test_users_are_drawn_to_the_mean_of_what_they_liked(name, loss, tmp_path):
     assert leaves(vectors)["user"].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("name", "loss"), [("mf", "bce"), ("lightgcn", "bpr"), ("sasrec", "bpr")])
+def test_users_are_drawn_to_their_profiles(name, loss, tmp_path):
+    """By hand, whatever the rows' histories; a user without a profile has no term, and is nobody's negative."""
+    profiles = np.random.default_rng(1).standard_normal((USERS, WIDTH)).astype(np.float32)
+    profiles[2] = 0
+    torch.manual_seed(9)
+    settings = replace(SETTINGS, side="users", user_vectors="profile")
+    read = {"vectors": lambda start, stop: VECTORS[start:stop], "profiles": lambda start, stop: profiles[start:stop]}
+    task = build_align(
+        make(tmp_path, model=name, loss=loss), WIDTH, **read, dim=4, settings=settings, measured=np.arange(3), seed=1
+    )
+    assert {table.name: table.rows for table in task.tables if table.read} == {"semantic": ITEMS, "profile": USERS}
+    batch = batch_of(task, train_rows().set_column(1, "user", [[0, 4, 2, 0, 1, 3]]))
+    vectors = vectors_of(task, batch)
+    assert LIKED not in batch and "semantic" not in vectors
+    collab = make(tmp_path, model=name, loss=loss)
+    collab.network.load_state_dict(task.model.network.state_dict())
+    without = {feature: value for feature, value in vectors.items() if feature != "profile"}
+    total = collab.loss(None, batch, without, Alone())
+    users, _ = collab.network(batch, without, collab.network.item(batch, without)[:, None])
+    left = torch.nn.functional.normalize(task.model.projection(users), dim=1)
+    right = torch.nn.functional.normalize(torch.from_numpy(profiles)[batch["user"]], dim=1)
+    counted = [row for row in (0, 1, 3, 4, 5) if collab.row_weights(batch)[row] > 0]
+    for row in counted:
+        others = [other for other in counted if batch["user"][other] != batch["user"][row]]
+        for scores in (left @ right.T / 0.3, right @ left.T / 0.3):
+            total = total + 0.4 / 2 * (scores[row, [row, *others]].logsumexp(0) - scores[row, row])
+    found = task.loss(task.model, batch, vectors, Alone())
+    assert len(counted) >= 3 and found.item() == pytest.approx(total.item(), rel=1e-5)
+    found.backward()
+    moved = leaves(vectors)["profile"].grad.abs().sum(1) > 0
+    assert moved.nonzero()[:, 0].tolist() == counted
+
+
 @pytest.mark.parametrize("mask_equal", [True, False])
 def test_rlmrecs_contrast_projects_the_distilled_vectors(mask_equal, tmp_path):
     """By hand: a row finds its own one among those of the batch; users find the mean of what they liked."""

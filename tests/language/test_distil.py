@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
+import prepared
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from sellarec.config import Adapt, Config, Distil, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
-from sellarec.language.distil import WRITTEN, ItemEncoder, SavedVectors, distil
+from sellarec.language.distil import WRITTEN, ItemEncoder, SavedVectors, distil, read_profiles, write_profiles
 from sellarec.language.scorer import base_model
 from sellarec.run import Run, settings_of
 from sellarec.training.cluster import Cluster
@@ -180,6 +181,42 @@ def test_vectors_of_another_model_or_width_or_number_are_refused(tmp_path):
     (tmp_path / "good" / WRITTEN).unlink()
     with pytest.raises(UserError, match=f"holds no {WRITTEN}"):
         SavedVectors(tmp_path / "good", "mark")
+
+
+def test_a_profile_names_what_a_user_liked_last_in_train(tmp_path):
+    """Of rows in time; without what has no title, and without users that are left with nothing."""
+    rows = {
+        "user": ["a", "b", "a", "a", "c", "a", "d", "b", "b", "a"],
+        "item": ["x", "y", "y", "z", "z", "w", "v", "x", "w", "v"],
+        "label": pa.array([1, 1, 1, 0, 0, 1, 1, 1, 1, 1], pa.int8()),
+        "timestamp": list(range(10)),
+        "split": ["train"] * 8 + ["valid", "test"],
+    }
+    items = pa.table({"item": ["x", "y", "z", "w", "v"], "title": ["Ex", "Why; not", "Zed", "Double", ""]})
+    (tmp_path / "log").mkdir()
+    log = prepared.prepare_into(
+        tmp_path / "log", prepared.source_of(pa.table(rows), items), prepared.rules(split="given")
+    )
+    write_profiles(log, 2, tmp_path / "texts.parquet", tmp_path / "users.parquet")
+    ids = log.users(["user", "external_id"]).to_pylist()
+    number = {row["external_id"]: row["user"] for row in ids}
+    texts, users = pq.read_table(tmp_path / "texts.parquet"), pq.read_table(tmp_path / "users.parquet")["user"]
+    assert texts["item"].to_pylist() == [0, 1] and users.to_pylist() == sorted([number["a"], number["b"]])
+    found = dict(zip(users.to_pylist(), texts["text"].to_pylist(), strict=True))
+    assert found == {number["a"]: "Why; not; Double", number["b"]: "Why; not; Ex"}
+
+
+def test_users_without_a_profile_have_zeros(tmp_path):
+    vectors = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    write_vectors(tmp_path / "users", vectors, "mark")
+    pq.write_table(pa.table({"user": [1, 4, 5]}), tmp_path / "users" / "users.parquet")
+    read = read_profiles(tmp_path, "mark")
+    whole = np.zeros((8, 4), np.float32)
+    whole[[1, 4, 5]] = vectors
+    for start, stop in ((0, 8), (0, 1), (2, 4), (4, 6), (5, 8), (6, 7)):
+        np.testing.assert_array_equal(read(start, stop), whole[start:stop])
+    with pytest.raises(UserError, match="of fingerprint other"):
+        read_profiles(tmp_path, "other")
 
 
 def test_the_encoder_computes_where_it_is_told_though_a_gpu_is_seen(decoder, adapter, monkeypatch):

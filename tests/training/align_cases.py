@@ -50,10 +50,16 @@ def distilled(start: int, stop: int) -> np.ndarray:
     return np.random.default_rng(8).standard_normal((100, WIDTH)).astype(np.float32)[start:stop]
 
 
+def profiled(start: int, stop: int) -> np.ndarray:
+    """Every third user has no profile."""
+    return distilled(start, stop)[:, ::-1] * (np.arange(start, stop) % 3 > 0)[:, None]
+
+
 def task_of(run: Run) -> AlignTask:
     torch.manual_seed(SEED)
     collab = build_collab(read_log(run.log), run.collab, None, run.log / "counts.npy", seed=SEED)
-    return build_align(collab, WIDTH, distilled, run.collab.dim, run.settings, MEASURED, SEED)
+    profiles = profiled if run.settings.user_vectors == "profile" else None
+    return build_align(collab, WIDTH, distilled, run.collab.dim, run.settings, MEASURED, SEED, profiles)
 
 
 def order_of(run: Run) -> Order:
@@ -134,7 +140,8 @@ class Twin:
     def __init__(self, run: Run) -> None:
         task, order, settings = task_of(run), order_of(run), run.settings
         rows = {t.name: torch.from_numpy(initial_rows(t, SEED, 0, t.rows)).requires_grad_() for t in task.tables}
-        trained = [table for table in task.tables if not (table.name == "semantic" and settings.semantic == "frozen")]
+        distilled = ("semantic", "profile")
+        trained = [table for table in task.tables if not (table.name in distilled and settings.semantic == "frozen")]
         setup = Setup(tuple(trained), replace(settings))
         optimizers = {t.name: plain_optimizer(setup, t, rows[t.name]) for t in trained}
         dense = list(task.model.parameters())
@@ -154,7 +161,7 @@ class Twin:
                 touched[name] |= set(flat.tolist())
                 found = self.smoothed(rows, step)[name][flat]
                 vectors[feature] = Jagged(found, ids.lengths) if isinstance(ids, Jagged) else found
-                if self.matrix is not None and name != "semantic":
+                if self.matrix is not None and name not in distilled:
                     vectors[INITIAL + feature] = rows[name][flat]
                     touched[name] = set(range(len(rows[name])))
             loss = task.loss(task.model, batch, vectors, Alone()) / task.targets(batch)

@@ -50,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     "users": {"side": "users", "history": 3},
     "both": {"side": "both", "block": 5, "table_optimizer": "adagrad"},
     "both, adam": {"side": "both", "mask_equal": False, "table_optimizer": "adam"},
+    "profiles": {"side": "both", "user_vectors": "profile"},
+    "profiles, frozen": {"side": "users", "user_vectors": "profile", "semantic": "frozen", "table_optimizer": "adam"},
     "frozen": {"semantic": "frozen", **DECAY},
     "frozen, sgd": {"semantic": "frozen", "side": "both", "table_optimizer": "sgd"},
     "frozen, adagrad": {"semantic": "frozen", "table_optimizer": "adagrad"},
@@ -101,9 +103,10 @@ def close(found: list[dict], run: Run, twins: dict, case: str) -> None:
     for name, rows in twin.tables.items():
         saved = SavedTable(run.output / "tables", name).read(0, len(rows))
         np.testing.assert_allclose(saved, rows, err_msg=name, **CLOSE)
-        if name == "semantic":
+        if name in ("semantic", "profile"):
+            first = align_cases.distilled if name == "semantic" else align_cases.profiled
             frozen = run.settings.semantic == "frozen"
-            assert np.array_equal(saved, align_cases.distilled(0, len(rows))) is frozen
+            assert np.array_equal(saved, first(0, len(rows))) is frozen
     weights = load_file(run.output / "projection.safetensors")
     for name, weight in twin.dense.items():
         np.testing.assert_allclose(weights[name.removeprefix("projection.")], weight, err_msg=name, **CLOSE)
