@@ -24,7 +24,7 @@ class Table:
     Attributes:
         evaluation: of `jobs/evaluate.py`, for a collaborative model alone; None for the whole main job.
         variants: the runs of each seed, by the name that their SeLLa-Rec gets: recipes and flags that are laid over `recipes`.
-        published: what others report, by model: AUC / UAUC on all rows.
+        published: what others report, by model: AUC / UAUC on all rows, and with which language model.
     """
 
     recipes: tuple[str, ...]
@@ -40,6 +40,16 @@ RANKING = {"ranking": "full", "batch": 1024}
 COLLM = {"mf": ".6482 / .6361", "lightgcn": ".5959 / .6499", "sasrec": ".7078 / .6884", "din": ".7166 / .6459"}
 """AUC / UAUC on MovieLens-1M in CoLLM's table (arXiv 2310.19488)."""
 
+# Of the figures in `published`, those with Vicuna-7B are CoLLM's and BinLLM's own, those with Qwen2-7B of SeLLa-Rec's table.
+MF = f"{COLLM['mf']} (MF without biases, CoLLM)"
+TALLREC = ".7097 / .6818 (TALLRec, Vicuna-7B)"
+
+CAPTION = (
+    "Each cell: the mean over seeds (their standard deviation) [lowest and highest bound of the seeds' 95% intervals, "
+    "each of a bootstrap over users]; of one seed, its value and interval. A - B is a paired difference. "
+    "Published: AUC / UAUC, by others."
+)
+
 ALONE = ("--fuse.collab-score", "False", "--fuse.language-weights", "1")
 """Without the score of the collaborative model."""
 
@@ -54,6 +64,35 @@ TABLES_STAY = (
 """The defaults again of what a recipe sets for tables, where fuse trains none and takes no such settings. Other flags of variants
 that give a default (the norm, a learning rate, unseen rows, biases) are for settings that the variant doesn't read either."""
 
+SELLA_VARIANTS: dict[str, tuple[str, ...]] = {
+    MAIN: (),
+    "without alignment": WITHOUT_ALIGNMENT,
+    "without warm start": ("--fuse.warm-start", "False"),
+    "user and item": ("--fuse.tokens", "user", "item"),
+    "user and semantic": ("--fuse.tokens", "user", "semantic"),
+    "item and semantic": ("--fuse.tokens", "item", "semantic"),
+    "user only": ("--fuse.tokens", "user"),
+    "item only": ("--fuse.tokens", "item"),
+    "semantic only": ("--fuse.tokens", "semantic", "--fuse.unseen-dropout", "0.35"),
+    "CoLLM style": (
+        *WITHOUT_ALIGNMENT,
+        *("--fuse.tokens", "user", "item", "--fuse.train", "projections"),
+        *TABLES_STAY,
+    ),
+    "PersonPrompt": (
+        *("--fuse.represent", "learned", "--fuse.tokens", "user", "item", "--fuse.train", "tables"),
+        *("--fuse.norm", "match", "--fuse.learning-rate", "0.008"),
+    ),
+    "BinLLM": (
+        *("--collab.model", "binary_mf", "--collab.biases", "True", "--collab.dim", "32"),
+        *("--collab.batch", "2048", "--collab.table-learning-rate", "0.01"),
+        *("--collab.table-weight-decay", "0.001", "--collab.patience", "100"),
+        *("--fuse.represent", "codes", "--fuse.tokens", "user", "item", "--fuse.train", "adapter"),
+        *("--fuse.norm", "match", *TABLES_STAY),
+    ),
+}
+"""SeLLa-Rec as published, its ablations, and the other ways to tell a language model of users and items."""
+
 TABLES = {
     "world": Table(recipes=("demo", "longer"), seeds=(1, 2, 3)),
     **{
@@ -63,38 +102,27 @@ TABLES = {
     "sella-ml-1m": Table(
         recipes=("collm-ml-1m", "sella-official"),
         seeds=(1, 2, 3),
-        variants={
-            MAIN: (),
-            "without alignment": WITHOUT_ALIGNMENT,
-            "without warm start": ("--fuse.warm-start", "False"),
-            "user and item": ("--fuse.tokens", "user", "item"),
-            "user and semantic": ("--fuse.tokens", "user", "semantic"),
-            "item and semantic": ("--fuse.tokens", "item", "semantic"),
-            "user only": ("--fuse.tokens", "user"),
-            "item only": ("--fuse.tokens", "item"),
-            "semantic only": ("--fuse.tokens", "semantic", "--fuse.unseen-dropout", "0.35"),
-            "CoLLM style": (
-                *WITHOUT_ALIGNMENT,
-                *("--fuse.tokens", "user", "item", "--fuse.train", "projections"),
-                *TABLES_STAY,
-            ),
-            "PersonPrompt": (
-                *("--fuse.represent", "learned", "--fuse.tokens", "user", "item", "--fuse.train", "tables"),
-                *("--fuse.norm", "match", "--fuse.learning-rate", "0.008"),
-            ),
-            "BinLLM": (
-                *("--collab.model", "binary_mf", "--collab.biases", "True", "--collab.dim", "32"),
-                *("--collab.batch", "2048", "--collab.table-weight-decay", "0.001", "--collab.patience", "100"),
-                *("--fuse.represent", "codes", "--fuse.tokens", "user", "item", "--fuse.train", "adapter"),
-                *("--fuse.norm", "match", *TABLES_STAY),
-            ),
-        },
-        # with Qwen2-7B as SeLLa-Rec reports them, where nothing else is said
+        variants=SELLA_VARIANTS,
         published={
-            MAIN: ".7606 / .7464",
-            "CoLLM style": ".7357 / .7179",
+            "collab": MF,
+            "text-only": TALLREC,
+            MAIN: ".7606 / .7464 (Qwen2-7B)",
+            "CoLLM style": ".7357 / .7179 (Qwen2-7B)",
             "PersonPrompt": ".7214 / .6563 (Vicuna-7B)",
             "BinLLM": ".7425 / .6956 (Vicuna-7B)",
+        },
+    ),
+    "sella-book": Table(
+        recipes=("collm-amazon-book", "sella-official-book"),
+        seeds=(1, 2, 3),
+        variants=SELLA_VARIANTS,
+        published={
+            "collab": ".7134 / .5565 (MF without biases, CoLLM)",
+            "text-only": ".7375 / .5983 (TALLRec, Vicuna-7B)",
+            MAIN: ".8837 / .7459 (Qwen2-7B)",
+            "CoLLM style": ".8109 / .6225 (Vicuna-7B)",
+            "PersonPrompt": ".7273 / .5956 (Vicuna-7B)",
+            "BinLLM": ".8264 / .6319 (Vicuna-7B), .8429 / .7073 (SeLLa-Rec's table)",
         },
     ),
     "robust-ml-1m": Table(
@@ -106,7 +134,7 @@ TABLES = {
             "three tokens alone": ("--fuse.tokens", "user", "item", "semantic", *ALONE),
             "user and item alone": ("--fuse.tokens", "user", "item", *ALONE),
         },
-        published={MAIN: ".7606 / .7464"},  # with Qwen2-7B
+        published={"text-only": TALLREC, MAIN: ".7606 / .7464 (Qwen2-7B)"},
     ),
     "small-ml-1m": Table(
         recipes=("collm-ml-1m",),
@@ -129,6 +157,13 @@ TABLES = {
                 "False",
             ),
             "sella-official": ("sella-official",),
+        },
+        published={
+            "collab (CoLLM style)": MF,
+            "collab (sella-official)": MF,
+            **dict.fromkeys(("text-only", "text-only (CoLLM style)", "text-only (sella-official)"), TALLREC),
+            "CoLLM style": ".7357 / .7179 (Qwen2-7B)",
+            "sella-official": ".7606 / .7464 (Qwen2-7B)",
         },
     ),
     **{
@@ -189,7 +224,9 @@ def main(arguments: list[str]) -> None:
                 found = of_variant(found, variant, differs)
             records += found
             sections.append(f"Seed {seed}{', ' + variant if short else ''}\n\n{format_table(found)}")
-    summary = over_seeds(records) if table.evaluation is not None else summarise(records)
+    summary = over_seeds(records, table.published)
+    if table.evaluation is None:
+        summary += f"\n\n{summarise(records)}"
     print(f"\n{summary}\n")
     place = Place.of(this.config.workspace) / "tables"
     place.write_text(f"{name}.txt", "\n\n".join([*sections, summary]) + "\n")
@@ -222,11 +259,12 @@ def of_variant(records: list[dict], variant: str, differs: Collection[str]) -> l
 
 
 def markdown(records: list[dict], published: Mapping[str, str]) -> str:
-    """AUC / UAUC (or the ranking metrics) of each model on each cut: mean over seeds, and of their 95% intervals the lowest
-    and the highest bound."""
+    """AUC / UAUC (or the ranking metrics) of each model on each cut, under a caption that says what a cell holds."""
     chosen = [r for r in records if r["value"] is not None]
     columns = list(dict.fromkeys((r["rows"], r["metric"]) for r in chosen))
     lines = [
+        CAPTION,
+        "",
         "| model | " + " | ".join(f"{metric}, {rows}" for rows, metric in columns) + " | published, all rows | seeds |",
         "|---" * (len(columns) + 3) + "|",
     ]
@@ -234,8 +272,10 @@ def markdown(records: list[dict], published: Mapping[str, str]) -> str:
         cells = []
         for rows, metric in columns:
             of_seeds = [r for r in chosen if (r["model"], r["rows"], r["metric"]) == (model, rows, metric)]
-            bounds = [r for r in of_seeds if r["low"] is not None]
-            cell = f"{statistics.mean(r['value'] for r in of_seeds):.4f}" if of_seeds else ""
+            values, bounds = [r["value"] for r in of_seeds], [r for r in of_seeds if r["low"] is not None]
+            cell = f"{statistics.mean(values):.4f}" if values else ""
+            if len(values) > 1:
+                cell += f" ({statistics.stdev(values):.4f})"
             if bounds:
                 cell += f" [{min(r['low'] for r in bounds):.4f}, {max(r['high'] for r in bounds):.4f}]"
             cells.append(cell)
@@ -271,14 +311,22 @@ def evaluated(this: Any, evaluation: dict[str, Any]) -> list[dict]:
     )
 
 
-def over_seeds(records: list[dict]) -> str:
-    """Mean and standard deviation over seeds of each model's metrics on all rows."""
-    lines = ["model              metric      mean      sd   seeds"]
-    chosen = [r for r in records if r["rows"] == "all" and r["value"] is not None]
+def over_seeds(records: list[dict], published: Mapping[str, str]) -> str:
+    """Mean and standard deviation over seeds of each model's metrics on all rows, and what others report of it."""
+    from sellarec.evaluation.results import PAIR_SEPARATOR
+
+    chosen = [r for r in records if r["rows"] == "all" and r["value"] is not None and PAIR_SEPARATOR not in r["model"]]
+    width = max([len("model"), *(len(r["model"]) for r in chosen)])
+    heading = f"{'model':<{width}} metric       mean      sd   seeds"
+    lines = [heading + "  published AUC / UAUC" * bool(published)]
+    told: set[str] = set()
     for model, metric in dict.fromkeys((r["model"], r["metric"]) for r in chosen):
         values = [r["value"] for r in chosen if (r["model"], r["metric"]) == (model, metric)]
         spread = f"{statistics.stdev(values):7.4f}" if len(values) > 1 else "    n/a"
-        lines.append(f"{model:<18} {metric:<8} {statistics.mean(values):7.4f} {spread} {len(values):>7}")
+        others = "" if model in told else published.get(model, "")
+        line = f"{model:<{width}} {metric:<9} {statistics.mean(values):7.4f} {spread} {len(values):>7}  {others}"
+        lines.append(line.rstrip())
+        told.add(model)
     return "\n".join(lines)
 
 

@@ -8,29 +8,54 @@ from pathlib import Path
 import pytest
 
 from sellarec.command_line import parse
-from sellarec.config import result_settings
+from sellarec.config import Config, result_settings
 from sellarec.errors import UserError
+from sellarec.run import settings_of
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "jobs"))
 import reproduce  # noqa: E402
 
 
+def configs_of(name: str) -> dict[str, Config]:
+    """The config of each of a table's variants, for one seed."""
+    table = reproduce.TABLES[name]
+    stages = () if table.evaluation is None else ("--stages", "prepare,collab")
+    return {
+        variant: parse(
+            [*table.recipes, *flags, "--seed", "1", "--name", f"{name}-{variant.replace(' ', '-')}", *stages]
+        )
+        for variant, flags in table.variants.items()
+    }
+
+
 @pytest.mark.parametrize("name", reproduce.TABLES)
 def test_the_recipes_of_a_table_go_together(name: str) -> None:
     """With the flags of every variant; and no two of them ask for the same."""
-    table, found = reproduce.TABLES[name], []
-    stages = () if table.evaluation is None else ("--stages", "prepare,collab")
-    for variant, flags in table.variants.items():
-        short = variant.replace(" ", "-")
-        config = parse([*table.recipes, *flags, "--seed", "1", "--name", f"{name}-{short}", *stages])
+    found: list[dict] = []
+    for variant, config in configs_of(name).items():
         assert result_settings(config) not in found, variant
         found.append(result_settings(config))
 
 
-def test_the_table_of_sella_rec_has_every_subset_of_tokens_and_the_other_ways_to_tell_of_users_and_items() -> None:
-    table = reproduce.TABLES["sella-ml-1m"]
-    configs = {variant: parse([*table.recipes, *flags]) for variant, flags in table.variants.items()}
+@pytest.mark.parametrize("name", [name for name, table in reproduce.TABLES.items() if table.evaluation is None])
+def test_every_published_figure_stands_beside_a_row_of_the_table(name: str) -> None:
+    rows: set[str] = set()
+    first: Config | None = None
+    for variant, config in configs_of(name).items():
+        first = first or config
+        stages = ("adapt", "collab", "fuse")
+        differs = {stage for stage in stages if settings_of(stage, config) != settings_of(stage, first)}
+        models = [{**record(1, "auc", 0.7), "model": model} for model in ("collab", "text-only", reproduce.MAIN)]
+        rows |= {found["model"] for found in reproduce.of_variant(models, variant, differs)}
+    assert set(reproduce.TABLES[name].published) <= rows
+
+
+@pytest.mark.parametrize("name", ["sella-ml-1m", "sella-book"])
+def test_the_tables_of_sella_rec_have_every_subset_of_tokens_and_the_other_ways_to_tell_of_users_and_items(
+    name: str,
+) -> None:
+    configs = configs_of(name)
     main = configs.pop(reproduce.MAIN)
     subsets = {
         config.fuse.tokens
@@ -41,7 +66,7 @@ def test_the_table_of_sella_rec_has_every_subset_of_tokens_and_the_other_ways_to
     assert subsets == {some for size in (1, 2, 3) for some in itertools.combinations(tokens, size)}
     assert configs["CoLLM style"].fuse.train == ("projections",) and not configs["CoLLM style"].fuse.warm_start
     assert configs["PersonPrompt"].fuse.represent == "learned" and configs["BinLLM"].fuse.represent == "codes"
-    assert set(table.published) <= set(table.variants)
+    assert configs["BinLLM"].collab.table_learning_rate == 0.01
 
 
 def record(seed: int, metric: str, value: float | None, rows: str = "all") -> dict:
@@ -49,11 +74,13 @@ def record(seed: int, metric: str, value: float | None, rows: str = "all") -> di
 
 
 def test_means_and_deviations_are_over_the_seeds_of_all_rows() -> None:
+    """With what is published beside a model's first row."""
     records = [record(1, "auc", 0.7), record(2, "auc", 0.8), record(1, "auc", 0.1, "warm"), record(1, "uauc", 0.6)]
     records.append(record(2, "uauc", None))
-    _, auc, uauc = reproduce.over_seeds(records).splitlines()
-    assert auc.split() == ["mf", "auc", "0.7500", "0.0707", "2"]
+    heading, auc, uauc = reproduce.over_seeds(records, {"mf": ".6482 / .6361"}).splitlines()
+    assert auc.split() == ["mf", "auc", "0.7500", "0.0707", "2", ".6482", "/", ".6361"]
     assert uauc.split() == ["mf", "uauc", "0.6000", "n/a", "1"]
+    assert "published" in heading and "published" not in reproduce.over_seeds(records, {})
 
 
 def test_of_a_later_variant_what_it_has_itself_is_kept_under_its_name() -> None:
@@ -70,13 +97,14 @@ def test_of_a_later_variant_what_it_has_itself_is_kept_under_its_name() -> None:
     ]  # fmt: skip
 
 
-def test_a_table_has_means_and_the_outermost_bounds_and_replaces_itself_in_a_file(tmp_path: Path) -> None:
+def test_a_table_has_means_deviations_and_the_outermost_bounds_and_replaces_itself_in_a_file(tmp_path: Path) -> None:
     records = [{**record(1, "auc", 0.7), "low": 0.6, "high": 0.75}, {**record(2, "auc", 0.8), "low": 0.7, "high": 0.85}]
     records.append({**record(1, "uauc", None), "low": None, "high": None})
     text = reproduce.markdown(records, {"mf": ".6482 / .6361"})
-    head, _, row = text.splitlines()
+    caption, _, head, _, row = text.splitlines()
+    assert caption == reproduce.CAPTION
     assert head == "| model | auc, all | published, all rows | seeds |"
-    assert row == "| mf | 0.7500 [0.6000, 0.8500] | .6482 / .6361 | 1, 2 |"
+    assert row == "| mf | 0.7500 (0.0707) [0.6000, 0.8500] | .6482 / .6361 | 1, 2 |"
     file = tmp_path / "results.md"
     file.write_text("# Results\n")
     reproduce.put_between(file, "sella", text)

@@ -75,7 +75,9 @@ def test_a_recipes_costs_by_hand():
     assert more == pytest.approx(2500 * logits * (3 * 128 - 2))
     distil, evaluate = (cost.cost_of(stage, config, SHAPE, 128, ROWS) for stage in ("distil", "evaluate"))
     assert (distil.scored, distil.tokens, distil.dtype) == (50, 64, "float32")
-    profiles = parse(["demo", "--align.side", "both", "--align.user-vectors", "profile", "--distil.profile-tokens", "99"])
+    profiles = parse(
+        ["demo", "--align.side", "both", "--align.user-vectors", "profile", "--distil.profile-tokens", "99"]
+    )
     distil = cost.cost_of("distil", profiles, SHAPE, 128, ROWS)
     assert (distil.scored, distil.tokens) == (50 + 70, 99)
     assert (evaluate.scored, evaluate.steps) == (2 * 200, 0)
