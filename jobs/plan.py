@@ -115,10 +115,10 @@ def plan_language_model(settings: "Planning", config: "Config", tables: int) -> 
         f"\n{name}: {shape.weights:,} weights, {shape.layers} layers of width {shape.hidden:,}; {shape.adapter:,} weights of the "
         "adapter"
     )
+    on_gpu = settings.device == "cuda" or settings.gpu is not None
     for stage in stages:
-        print(
-            f"{stage:<9} takes of each of {settings.workers} workers {summary(phases(shape, use_of(stage, config, context)))}"
-        )
+        use = dataclasses.replace(use_of(stage, config, context), on_gpu=on_gpu)
+        print(f"{stage:<9} takes of each of {settings.workers} workers {summary(phases(shape, use))}")
     for line in cost.in_words(found):
         print(line)
     for gpu in [settings.gpu] if settings.gpu else cost.GPUS:

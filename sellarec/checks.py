@@ -261,6 +261,11 @@ def _check_adapt(config: Config) -> None:
         raise UserError("adapt.targets is empty: give names of linear layers, or all-linear")
     if ALL_LINEAR in targets and len(targets) > 1:
         raise UserError(f"adapt.targets is {', '.join(targets)}: {ALL_LINEAR} takes every layer, so it stands alone")
+    if "lm_head" in targets and config.llm.dtype == "bfloat16":
+        raise UserError(
+            "adapt.targets names lm_head and llm.dtype is bfloat16: logits of an output layer with an adapter are rounded to "
+            "that type, which leaves many prompts with one score; take other layers, or llm.dtype float32"
+        )
     if config.llm.model == EMBEDDED:
         check_targets(targets, DECODER_LINEAR, "the embedded model")
 
@@ -383,7 +388,7 @@ def _check_fuse(config: Config) -> None:
             f"fuse.represent is {fuse.represent}, which projects nothing",
         )
     if not fuse.tokens:
-        of_tokens = ("projections", "experts", "norm", "warm_start", "unseen_dropout", "semantic")
+        of_tokens = ("projections", "experts", "norm", "warm_start", "unseen_dropout")
         unread |= dict.fromkeys(of_tokens, "fuse.tokens names none")
     if not fuse.collab_score:
         unread["language_weights"] = "fuse.collab_score is False, so no other score is added to the language model's"

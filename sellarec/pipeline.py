@@ -274,7 +274,7 @@ def run_stage(this: Run, stage: str) -> None:
 def check_stage(this: Run, stage: str) -> None:
     """Raises UserError where a stage can't be carried out as asked for, whatever the data."""
     _check_sharding(this, (stage,))
-    _check_language_model(this, (stage,))
+    _check_language_model(this, (stage,), draws=True)
     _check_layer(this, (stage,))
     _check_width(this, (stage,))
     _check_computing(this, (stage,))
@@ -363,15 +363,19 @@ def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
                 check_optimizer(this.config.tables, optimizer, stage)
 
 
-def _check_language_model(this: Run, wanted: Sequence[str]) -> None:
-    """Raises UserError where --llm names no causal language model, or one that has no layers of adapt.targets."""
+def _check_language_model(this: Run, wanted: Sequence[str], draws: bool = False) -> None:
+    """Raises UserError where --llm names no causal language model, or one that has no layers of adapt.targets.
+
+    Args:
+        draws: the settings are those that a sweep's trials are laid over, which may have other targets: stage adapt looks.
+    """
     from sellarec.language.llm import causal_config, check_targets, linear_layers, without_weights
 
     config = this.config
     if config.llm.model == EMBEDDED or not any(isinstance(getattr(config, stage, None), Language) for stage in wanted):
         return
     found = causal_config(this.given_llm.name, this.given_llm.revision)
-    if "adapt" in wanted and config.adapt.method == "lora":
+    if "adapt" in wanted and config.adapt.method == "lora" and not draws:
         check_targets(config.adapt.targets, linear_layers(without_weights(found)), config.llm.model)
 
 

@@ -25,12 +25,12 @@ from sellarec.training.progress import Console
 VERSIONS = {
     "prepare": 2,
     "pretrain": 2,
-    "adapt": 2,
+    "adapt": 3,
     "collab": 3,
     "distil": 1,
     "align": 3,
-    "fuse": 5,
-    "evaluate": 2,
+    "fuse": 6,
+    "evaluate": 3,
 }
 """Raised by hand when a stage's code gives other results than before."""
 

@@ -264,6 +264,10 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
         ("--fuse.train tables", ["fuse.train is tables", "fuse.tokens is user item semantic"]),
         ("--align.user-vectors profile", ["align.user_vectors is profile", "align.side is items"]),
         (
+            "--adapt.targets q_proj lm_head --llm.dtype bfloat16",
+            ["adapt.targets names lm_head", "llm.dtype is bfloat16"],
+        ),
+        (
             "--align.side users --align.user-vectors profile --align.history 3",
             ["align.history is 3", "user_vectors profile"],
         ),

@@ -104,7 +104,8 @@ class Recommender(nn.Module):
         return torch.stack([yes + self._collaborative("score", batch, vectors), no], dim=1)
 
     def _collaborative(self, method: str, *arguments: Any) -> Tensor:
-        """What a method of the collaborative model gives, in float32: the language model's type of computing is for itself."""
+        """What a method of the collaborative model gives, in float32: the language model's type of computing is for itself, but
+        that FSDP2 has rounded dense weights to it."""
         weights = {f"network.{name}": weight.float() for name, weight in self.network.named_parameters()}
         return functional_call(_Method(self.network, method), weights, arguments)
 

@@ -212,17 +212,28 @@ def distil(
 
 
 def write_profiles(log: Log, most: int, texts: Path, users: Path) -> None:
-    """Write profiles of the users that liked an item with a title in train, by their ids.
+    """Write profiles of the users that liked an item with a title in train, by their ids. Of a user no more titles are held than
+    the profile has.
 
     Args:
         most: titles of a profile at most, the most recent ones, which come last.
         texts: file of `item` int64, the profile's number from 0 on, and `text`.
         users: file of `user` int64, in the same order.
+
+    Raises:
+        UserError: there are none.
     """
-    positives = pl.scan_parquet(log.split_paths("train")).filter(pl.col("label") == 1).select("user", "item")
     titles = pl.scan_parquet(log.paths("items")).select("item", "title").filter(pl.col("title") != "")
-    liked = positives.join(titles, on="item", how="inner", maintain_order="left").group_by("user", maintain_order=True)
-    found = liked.agg(pl.col("title").tail(most).str.join("; ").alias("text")).sort("user").collect()
+    positives = pl.scan_parquet(log.split_paths("train")).filter(pl.col("label") == 1).select("user", "item")
+    positives = positives.join(titles.select("item"), on="item", how="semi", maintain_order="left")
+    liked = positives.group_by("user", maintain_order=True).agg(pl.col("item").tail(most)).sort("user").explode("item")
+    named = liked.join(titles, on="item", how="left", maintain_order="left").group_by("user", maintain_order=True)
+    found = named.agg(pl.col("title").str.join("; ").alias("text")).collect()
+    if not len(found):
+        raise UserError(
+            "align.user_vectors is profile, but no user has liked an item with a title in the train split, so there is no "
+            "profile: take --align.user-vectors liked, or give items titles"
+        )
     found.select("user").write_parquet(users)
     found.select("text").with_row_index("item").with_columns(pl.col("item").cast(pl.Int64)).write_parquet(texts)
 

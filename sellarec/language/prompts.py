@@ -114,11 +114,8 @@ class SegmentTokenizer:
         self._tokenizer = tokenizer
         # A tokenizer that puts a space before its input turns " a" into two spaces and an "a"; one that doesn't may have no token
         # for a space and an "a", but then none of "a" begins with a space.
-        (first, *_), longer = (
-            tokenizer.convert_ids_to_tokens(self._ids("a")),
-            len(self._ids(" a")) > len(self._ids("a")),
-        )
-        self._adds_space = longer and first[0] in SPACES
+        first = tokenizer.convert_ids_to_tokens(self._ids("a"))[0]
+        self._adds_space = len(self._ids(" a")) > len(self._ids("a")) and first[0] in SPACES
         # What the tokenizer puts before a text; what it may put after one (an end token) would end the prompt.
         whole, alone = tokenizer("a")["input_ids"], self._ids("a")
         self._start = next(tuple(whole[:i]) for i in range(len(whole)) if whole[i : i + len(alone)] == alone)

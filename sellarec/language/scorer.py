@@ -9,6 +9,7 @@ Shapes: b rows, T prompt tokens, H width of the model, V vocabulary, n positions
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -41,9 +42,8 @@ class PromptScorer(nn.Module):
         self.llm = llm
         self.answers = answers
         self.shares = has_full_attention(base_model(llm))
-        output = self._output()
-        output.chosen = None
-        if type(output) is nn.Linear:  # with an adapter on it, it makes all logits
+        output = base_model(llm).get_output_embeddings()
+        if type(output) is nn.Linear:  # with an adapter on it, it makes all logits, in the type of computing
             output.forward = partial(_chosen_logits, output)
 
     @property
@@ -131,18 +131,14 @@ class PromptScorer(nn.Module):
 
     def _last_logits(self, **given: Any) -> Tensor:
         """float32 [b, V], or of `answers`; what a model does to its logits beside, as to cap them, it does to these."""
-        output = self._output()
-        output.chosen = None if self.answers is None else list(self.answers)
+        chosen = _CHOSEN.set(None if self.answers is None else list(self.answers))
         try:
             logits = self.llm(**given, logits_to_keep=1).logits[:, -1].float()
         finally:
-            output.chosen = None
+            _CHOSEN.reset(chosen)
         if self.answers is None or logits.shape[1] == len(self.answers):
             return logits
         return logits[:, list(self.answers)]
-
-    def _output(self) -> Any:
-        return base_model(self.llm).get_output_embeddings()
 
     @contextmanager
     def all_logits(self) -> Iterator[None]:
@@ -154,13 +150,17 @@ class PromptScorer(nn.Module):
             self.answers = kept
 
 
-def _chosen_logits(output: Any, hidden: Tensor) -> Tensor:
-    """What an output layer makes of last hidden states [..., H]: float32 logits of the `chosen` tokens alone, where there are
-    some, else all."""
-    if output.chosen is None:
+_CHOSEN: ContextVar[list[int] | None] = ContextVar("chosen", default=None)
+"""The tokens whose logits alone are asked for, by the thread that asks."""
+
+
+def _chosen_logits(output: nn.Linear, hidden: Tensor) -> Tensor:
+    """What an output layer makes of last hidden states [..., H]: float32 logits of the tokens that are asked for, else all."""
+    chosen = _CHOSEN.get()
+    if chosen is None:
         return F.linear(hidden, output.weight, output.bias)
-    bias = None if output.bias is None else output.bias[output.chosen].float()
-    return F.linear(hidden.float(), output.weight[output.chosen].float(), bias)
+    bias = None if output.bias is None else output.bias[chosen].float()
+    return F.linear(hidden.float(), output.weight[chosen].float(), bias)
 
 
 def token_losses(output: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, d
     gathered, and only gradients are reduced together.
 
     Args:
-        model: on the CPU; a block at a time goes to `device`, where each worker keeps its share, so no device ever holds all.
+        model: on the CPU; a block at a time goes to `device`, where each worker keeps its share.
     """
     mesh = init_device_mesh(device.type, (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
     # vectors of tables stay float32: a model casts them where it needs to

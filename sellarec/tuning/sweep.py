@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sellarec.ahead import check_labels, check_start
+from sellarec.ahead import check_labels, check_prompts, check_start
 from sellarec.artifacts import Place, lease
 from sellarec.config import EMBEDDED, STAGES, Config, Sweep, result_settings, to_yaml
 from sellarec.errors import StageFailed, UserError
@@ -131,6 +131,8 @@ def _run_stages_before(config: Config, stage: str, reads: Sequence[str], setting
     run(this)
     check_labels(this, (stage,))
     check_start(this, (stage,))
+    if stage in ("adapt", "fuse"):
+        check_prompts(this, this.llm().folder(weights=False))
     return dict(this.marks)
 
 

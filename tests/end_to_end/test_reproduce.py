@@ -18,8 +18,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def finished(workspace: Path) -> dict[Path, int]:
-    """When each artifact, and each run's results, were written."""
-    found = [*workspace.glob("artifacts/*/manifest.json"), *workspace.glob("runs/*/results*.json")]
+    """When each artifact, and the results of each collaborative model, were written."""
+    found = [*workspace.glob("artifacts/*/manifest.json"), *workspace.glob("runs/*/results-collab-*.json")]
     return {path: path.stat().st_mtime_ns for path in found}
 
 

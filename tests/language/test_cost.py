@@ -110,8 +110,8 @@ def test_the_fewest_gpus_are_those_that_hold_model_and_tables():
 
 
 @pytest.mark.parametrize("recipes", [("collm-ml-1m", "sella-official"), ("collm-amazon-book", "sella-official-book")])
-def test_the_published_setting_fits_one_gpu_of_80_gb(tmp_path, recipes):
-    """As it was trained, of a model of Qwen2-7B's shape."""
+def test_the_published_setting_is_reckoned_to_fit_one_gpu_of_80_gb(tmp_path, recipes):
+    """As it was trained, of a model of Qwen2-7B's shape, beside its tables."""
     settings = {
         "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18_944,
         "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,

@@ -206,6 +206,22 @@ def test_a_profile_names_what_a_user_liked_last_in_train(tmp_path):
     assert found == {number["a"]: "Why; not; Double", number["b"]: "Why; not; Ex"}
 
 
+def test_a_log_without_any_profile_is_refused(tmp_path):
+    rows = {
+        "user": ["a", "b", "a", "b"],
+        "item": ["x", "y", "y", "x"],
+        "label": pa.array([0, 1, 1, 1], pa.int8()),
+        "timestamp": list(range(4)),
+        "split": ["train", "train", "valid", "test"],
+    }
+    items = pa.table({"item": ["x", "y"], "title": ["Ex", ""]})
+    (tmp_path / "log").mkdir()
+    source = prepared.source_of(pa.table(rows), items)
+    log = prepared.prepare_into(tmp_path / "log", source, prepared.rules(split="given"))
+    with pytest.raises(UserError, match=r"no user has liked an item with a title.*--align.user-vectors liked"):
+        write_profiles(log, 2, tmp_path / "texts.parquet", tmp_path / "users.parquet")
+
+
 def test_users_without_a_profile_have_zeros(tmp_path):
     vectors = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     write_vectors(tmp_path / "users", vectors, "mark")
