@@ -79,5 +79,5 @@ def test_a_table_goes_on_where_it_was_and_is_not_made_again(
 
     reproduce.main(arguments)
     assert finished(workspace) == made and file.read_text() == text
-    summary = printed.partition("\nmodel")[2].partition("\ntable")[0]
+    summary = printed.rpartition("\nmodel")[2].partition("\ntable")[0]
     assert summary and summary in capsys.readouterr().out
