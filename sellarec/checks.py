@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from sellarec.changes import windows
 from sellarec.config import (
     ALL_LINEAR,
     DECODER_LINEAR,
@@ -107,6 +108,12 @@ def check(config: Config) -> None:
     _check_distil(config)
     _check_prompt(config)
     _check_fuse(config)
+    for stage in STAGES:
+        for window in windows(config, stage)[1:]:
+            try:
+                check(window.config)
+            except UserError as error:
+                raise UserError(f"{stage}.changes, after evaluation {window.first}: {error}") from error
 
 
 def _check_pretrain(config: Config) -> None:
@@ -689,7 +696,7 @@ _LOWEST: dict[str, float] = {
     ),
     **dict.fromkeys(("users", "items", "interactions", "genres", "rank", "layers", "heads", "hidden", "replicates"), 1),
     **dict.fromkeys(("negatives_per_row", "block", "experts", "centers"), 1),
-    **dict.fromkeys(("trials", "concurrent", "rows"), 1),
+    **dict.fromkeys(("trials", "concurrent", "perturb_every", "rows"), 1),
     "layer": -MAX_INTEGER,
     **dict.fromkeys(("max_tokens", "title_tokens", "context", "vocabulary", "dim"), 1),
     **dict.fromkeys(("epochs", "validate_every", "temperature", "clip", "decay", "memory_per_worker", "mfu"), 1e-6),

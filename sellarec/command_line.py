@@ -121,6 +121,15 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
             f"trackers is {', '.join(sweep.trackers)}, but a sweep leaves its trials' numbers in a folder of its own "
             "(docs/tuning.md): leave it out, or track the winner, which jobs/train.py runs"
         )
+    if sweep.search == "pbt" and (sweep.trials < 2 or getattr(sweep, sweep.stage).changes):
+        raise UserError(
+            f"search is pbt, with {sweep.trials} trials and {sweep.stage}.changes {list(getattr(sweep, sweep.stage).changes)}: "
+            "a population has two members or more, and finds the changes itself"
+        )
+    if sweep.search != "pbt" and sweep.perturb_every != 1:
+        raise UserError(
+            f"perturb_every is {sweep.perturb_every}, but search is {sweep.search}: only pbt reads it, leave it out"
+        )
     if sweep.metric is not None:
         section = dataclasses.replace(getattr(sweep, sweep.stage), select_on=sweep.metric)
         sweep = dataclasses.replace(sweep, **{sweep.stage: section})

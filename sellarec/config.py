@@ -60,6 +60,12 @@ TABLE_SETTINGS = ("table_optimizer", "table_learning_rate", "table_weight_decay"
 LORA_SETTINGS = ("rank", "alpha", "rslora", "dora", "dropout", "targets")
 """Settings of `adapt` that method lora reads."""
 
+CHANGEABLE = (
+    *("learning_rate", "weight_decay", "clip", "table_learning_rate", "table_weight_decay"),
+    *("dropout", "l2", "temperature", "weight", "rince_q", "rince_lambda", "mask_share", "unseen_dropout"),
+)
+"""Settings of stages that may change while they train: none that says what weights, optimizers or batches there are."""
+
 MODEL_SETTINGS = ("user_rows", "layers", "heads", "hidden", "dropout", "history", *DENSE_SETTINGS)
 """Settings of `collab` that only some models read."""
 
@@ -221,6 +227,8 @@ class Selection:
     """Evaluations without a better metric before the stage stops early."""
     select_on: Literal["auc", "uauc"] = "auc"
     """Metric of the valid split by which the kept state is chosen."""
+    changes: tuple[str, ...] = ()
+    """Settings that change on the way: each a number of evaluations and what holds after them, as '3 learning_rate=0.001'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -658,15 +666,19 @@ class Sweep(Config):
     space: str | None = runtime(None)
     """Settings that are drawn, and from what: a name in sellarec/spaces, or a .yaml file in their form; None: the one that is
     named as the stage."""
-    search: Literal["asha", "random", "optuna"] = runtime("asha")
+    search: Literal["asha", "random", "optuna", "pbt"] = runtime("asha")
     """random: drawn independently, and each trial trains to its end; asha: drawn so too, but after 1, 3, 9, ... evaluations those
     below the best third of the trials that came as far are stopped (asynchronous successive halving, arXiv 1810.05934); optuna:
-    drawn near what did well so far (a tree-structured Parzen estimator), and each trains to its end."""
+    drawn near what did well so far (a tree-structured Parzen estimator), and each trains to its end; pbt: drawn independently,
+    and after every `perturb_every` evaluations the worst quarter goes on from copies of the best quarter, with settings near
+    theirs (population-based training, arXiv 1711.09846)."""
+    perturb_every: int = runtime(1)
+    """Evaluations between two comparisons of pbt."""
     metric: Literal["auc", "uauc"] | None = runtime(None)
     """Metric of the valid split that trials are compared by, and by which each keeps its best state; None: the stage's
     `select_on`."""
     trials: int = runtime(16)
-    """Trials."""
+    """Trials; of pbt, its population."""
     concurrent: int = runtime(1)
     """Trials that run at a time, of `workers` training processes each."""
     share: float = runtime(1.0)

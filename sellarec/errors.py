@@ -24,6 +24,18 @@ class TrainingStopped(Exception):
     """A training ended before its end because its driver asked it to: nothing of it is kept."""
 
 
+class TrainingPaused(Exception):
+    """A training has as many evaluations behind it as were asked for, and has left a checkpoint.
+
+    Attributes:
+        evaluations: (step, metrics on the valid split by name) of each.
+    """
+
+    def __init__(self, evaluations: list[tuple[int, dict[str, float | None]]]) -> None:
+        super().__init__(f"paused after {len(evaluations)} evaluations")
+        self.evaluations = evaluations
+
+
 def exit_status(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Run a job's `main` on its arguments: its exit status, with one line on stderr where it is not 0. SIGTERM ends it as Ctrl-C
     does."""

@@ -66,6 +66,8 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
         "evaluate": ("prompt", "evaluate", "llm"),
     }[stage]
     settings = {name: result_settings(getattr(config, name)) for name in sections}
+    if stage in settings and not settings[stage].get("changes"):
+        settings[stage].pop("changes", None)  # so that what was made before there were any still stands
     if stage == "prepare":
         data = result_settings(config.data)
         if config.data.source != "world":
@@ -110,6 +112,10 @@ class Run:
     """Takes the progress records of trainings; None: they go to the run's trackers."""
     stop: threading.Event | None = None
     """Once it is set, a training ends with TrainingStopped, and leaves nothing."""
+    pause_after: int | None = None
+    """Evaluations on the valid split after which a training pauses, with TrainingPaused, and leaves a checkpoint."""
+    window: tuple[int, int | None] = (0, None)
+    """Of the training that is under way, see `loop.Training`."""
 
     @classmethod
     def of(cls, config: Config) -> "Run":

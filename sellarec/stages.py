@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 
 from sellarec.ahead import check_model, check_prompts, check_tables, room_of
 from sellarec.artifacts import Place
+from sellarec.changes import windows
 from sellarec.config import Language, Selection
 from sellarec.data.log import Log, copy_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
-from sellarec.errors import StageFailed, TrainingStopped, UserError
+from sellarec.errors import StageFailed, TrainingPaused, TrainingStopped, UserError
 from sellarec.run import Run, template_words
 from sellarec.training.launch import run_task, run_workers, train
 from sellarec.training.room import first_workers
@@ -429,6 +430,9 @@ def _train(
     Args:
         tables: the embedding tables that it will make: refused here where they can't be held.
         source: of the language model that it trains whole; None for the run's own.
+
+    Raises:
+        TrainingPaused: where the run's window ends.
     """
     from sellarec.training.loop import Training
 
@@ -448,16 +452,18 @@ def _train(
         valid = _valid_order(this, stage, settings)
     training = Training(
         stage, build, settings, this.config.seed, train_order, valid, this.artifact(stage),
-        dtype=dtype, storage=this.config.tables,
+        dtype=dtype, storage=this.config.tables, window=this.window,
     )  # fmt: skip
     training = dataclasses.replace(training, profiled=_profiled(this, stage, training.steps))
     on_record = this.on_record or partial(_track, this)
     assert this.cluster is not None
     try:
-        train(training, this.group(), this.console, on_record, this.stop)
+        paused = train(training, this.group(), this.console, on_record, this.stop)
     except TrainingStopped:
         this.artifact(stage).delete(*(name for name in this.artifact(stage).names() if name != "lease.json"))
         raise
+    if paused is not None:
+        raise TrainingPaused(paused)
     this.artifact(stage).delete(WORK)
     found = this.artifact(stage).read_json("training.json")
     assert found is not None
@@ -525,7 +531,12 @@ def _tell_shortened(this: Run, stage: str, histories: dict[str, dict[str, int]])
 
 
 def carry_out(this: Run, stage: str) -> dict[str, Any]:
-    """Make a stage's artifact, all but its manifest; gives the facts that stand there."""
+    """Make a stage's artifact, all but its manifest; gives the facts that stand there. Where settings change on the way, it is
+    trained a part at a time, each from the checkpoint of the one before.
+
+    Raises:
+        TrainingPaused: the run is to pause there.
+    """
     make: Callable[[Run], dict[str, Any]] = {
         "prepare": _prepare,
         "pretrain": _pretrain,
@@ -536,4 +547,25 @@ def carry_out(this: Run, stage: str) -> dict[str, Any]:
         "fuse": _fuse,
         "evaluate": _evaluate,
     }[stage]
-    return make(this)
+    whole, pause_after = this.config, this.pause_after
+    parts, behind = windows(whole, stage), 0
+    try:
+        while True:
+            part = next(part for part in reversed(parts) if part.first <= behind)
+            last = min((end for end in (part.last, pause_after) if end is not None), default=None)
+            this.config, this.window = part.config, (part.first, last)
+            try:
+                facts = make(this)
+            except TrainingPaused as paused:
+                behind = len(paused.evaluations)
+                if pause_after is not None and behind >= pause_after:
+                    raise
+                this.console.line(f"{stage:<9} after evaluation {behind}: settings as {stage}.changes has them")
+            else:
+                if part is not parts[-1]:
+                    this.console.line(
+                        f"{stage:<9} note: it ended before evaluation {parts[-1].first} of {stage}.changes"
+                    )
+                return facts
+    finally:
+        this.config, this.window = whole, (0, None)

@@ -539,6 +539,8 @@ class Engine:
                 optim_state_dict=state["optimizer"],
                 options=StateDictOptions(ignore_frozen_params=True, strict=False),
             )
+            for group in self.optimizer.param_groups:  # may have changed since; learning rates are set at each step
+                group["weight_decay"] = self.settings.weight_decay
 
     def export(self, output: Place, storage: Storage) -> None:
         """Write the trained state in open formats: sharded safetensors for tables, what the task says for the rest.

@@ -49,13 +49,16 @@ def train(
     console: Console,
     on_record: Callable[[dict], None],
     stop: threading.Event | None = None,
-) -> None:
-    """Run one stage's training to its end, surviving lost workers. Its checkpoints stay.
+) -> list[Any] | None:
+    """Run one stage's training to its end, or to where it pauses, surviving lost workers. Its checkpoints stay.
 
     Args:
         training: a `loop.Training` without its board.
         on_record: takes each progress record of rank 0, for TensorBoard.
         stop: once it is set, the training ends after its step.
+
+    Returns:
+        None at its end; where it paused, the evaluations that it has behind it.
 
     Raises:
         UserError: a mistake that a worker found.
@@ -64,7 +67,7 @@ def train(
     """
     from sellarec.training.loop import train_worker
 
-    run_workers(
+    return run_workers(
         train_worker, {"training": training}, training.stage, group, console, on_record,
         keep_freed_memory=not isinstance(training.settings, Language), stops=True, stop=stop,
     )  # fmt: skip
@@ -80,7 +83,7 @@ def run_workers(
     keep_freed_memory: bool = False,
     stops: bool = False,
     stop: threading.Event | None = None,
-) -> None:
+) -> list[Any] | None:
     """Run a function on a group of workers under Ray Train; `config`'s dataclass gets the progress board.
 
     Where workers are lost, the function is run again, on as many as then find room.
@@ -90,6 +93,9 @@ def run_workers(
         stops: whether the workers leave a checkpoint and end when the board asks for it, as it does after the first SIGINT
             or SIGTERM, once `stop` is set, or to go on with more workers. Others are broken off.
         stop: see `train`.
+
+    Returns:
+        See `train`.
 
     Raises:
         UserError: a mistake that a worker found.
@@ -134,6 +140,8 @@ def run_workers(
             short = textwrap.shorten(cause, CAUSE_CHARACTERS, placeholder=" ...")
             console.line(f"{stage:<9} was cut off ({short}): is taken up again")
             workers = find_room(stage, group, console, stop)
+        elif ended.paused:
+            return ended.paused[0]
         elif stop is not None and stop.is_set() and ended.stopped:
             raise TrainingStopped(f"stage {stage} was stopped at step {ended.stopped[0]}")
         elif ended.stopped:
@@ -141,7 +149,7 @@ def run_workers(
             if ended.tried_to_grow:
                 grow_every = group.grow_every if workers > before else RARER * grow_every
         else:
-            return
+            return None
 
 
 @dataclasses.dataclass
@@ -154,6 +162,7 @@ class _Ended:
         failed: other reasons of theirs for which the stage has failed.
         starts: the steps at which they started or took up their work.
         stopped: the step at which they stopped, if they were asked to.
+        paused: the evaluations that lie behind them where they paused.
         interrupted: SIGINT or SIGTERM arrived.
         tried_to_grow: they were stopped for room that more workers had.
     """
@@ -163,6 +172,7 @@ class _Ended:
     failed: list[str]
     starts: list[int]
     stopped: list[int]
+    paused: list[list[Any]]
     interrupted: bool
     tried_to_grow: bool = False
 
@@ -262,7 +272,8 @@ class _Launch:
         if failures and not isinstance(failures[0], TrainingFailedError):
             raise failures[0]
         failure = failures[0] if failures else None
-        return _Ended(failure, told.errors, told.failed, told.starts, told.stopped, bool(arrived), is_room)
+        reached = told.starts, told.stopped, told.paused
+        return _Ended(failure, told.errors, told.failed, *reached, bool(arrived), is_room)
 
 
 def _found_no_room(failure: BaseException | None) -> bool:
@@ -327,6 +338,7 @@ class _Told:
         failed: other reasons for which the stage has failed.
         starts: the step at which they started or took up their work.
         stopped: the one at which they stopped, if they were asked to.
+        paused: the evaluations that lie behind them where they paused.
         groups: their placement group.
         failures: why nothing is shown any more.
     """
@@ -335,6 +347,7 @@ class _Told:
     failed: list[str] = dataclasses.field(default_factory=list)
     starts: list[int] = dataclasses.field(default_factory=list)
     stopped: list[int] = dataclasses.field(default_factory=list)
+    paused: list[list[Any]] = dataclasses.field(default_factory=list)
     groups: list[str] = dataclasses.field(default_factory=list)
     failures: list[BaseException] = dataclasses.field(default_factory=list)
 
@@ -362,6 +375,8 @@ def _showing(board: Any, console: Console, on_record: Callable[[dict], None], fi
                     console.line(record["note"])
                 elif "stopped" in record:
                     told.stopped.append(record["stopped"])
+                elif "paused" in record:
+                    told.paused.append(record["paused"])
                 elif "group" in record:
                     told.groups.append(record["group"])
                     on_record(record)

@@ -76,6 +76,8 @@ class Training:
         storage_timeout: seconds for which storage that fails is tried again.
         dtype: compute type of the dense part.
         storage: how embedding tables are stored and sharded.
+        window: with how many evaluations on the valid split behind them the settings begin to hold, and with how many they
+            end to; None: never. The training pauses outside of it, where it leaves a checkpoint.
     """
 
     stage: str
@@ -91,11 +93,17 @@ class Training:
     dtype: str = "float32"
     storage: Tables = field(default_factory=Tables)
     profiled: "Profiled | None" = None
+    window: tuple[int, int | None] = (0, None)
 
     @property
     def steps(self) -> int:
         steps = math.ceil(self.settings.epochs * self.train.steps_per_epoch)
         return min(steps, self.settings.max_steps or steps)
+
+    def pauses(self, evaluations: int) -> bool:
+        """Whether it pauses with so many evaluations behind it."""
+        first, last = self.window
+        return evaluations < first or (last is not None and evaluations >= last)
 
 
 @dataclass
@@ -165,7 +173,8 @@ def _train(training: Training) -> None:
         position.measured = engine.measure()
     saved, asked = time.monotonic(), _Asked(training.board)
     stopped, leave = selection is not None and position.evaluations_without >= selection.patience, 0.0
-    while position.step < steps and not stopped:
+    paused = training.pauses(len(position.evaluations))
+    while position.step < steps and not stopped and not paused:
         with reporter.waiting():
             rows = next(batches)
         seed_everything(training.seed, training.stage, position.step, workers.rank)
@@ -189,7 +198,8 @@ def _train(training: Training) -> None:
             improved = valid.evaluate(engine, position)
             reporter.evaluated(position)
             stopped = position.evaluations_without >= selection.patience
-        if improved or due or leave:
+            paused = training.pauses(len(position.evaluations))
+        if improved or due or leave or paused:
             reporter.flush(position)
             checkpoints.save(engine, dataclasses.asdict(position))
             saved = time.monotonic()
@@ -197,9 +207,10 @@ def _train(training: Training) -> None:
             break
     batches.close()
     profiler.end()
-    if leave:
+    if leave or (paused and not stopped and position.step < steps):
         if workers.rank == 0:
-            ray.get(training.board.put.remote({"stopped": position.step}))
+            told_last = {"stopped": position.step} if leave else {"paused": position.evaluations}
+            ray.get(training.board.put.remote(told_last))
         return
     reporter.flush(position)
     if valid and position.best_step != position.step:

@@ -26,7 +26,7 @@ class Row:
 
     Attributes:
         trial: its number, from 1.
-        settings: by dotted name.
+        settings: by dotted name, as they were at its end.
         status: finished (its artifact stands), stopped (early, by the scheduler) or failed.
         value: the best of the sweep's metric on the valid split; None where it failed.
         kept: the metrics on the valid split of the state that it keeps; None where it keeps none.
@@ -34,6 +34,8 @@ class Row:
         seconds: wall time; None where it failed.
         artifact: STAGE-FINGERPRINT; None where it keeps none.
         cause: why it failed.
+        begun: the settings that it, or whom it went on from, began with, where these changed on the way.
+        changes: how they changed since then, as a stage's `changes` has it.
     """
 
     trial: int
@@ -45,6 +47,12 @@ class Row:
     seconds: float | None
     artifact: str | None
     cause: str | None
+    begun: Mapping[str, Any] | None = None
+    changes: Sequence[str] = ()
+
+    def recipe(self, stage: str) -> dict[str, Any]:
+        """Settings by which the stage makes its artifact."""
+        return {**self.begun, f"{stage}.changes": tuple(self.changes)} if self.begun else dict(self.settings)
 
 
 def write_results(place: Place, rows: Sequence[Row], space: Sequence[Domain], stage: str, metric: str) -> None:
@@ -72,6 +80,8 @@ def _write_tables(folder: Path, rows: Sequence[Row], space: Sequence[Domain]) ->
             "seconds": row.seconds,
             "artifact": row.artifact,
             "cause": row.cause,
+            "begun": json.dumps(row.begun) if row.begun else None,
+            "changes": list(row.changes),
         }
         for row in rows
     ]
@@ -79,7 +89,9 @@ def _write_tables(folder: Path, rows: Sequence[Row], space: Sequence[Domain]) ->
     with open(folder / "trials.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, records[0])
         writer.writeheader()
-        writer.writerows({**record, "evaluations": json.dumps(record["evaluations"])} for record in records)
+        for record in records:
+            listed = {name: json.dumps(record[name]) for name in ("evaluations", "changes")}
+            writer.writerow({**record, **listed})
 
 
 def _cell(value: Any) -> Any:

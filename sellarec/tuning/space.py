@@ -25,11 +25,14 @@ import yaml
 
 from sellarec.checks import check
 from sellarec.command_line import typed
-from sellarec.config import Config, leaves
+from sellarec.config import CHANGEABLE, Config, leaves
 from sellarec.errors import UserError
 
 VALUE = "value"
 """What trials are compared by, in what they report: the best so far of the sweep's metric on the valid split."""
+
+NEWEST = "newest"
+"""What the newest evaluation found of that metric, in what a member of a population reports."""
 
 EVALUATION = "evaluation"
 """How many evaluations a trial has behind it, in what it reports."""
@@ -63,6 +66,11 @@ class Domain:
     def labels(self) -> tuple[Any, ...]:
         """The choices as plain values: several values of one choice are joined by spaces."""
         return tuple(" ".join(map(str, value)) if isinstance(value, tuple) else value for value in self.values)
+
+    @property
+    def is_changeable(self) -> bool:
+        """Whether the setting may change while its stage trains."""
+        return self.name.rpartition(".")[2] in CHANGEABLE and all(isinstance(value, float) for value in self.values)
 
     def value(self, drawn: Any) -> Any:
         """The setting of what was drawn: of a label its choice, of a number the rounded one."""

@@ -4,14 +4,17 @@ import dataclasses
 import importlib.util
 import json
 import os
+import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sellarec.ahead import check_labels, check_prompts, check_start
 from sellarec.artifacts import Place, lease
-from sellarec.config import EMBEDDED, STAGES, Config, Sweep, result_settings, to_yaml
+from sellarec.config import CHANGEABLE, EMBEDDED, STAGES, Config, Sweep, result_settings, to_yaml
 from sellarec.errors import StageFailed, UserError
 from sellarec.pipeline import check_stage, marks_of, run
 from sellarec.run import Run
@@ -19,7 +22,7 @@ from sellarec.training.cluster import check_room, connect, joins_cluster
 from sellarec.training.failures import last_line
 from sellarec.training.progress import Console
 from sellarec.tuning.results import Row, format_rows, write_results
-from sellarec.tuning.space import EVALUATION, VALUE, Domain, check_space, read_space, with_settings
+from sellarec.tuning.space import EVALUATION, NEWEST, VALUE, Domain, check_space, read_space, with_settings
 
 if TYPE_CHECKING:
     from sellarec.tuning.trial import Base
@@ -27,8 +30,11 @@ if TYPE_CHECKING:
 REDUCTION = 3
 """Of the trials that come as far, asha lets one of so many go on; the next decision is after so many times the evaluations."""
 
-KEPT = ("stage", "trials", "search", "concurrent", "max_failures")
+KEPT = ("stage", "trials", "search", "concurrent", "max_failures", "perturb_every")
 """Settings that Ray Tune goes on with as the sweep was begun."""
+
+KEPT_CHECKPOINTS = 3
+"""Of each member of a population: others go on from the newest, and more than two have to be kept for Ray Tune to find it."""
 
 STATE = "sweep"
 """Folder in the run's for what the sweep goes on from."""
@@ -52,6 +58,11 @@ def sweep(settings: Sweep) -> None:
     if not joins_cluster():
         check_room(settings.concurrent * (settings.workers + 1))  # a trial has a process of its own beside its workers
     space = read_space(settings.space or stage)
+    if settings.search == "pbt" and not any(domain.is_changeable for domain in space):
+        raise UserError(
+            f"search is pbt, but the search space draws {', '.join(domain.name for domain in space)}, none of which can be "
+            f"changed while {stage} trains: those that can are {', '.join(CHANGEABLE)}; give another --space or --search"
+        )
     this = Run.of(config)
     this.store.check_writable()
     reads = check_space(space, config, stage, partial(_marks, this, stage))
@@ -74,7 +85,7 @@ def sweep(settings: Sweep) -> None:
             raise StageFailed(
                 f"of {len(rows)} trials none came to its end: {next(row.cause for row in rows if row.cause)}"
             )
-        best = with_settings(config, finished[0].settings)
+        best = with_settings(config, finished[0].recipe(stage))
         recipe = dataclasses.replace(best, name=f"{config.name}-best")
         place.write_text("best.yaml", f"# trial {finished[0].trial} of the sweep {config.name}\n{to_yaml(recipe)}")
         print(f"\n{format_rows(finished[:5], space, getattr(config, stage).select_on)}\n")
@@ -155,11 +166,13 @@ def _run_trials(
     import ray
     from ray import tune
 
+    from sellarec.tuning.member import Member
     from sellarec.tuning.progress import Progress
     from sellarec.tuning.trial import Base, Trial
 
-    base = Base(config, space, settings.stage, marks, cluster, state / "trials")
-    trainable = tune.with_resources(tune.with_parameters(Trial, base=base), {"CPU": 0.01})
+    base = Base(config, space, settings.stage, marks, cluster, state / "trials", settings.perturb_every)
+    kind = Member if settings.search == "pbt" else Trial
+    trainable = tune.with_resources(tune.with_parameters(kind, base=base), {"CPU": 0.01})
     folder = str(state.folder) if state.is_local else state.uri
     try:
         if tune.Tuner.can_restore(f"{folder}/tune"):
@@ -173,13 +186,15 @@ def _run_trials(
                     num_samples=settings.trials,
                     max_concurrent_trials=settings.concurrent,
                     search_alg=_searcher(settings),
-                    scheduler=_scheduler(settings),
+                    scheduler=_scheduler(settings, space),
+                    reuse_actors=False,
                 ),
                 run_config=tune.RunConfig(
                     name="tune",
                     storage_path=folder,
                     failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stage keeps its own
+                    # the stage keeps its own; those of a population's members are for others to go on from
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, num_to_keep=KEPT_CHECKPOINTS),
                     callbacks=[Progress(console, space, settings.trials, state / "trials")],
                     verbose=0,
                 ),
@@ -221,13 +236,33 @@ def _searcher(settings: Sweep) -> Any:
     return OptunaSearch(metric=VALUE, mode="max", seed=settings.seed)
 
 
-def _scheduler(settings: Sweep) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+def _scheduler(settings: Sweep, space: Sequence[Domain]) -> Any:
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
 
+    if settings.search == "pbt":
+        random.seed(settings.seed)  # this and the next are what the scheduler draws from
+        np.random.seed(settings.seed)
+        changeable = [domain for domain in space if domain.is_changeable]
+        choices = {domain.name: list(domain.labels) for domain in changeable if domain.kind == "choice"}
+        return PopulationBasedTraining(
+            time_attr=EVALUATION,
+            metric=NEWEST,
+            mode="max",
+            perturbation_interval=settings.perturb_every,
+            hyperparam_mutations=_domains(changeable) | choices,  # of a list it takes a neighbour
+            custom_explore_fn=partial(_within, changeable),
+            log_config=False,
+            synch=True,  # members are compared where all have come as far, whatever the number that runs at a time
+        )
     if settings.search != "asha":
         return FIFOScheduler()
     # no trial comes to max_t: the end of a trial is its own
     return ASHAScheduler(time_attr=EVALUATION, metric=VALUE, mode="max", max_t=10**6, reduction_factor=REDUCTION)
+
+
+def _within(space: Sequence[Domain], drawn: dict[str, Any]) -> dict[str, Any]:
+    """What a population's scheduler made of a member's settings, as they are trained with: within their bounds, rounded."""
+    return {**drawn, **{domain.name: domain.value(drawn[domain.name]) for domain in space}}
 
 
 def _row(number: int, result: Any, base: "Base") -> Row:
@@ -245,6 +280,8 @@ def _row(number: int, result: Any, base: "Base") -> Row:
         seconds=metrics.get("seconds", metrics.get("time_total_s")),
         artifact=artifact,
         cause=cause,
+        begun=metrics["begun"] if metrics.get("changes") else None,
+        changes=metrics.get("changes", ()),
     )
 
 

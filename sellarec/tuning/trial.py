@@ -38,6 +38,7 @@ class Base:
         marks: fingerprints of the artifacts that it reads, by stage.
         cluster: what Ray offers.
         trials: the folder in which each trial has one.
+        perturb_every: evaluations between two comparisons of a population.
     """
 
     config: Config
@@ -46,11 +47,17 @@ class Base:
     marks: Mapping[str, str]
     cluster: Cluster
     trials: Place
+    perturb_every: int = 1
 
-    def config_of(self, drawn: Mapping[str, Any]) -> Config:
-        """The config of a trial, by what Tune drew."""
-        settings = {domain.name: domain.value(drawn[domain.name]) for domain in self.space}
-        return with_settings(self.config, settings)
+    def settings_of(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of a trial, by dotted name, of what Tune drew."""
+        return {domain.name: domain.value(drawn[domain.name]) for domain in self.space}
+
+
+def note_group(base: Base, trial: str, record: dict[str, Any]) -> None:
+    """Of a trial's progress record, note the placement group of its workers, if it names that."""
+    if "group" in record:
+        (base.trials / trial).write_json(GROUP, record["group"])
 
 
 class Trial(tune.Trainable):
@@ -60,7 +67,9 @@ class Trial(tune.Trainable):
         self._base, self._metric = base, getattr(base.config, base.stage).select_on
         self._reports: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._carry_out, args=(base.config_of(config),))
+        self._thread = threading.Thread(
+            target=self._carry_out, args=(with_settings(base.config, base.settings_of(config)),)
+        )
         self._thread.start()
 
     def step(self) -> dict[str, Any]:
@@ -97,8 +106,7 @@ class Trial(tune.Trainable):
             self._reports.put(error)
 
     def _on_record(self, record: dict[str, Any]) -> None:
-        if "group" in record:
-            (self._base.trials / self.trial_id).write_json(GROUP, record["group"])
+        note_group(self._base, self.trial_id, record)
         # the last evaluation is reported when the artifact stands
         if "evaluations" in record and record["step"] < record["steps"]:
             self._reports.put(self._report(record["evaluations"]))

@@ -17,9 +17,12 @@ import ray
 import yaml
 
 from sellarec.command_line import parse, parse_sweep
+from sellarec.config import to_yaml
 from sellarec.errors import StageFailed
 from sellarec.pipeline import run
 from sellarec.run import Run
+from sellarec.tuning.results import Row
+from sellarec.tuning.space import with_settings
 from sellarec.tuning.sweep import sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -157,3 +160,41 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(search: str, tmp_path: Path
         [*command, "--trials", "5"], cwd=main_job.ROOT, capture_output=True, text=True, env=environment
     )
     assert refused.returncode == 2 and "trials 4 then, 5 now" in refused.stderr
+
+
+POPULATION = ("--search", "pbt", "--trials", "4", "--perturb-every", "2", "--concurrent", "2", "--collab.epochs", "6")
+
+
+def check_population(folder: Path) -> None:
+    """All members came to their end, some by others' checkpoints, and a member's recipe makes its artifact again."""
+    rows = [Row(**row) for row in main_job.read_json(folder / "w/runs/demo-tiny-collab/sweep/trials.json")]
+    assert [row.status for row in rows] == ["finished"] * 4
+    for row in rows:
+        assert [step for step, _ in row.evaluations] == sorted({step for step, _ in row.evaluations})
+        assert len(row.evaluations) == 6
+    artifacts = folder / "w/artifacts"
+    standing = {path.parent.name for path in artifacts.glob("collab-*/manifest.json")}
+    assert standing == {row.artifact for row in rows}
+    left = {path for path in artifacts.glob("collab-*/*") if path.parent.name not in standing}
+    assert not left, "nothing stays of trainings that were given up"
+    assert all(row["changes"] == list(mine.changes) for row, mine in zip(table(folder), rows, strict=True))
+
+    changed = [row for row in rows if row.changes]
+    assert changed, "the worst went on from the best"
+    row = max(changed, key=lambda row: len(row.changes))
+    assert row.begun is not None and "table_learning_rate=" in row.changes[0]
+    base = parse_sweep(arguments(folder, *POPULATION)).base()
+    recipe = folder / "member.yaml"
+    config = with_settings(base, {**row.recipe("collab"), "name": "again", "workspace": str(folder / "again")})
+    recipe.write_text(to_yaml(config))
+    run(Run.of(parse([str(recipe), "--stages", "prepare,collab"])))
+    again = folder / "again/artifacts" / str(row.artifact)
+    assert main_job.read_json(again / "training.json")["evaluations"] == [list(each) for each in row.evaluations]
+    for path in sorted((artifacts / str(row.artifact) / "tables").iterdir()):
+        assert path.read_bytes() == (again / "tables" / path.name).read_bytes(), path.name
+
+
+def test_a_population_leaves_recipes_that_make_its_members_again(tmp_path: Path, held: list) -> None:
+    sweep(parse_sweep(arguments(tmp_path, *POPULATION)))
+    assert held[0] == 0
+    check_population(tmp_path)

@@ -1,0 +1,83 @@
+"""Settings that change while a stage trains: `STAGE.changes`, each a text like "3 temperature=0.15 learning_rate=0.002", which
+says what holds after the third evaluation on the valid split. Population-based training finds such (arXiv 1711.09846)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sellarec.config import CHANGEABLE, Config, Selection
+from sellarec.errors import UserError
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a training in which no setting changes.
+
+    Attributes:
+        first: how many evaluations on the valid split lie before it.
+        last: with how many it ends; None: it goes on to the end.
+        config: what holds in it.
+    """
+
+    first: int
+    last: int | None
+    config: Config
+
+
+def in_words(evaluations: int, settings: Mapping[str, float]) -> str:
+    """A change as a setting takes it: what holds after so many evaluations, by the names of the stage's settings."""
+    return " ".join([str(evaluations), *(f"{name}={value!r}" for name, value in settings.items())])
+
+
+def windows(config: Config, stage: str) -> list[Window]:
+    """The parts of a stage's training, in order: one where nothing changes.
+
+    Raises:
+        UserError: a change that can't be read, out of order, or of a setting that can't be changed on the way.
+    """
+    section: Any = getattr(config, stage, None)
+    if not isinstance(section, Selection) or not section.changes:
+        return [Window(0, None, config)]
+    read = [_read(stage, section, text) for text in section.changes]
+    starts = [0, *(evaluations for evaluations, _ in read)]
+    if sorted(set(starts)) != starts:
+        raise UserError(
+            f"{stage}.changes is {_quoted(section.changes)}, but each is to begin with a number of evaluations, 1 or more and "
+            "more than that of the one before: order them, and name each number once"
+        )
+    section = dataclasses.replace(section, changes=())
+    configs = [dataclasses.replace(config, **{stage: section})]
+    for _, settings in read:
+        section = dataclasses.replace(section, **settings)
+        configs.append(dataclasses.replace(config, **{stage: section}))
+    return [Window(*found) for found in zip(starts, [*starts[1:], None], configs, strict=True)]
+
+
+def _read(stage: str, section: Selection, text: str) -> tuple[int, dict[str, float]]:
+    """Evaluations, and what holds after them."""
+    number, *pairs = text.split() or [""]
+    names = [name for name in CHANGEABLE if hasattr(section, name)]
+    try:
+        evaluations, settings = int(number), {}
+        for pair in pairs:
+            name, _, value = pair.partition("=")
+            settings[name] = float(value)
+    except ValueError:
+        settings = {}
+    if not settings:
+        raise UserError(
+            f"{stage}.changes has '{text}', but a number of evaluations is needed and what holds after them, as in "
+            f"'3 {names[0]}=0.001'"
+        )
+    unknown = [name for name in settings if name not in names]
+    if unknown:
+        raise UserError(
+            f"{stage}.changes has '{text}', but {unknown[0]} can't be changed while {stage} trains: those that can are "
+            f"{', '.join(names)}"
+        )
+    return evaluations, settings
+
+
+def _quoted(texts: Sequence[str]) -> str:
+    return ", ".join(f"'{text}'" for text in texts)
