@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sellarec.config import EMBEDDED, Language, Selection
+from sellarec.config import EMBEDDED, SAMPLED, Language, Selection
 from sellarec.errors import UserError
 from sellarec.run import Run
 from sellarec.training.cluster import free_gpu_memory, room_of_worker
+
+FLOAT_BYTES = 4
+GIB = 1 << 30
 
 
 def check_ahead(this: Run, stages: Sequence[str]) -> None:
@@ -27,6 +30,7 @@ def check_ahead(this: Run, stages: Sequence[str]) -> None:
     for stage in stages:
         tables = _tables_ahead(this, stage)
         held = check_tables(this, tables, getattr(config, stage), room) if tables else 0
+        _check_batch(this, stage, tables, held, room)
         if isinstance(getattr(config, stage), Language) and is_given:
             _check_model_fits(this, stage, _memory_of_model(this, stage, this.given_llm, held), room)
 
@@ -92,6 +96,8 @@ def _tables_ahead(this: Run, stage: str) -> tuple[Any, ...]:
 
     config, fuse, is_built = this.config, this.config.fuse, this.config.llm.model == EMBEDDED
     learned = fuse.represent == "learned"
+    if stage == "evaluate":  # one model at a time, of which that of stage fuse holds most
+        return tuple(dataclasses.replace(table, frozen=True) for table in _tables_ahead(this, "fuse"))
     if stage not in ("collab", "align", "fuse") or (stage == "fuse" and learned and is_built):
         return ()
     rows = dataclasses.replace(config.collab, train_on="rows")
@@ -148,6 +154,34 @@ def check_tables(this: Run, tables: Sequence[Any], settings: Any, room: tuple[in
     if room is not None:
         check_fits(placements, storage, optimizer, workers, *room)
     return max(worker_bytes(placements, storage, optimizer, workers))
+
+
+def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: tuple[int, str] | None) -> None:
+    """Refuse a batch of collab or align whose rows' vectors, with their gradients, have no room beside the tables. It is what a
+    batch takes at least: histories, scores and layers are not counted.
+
+    Args:
+        held: bytes of the tables on a worker.
+    """
+    if stage not in ("collab", "align") or room is None:
+        return
+    settings, collab, workers = getattr(this.config, stage), this.config.collab, this.config.least_workers
+    own, (has, whose) = -(-settings.batch // workers), room
+    width = {table.name: table.dim for table in tables}
+    negatives = collab.negatives_per_row if collab.loss in SAMPLED and collab.negatives != "in-batch" else 0
+    numbers = 2 * own * (width.get("user", 0) + width["item"] * (1 + negatives))
+    if stage == "align":
+        sides = 2 if settings.side == "both" else 1
+        # beside its own ones a worker gathers both views of all workers' rows
+        numbers += 2 * sides * width["semantic"] * (own + settings.batch)
+    taken = held + FLOAT_BYTES * numbers
+    or_negatives = ", or collab.negatives_per_row" if negatives else ""
+    if taken > has:
+        raise UserError(
+            f"{stage}.batch is {settings.batch}: its vectors and their gradients take {FLOAT_BYTES * numbers / GIB:.2f} GiB of "
+            f"each of {workers} workers at least, beside {held / GIB:.2f} GiB of tables, but {whose} has room for "
+            f"{has / GIB:.2f} GiB: lower {stage}.batch{or_negatives}, or take more workers"
+        )
 
 
 def check_model(this: Run, stage: str, source: Any, tables: int = 0) -> None:

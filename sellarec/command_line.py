@@ -208,6 +208,11 @@ def parse_evaluation(arguments: Sequence[str]) -> Evaluation:
             f"--cutoffs are {' '.join(map(str, settings.cutoffs))}, but --ranking is none, which makes none for them to cut: "
             "leave them out, or take --ranking full or candidates:100"
         )
+    if settings.split == "train" and settings.ranking != "none":
+        raise UserError(
+            f"--split is train and --ranking {settings.ranking}, but what a user had in train is left out of what is ranked: "
+            "take --ranking none, or another split"
+        )
     return settings
 
 

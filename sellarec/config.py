@@ -746,12 +746,14 @@ class Evaluation:
     scores the rows alone."""
     cutoffs: tuple[int, ...] = (5, 10, 20)
     """Places of a ranking that count."""
-    split: Literal["valid", "test"] = "test"
-    """Split that is evaluated."""
+    split: Literal["train", "valid", "test"] = "test"
+    """Split that is evaluated; of train the rows alone, without a ranking."""
+    llm: str | None = None
+    """Folder of an export's base model, where that no longer lies where the export says."""
     workers: int = 2
     """Processes that share the tables and the work; an export is scored with by one."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """What they run on, as for jobs/train.py. An export takes a GPU where there is one."""
+    """What they run on, as for jobs/train.py."""
     batch: int = 512
     """Rows scored, or users ranked for, at once, all workers together."""
     replicates: int = 1000

@@ -96,7 +96,7 @@ def _run(this: Run) -> None:
     recorded = this.place.read_json("artifacts.json") or {}
     needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
     _check_inputs(this, [stage for stage in STAGES if stage in needed], wanted, recorded)
-    ahead = [stage for stage in wanted if not (stage in recorded and _stands(this, stage, recorded[stage]))]
+    ahead = [stage for stage in wanted if not _stands(this, stage, f"{stage}-{this.marks[stage]}")]
     is_told = _tell_cost(this, ahead)
     everything = {name: value for name, value, _ in leaves(config)}
     this.trackers = open_trackers(config.trackers, this.place, str(config.name), everything, console.line)
@@ -364,19 +364,21 @@ def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
 
 
 def _check_language_model(this: Run, wanted: Sequence[str], draws: bool = False) -> None:
-    """Raises UserError where --llm names no causal language model, or one that has no layers of adapt.targets.
+    """Raises UserError where --llm names no causal language model, one whose embeddings are of another width than its hidden
+    states, or one that has no layers of adapt.targets.
 
     Args:
         draws: the settings are those that a sweep's trials are laid over, which may have other targets: stage adapt looks.
     """
-    from sellarec.language.llm import causal_config, check_targets, linear_layers, without_weights
+    from sellarec.language.llm import causal_config, check_embeddings, check_targets, linear_layers, without_weights
 
     config = this.config
     if config.llm.model == EMBEDDED or not any(isinstance(getattr(config, stage, None), Language) for stage in wanted):
         return
-    found = causal_config(this.given_llm.name, this.given_llm.revision)
+    model = without_weights(causal_config(this.given_llm.name, this.given_llm.revision))
+    check_embeddings(model, config.llm.model)
     if "adapt" in wanted and config.adapt.method == "lora" and not draws:
-        check_targets(config.adapt.targets, linear_layers(without_weights(found)), config.llm.model)
+        check_targets(config.adapt.targets, linear_layers(model), config.llm.model)
 
 
 def _check_layer(this: Run, wanted: Sequence[str]) -> None:

@@ -172,10 +172,10 @@ class Run:
     def adapted(self, stage: str = "adapt") -> dict[str, Any]:
         """The language model that stage adapt leaves: its source, and the adapter on it, from the artifact of a stage; None where
         all its weights were tuned."""
-        from sellarec.language.llm import LlmSource
+        from sellarec.language.llm import ADAPTER, LlmSource
 
         if self.config.adapt.method == "lora":
-            return {"source": self.llm(), "adapter": self.artifact(stage).local() / "adapter"}
+            return {"source": self.llm(), "adapter": self.artifact(stage).local() / ADAPTER}
         folder, mark = str(self.artifact("adapt").local() / "model"), self.marks["adapt"]
         return {"source": self._as_set(LlmSource(folder, None, f"adapt-{mark}")), "adapter": None}
 

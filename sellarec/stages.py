@@ -96,7 +96,8 @@ def _adapt(this: Run) -> dict[str, Any]:
     from sellarec.language.adapt import build_adapt
 
     log, config = this.log(), this.config
-    build = partial(build_adapt, this.llm(), _titles(log), config.prompt, log.facts["noun"], config.adapt)
+    given = config.prompt, log.facts["noun"], config.adapt, config.fuse.loss
+    build = partial(build_adapt, this.llm(), _titles(log), *given)
     return _train(this, "adapt", build, _order(this, "train", config.adapt.batch, config.seed))
 
 

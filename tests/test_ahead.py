@@ -58,6 +58,13 @@ HELD = {
     "align": (ROWS["user"] + ROWS["item"]) * (4 * DIM + 4) + ROWS["semantic"] * (4 * WIDTH + 4),
 }
 
+BATCH = {
+    # of half of 256 rows the vectors of user and item, in float32, and their gradients; in align the distilled one beside them,
+    # and both views of all 256, as wide as the language model
+    "collab": 8 * 128 * 2 * DIM,
+    "align": 8 * 128 * (2 * DIM + WIDTH) + 8 * 256 * WIDTH,
+}
+
 
 @pytest.mark.parametrize("cluster", [HERE, ON_GPUS], ids=["cpus", "gpus"])
 @pytest.mark.parametrize("llm", ["given", "embedded"])
@@ -69,14 +76,29 @@ def test_tables_are_counted_before_what_they_are_made_of_is_there(of, monkeypatc
     set_room(monkeypatch, HELD[stage] - 1)
     with pytest.raises(UserError, match=rf"worker 0 of 2 would hold .* of tables .*but {whose} has room"):
         check_ahead(this, [stage])
-    set_room(monkeypatch, HELD[stage])
+    set_room(monkeypatch, HELD[stage] + BATCH[stage])
     check_ahead(this, [stage])
+    set_room(monkeypatch, HELD[stage] + BATCH[stage] - 1)
+    with pytest.raises(
+        UserError, match=rf"{stage}.batch is 256: its vectors .*lower {stage}.batch, or take more workers"
+    ):
+        check_ahead(this, [stage])
+
+
+def test_negatives_count_in_a_batch(of, monkeypatch):
+    this = of(collab=Collab(dim=DIM, loss="softmax", negatives_per_row=5))
+    taken = HELD["collab"] + 8 * 128 * 7 * DIM  # user, item and its negatives of half a batch, and their gradients
+    set_room(monkeypatch, taken)
+    check_ahead(this, ["collab"])
+    set_room(monkeypatch, taken - 1)
+    with pytest.raises(UserError, match=r"lower collab.batch, or collab.negatives_per_row, or take more workers"):
+        check_ahead(this, ["collab"])
 
 
 def test_a_frozen_table_of_distilled_vectors_has_no_optimizer(of, monkeypatch):
-    set_room(monkeypatch, HELD["align"] - 4 * ROWS["semantic"])
+    set_room(monkeypatch, HELD["align"] - 4 * ROWS["semantic"] + BATCH["align"])
     check_ahead(of(align=Align(semantic="frozen")), ["align"])
-    with pytest.raises(UserError, match="of tables"):
+    with pytest.raises(UserError, match="GiB of tables"):
         check_ahead(of(), ["align"])
 
 
@@ -92,7 +114,7 @@ def test_learned_tokens_are_as_wide_as_the_language_model(of, monkeypatch):
 
 
 def test_rows_in_the_hosts_memory_are_not_weighed(of, monkeypatch):
-    set_room(monkeypatch, 1)
+    set_room(monkeypatch, max(BATCH.values()))
     check_ahead(of(ON_GPUS, tables=Tables(placement="uvm")), ["collab", "align"])
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from sellarec.artifacts import Place
 from sellarec.collab.rows import flat, lists
@@ -107,6 +108,10 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
     """
     if (settings.artifact / EXPORT).is_file():
         return _evaluate_export(settings)
+    if settings.llm is not None:
+        raise UserError(
+            f"--llm is {settings.llm}, but {settings.artifact} is no export, of which it would be the base model"
+        )
     trained, log, console = read_trained(settings.artifact), read_log(settings.data), Console()
     collab = dataclasses.replace(trained.config.collab, train_on="rows")
     build = partial(build_collab, log, collab, settings.artifact.absolute())
@@ -185,8 +190,10 @@ def _evaluate_export(settings: Evaluation) -> list[dict[str, Any]]:
         raise UserError(
             f"--workers is {settings.workers}, but {settings.artifact} is an export, which one process scores with: leave it out"
         )
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but this process sees no GPU: take --device cpu, or leave it out")
     log, console, name = read_log(settings.data), Console(), "sella-rec"
-    recommender = read_export(settings.artifact, None, None)
+    recommender = read_export(settings.artifact, settings.llm, None if settings.device == "auto" else settings.device)
     known = _Known(
         users=recommender.users.find(log.users(["external_id"])["external_id"].combine_chunks()),
         items=recommender.items.find(log.items(["external_id"])["external_id"].combine_chunks()),

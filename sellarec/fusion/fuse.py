@@ -220,7 +220,7 @@ class FuseTask(Task):
         save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})
         adapter = of_part(weights, LLM)
         if adapter:
-            self.model.scorer.llm.save_pretrained(folder / "adapter", state_dict=adapter)
+            self.model.scorer.llm.save_pretrained(folder / llms.ADAPTER, state_dict=adapter)
 
     @torch.no_grad()
     def check_saved(
@@ -283,9 +283,7 @@ def build_fuse(
     if settings.loss != "answer":
         llms.check_output_layer(model)
     prompts = make_prompts(folder, titles, prompt, noun, model, "fused", settings.loss, tokens)
-    embeddings = model.get_input_embeddings().weight
-    norm = embeddings.detach().float().norm(dim=1).mean().item()
-    width = embeddings.shape[1]
+    norm, width = llms.embedding_norm(model), model.get_input_embeddings().embedding_dim
     adapted = llms.with_adapter(model, adapter, trains="adapter" in settings.train)
     projections: dict[str, nn.Module] = {}
     projected = collaborative_tokens(tokens)

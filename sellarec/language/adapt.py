@@ -82,7 +82,7 @@ class TextTask(Task):
         state = of_part(weights, "llm.")
         assert len(state) == len(weights)
         if self._has_adapter:
-            self.model.llm.save_pretrained(folder / "adapter", state_dict=state)
+            self.model.llm.save_pretrained(folder / llms.ADAPTER, state_dict=state)
         else:
             tokenizer = llms.load_tokenizer(self.source.folder())
             llms.save_model(self.model.llm, state, tokenizer, folder / "model")
@@ -128,7 +128,7 @@ def compare_saved(
     if has_adapter:
         what = f"the adapter in {folder / 'adapter'}, loaded with PEFT {version('peft')},"
         base = llms.load_model(source.folder(), source.storage)
-        plain = PeftModel.from_pretrained(base, folder / "adapter").eval()
+        plain = PeftModel.from_pretrained(base, folder / llms.ADAPTER).eval()
     else:
         what = f"the model in {folder / 'model'}, loaded with Transformers {version('transformers')},"
         plain = llms.load_model(folder / "model").eval()
@@ -219,9 +219,14 @@ def make_prompts(
     return Prompts(tokenizer, titles, settings, noun, context, kind, answers=loss != "answer", soft=soft, coded=coded)
 
 
-def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, settings: Adapt) -> TextTask:
+def build_adapt(
+    source: llms.LlmSource, titles: list[str], prompt: Prompt, noun: str, settings: Adapt, later_loss: str = "answer"
+) -> TextTask:
     """The task of training a fresh adapter: LoRA (arXiv 2106.09685), as rsLoRA (2312.03732) or DoRA (2402.09353) where asked for;
     or of training all weights, which are then held in float32 however frozen ones are stored.
+
+    Args:
+        later_loss: that of stage fuse, which the model's logits have to go with too: long before that stage is a time to say so.
 
     Raises:
         UserError: the model has no layer of the names in adapt.targets, its logits don't go with the loss, or it can't be
@@ -233,7 +238,7 @@ def build_adapt(source: llms.LlmSource, titles: list[str], prompt: Prompt, noun:
     if is_full:
         source = replace(source, storage="float32")
     model = llms.load_model(folder, source.storage, source.attention)
-    if settings.loss != "answer":
+    if {settings.loss, later_loss} != {"answer"}:
         llms.check_output_layer(model)
     prompts = make_prompts(folder, titles, prompt, noun, model, "text", settings.loss)
     if is_full:

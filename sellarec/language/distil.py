@@ -32,10 +32,13 @@ from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import RowReader
 
 BLOCK_ROWS = 4096
-"""Items that an actor takes at a time, and sorts by length."""
+"""Items that an actor takes at a time, and sorts by length, at most."""
 
-PART_ROWS = 65_536
-"""Items of a file of vectors: what a distillation that was killed begins anew at most."""
+PARTS = 16
+"""Files that a catalog's vectors are written to, where each so has FEWEST_ROWS to PART_ROWS items: a distillation that was
+killed begins one of them anew."""
+
+FEWEST_ROWS, PART_ROWS = 256, 65_536
 
 PROFILES = "users"
 """Folder in the artifact for users' vectors, one after the other, and `users.parquet`: of which user each is."""
@@ -151,7 +154,7 @@ def distil(
     output: Place,
     mark: str,
     board: Any,
-    part_rows: int = PART_ROWS,
+    part_rows: int | None = None,
 ) -> dict[str, Any]:
     """Encode the catalog with `workers` actors and write `vectors/part-*.parquet`, in item order.
 
@@ -162,7 +165,7 @@ def distil(
         gpus: whether each actor takes one; else they compute on CPUs, whatever this machine has.
         mark: fingerprint of the stage, which stands for the model, the adapter, the items and the settings.
         board: actor that takes progress records.
-        part_rows: items of a part.
+        part_rows: items of a part; None: see PARTS.
 
     Returns:
         Facts for the manifest: items and width, of how many the text was cut, and how many stood already.
@@ -180,6 +183,8 @@ def distil(
         output.delete("vectors")
         written = {"fingerprint": mark, "parts": 0, "items": 0, "texts_cut": 0, "width": 0}
     first = written["items"]
+    part_rows = part_rows or min(max(-(-catalog // PARTS), FEWEST_ROWS), PART_ROWS)
+    block_rows = min(part_rows, BLOCK_ROWS)
     if first < catalog:
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
@@ -189,11 +194,11 @@ def distil(
             ray.data.read_parquet(items, columns=["item", settings.text])
             .rename_columns(["item", "text"])
             .filter(expr=col("item") >= first)
-            .repartition(max(1, -(-(catalog - first) // BLOCK_ROWS)))
+            .repartition(max(1, -(-(catalog - first) // block_rows)))
             .map_batches(
                 Actor,
                 fn_constructor_args=(board, catalog, source, adapter, noun, settings, device, threads),
-                batch_size=BLOCK_ROWS,
+                batch_size=block_rows,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=workers),
                 num_gpus=1 if gpus else None,

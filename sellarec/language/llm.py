@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+EMBEDDED_AT_ONCE = 8192
+"""Token ids that are embedded at once where all of the vocabulary are."""
+
+ADAPTER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"
+"""An adapter's folder in an artifact or an export, and the file in it."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 
@@ -272,6 +278,36 @@ def hidden_width(source: LlmSource) -> int:
     return read_config(source.name, source.revision).hidden_size
 
 
+def check_embeddings(model: Any, name: str) -> None:
+    """Refuse a model whose input embeddings have another width than its hidden states (OPT-350m): a distilled vector, which is a
+    hidden state, couldn't be projected to a token of its prompt.
+
+    Args:
+        model: on any device, the device meta too.
+        name: what to call it.
+
+    Raises:
+        UserError: naming both widths.
+    """
+    embeddings, hidden = model.get_input_embeddings().embedding_dim, model.config.hidden_size
+    if embeddings != hidden:
+        raise UserError(
+            f"the input embeddings of {name} are {embeddings} wide, but its hidden states {hidden}: tokens are injected in the "
+            "width of both; take a model in which they are equal"
+        )
+
+
+def embedding_norm(model: Any) -> float:
+    """The mean norm of the input embeddings of the vocabulary, as the decoder gets them: Gemma's embedding layer scales its
+    weights."""
+    import torch
+
+    embeddings = model.get_input_embeddings()
+    with torch.no_grad():
+        ids = torch.arange(embeddings.num_embeddings, device=embeddings.weight.device)
+        return torch.cat([embeddings(some).float().norm(dim=1) for some in ids.split(EMBEDDED_AT_ONCE)]).mean().item()
+
+
 def read_config(name: str | Path, revision: str | None = None) -> Any:
     """The config of a folder's or a hub id's model.
 
@@ -377,7 +413,7 @@ def with_adapter(model: "PreTrainedModel", folder: Path | None, trains: bool = F
         adapted = PeftModelForCausalLM(model, settings)
     except ValueError as error:  # no adapter at all, or the model lacks the layers that it is for
         raise UserError(f"the adapter in {folder} isn't one of this model: {error}") from error
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER_WEIGHTS
     try:
         saved = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -38,10 +38,20 @@ from sellarec.collab.rows import flat, last, lists
 from sellarec.collab.task import WEIGHTS, CollabTask, build_collab
 from sellarec.command_line import parse
 from sellarec.config import Config, to_yaml
+from sellarec.data.files import file_hash
 from sellarec.data.log import Log, read_log, write_manifest
 from sellarec.errors import UserError
 from sellarec.fusion.fuse import made_by, represented, soft_tokens, token_rows
-from sellarec.language.llm import LlmSource, find_llm, load_tokenizer
+from sellarec.language.llm import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    LlmSource,
+    causal_config,
+    find_llm,
+    load_tokenizer,
+    with_adapter,
+    without_weights,
+)
 from sellarec.language.templates import is_file, template_mark
 from sellarec.serving.card import model_card
 from sellarec.serving.recommender import CATALOG, EXPORT, FORMAT, HISTORIES, MODEL, TEMPLATE
@@ -112,7 +122,8 @@ def export_run(run: str, out: Path, histories: bool, with_model: bool) -> None:
         with_model: whether the base model is copied where the run took it as it is: one that the run made always is.
 
     Raises:
-        UserError: `out` is there or can't be written, the run isn't finished, or its base model isn't found or has changed.
+        UserError: `out` is there or can't be written, the run isn't finished, its base model isn't found or has changed, or its
+            adapter isn't whole.
     """
     out = out.expanduser().absolute()
     if out.exists():
@@ -146,8 +157,12 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
         _copy(source.folder(), out / MODEL, [path.name for path in source.folder().iterdir() if _is_of_model(path)])
     load_tokenizer(source.folder()).save_pretrained(out / "tokenizer")
     of = {part: finished.folder(stage) for part, stage in made_by(config.fuse).items()}
+    adapter = None
     if not is_tuned:
-        shutil.copytree(of["adapter"] / "adapter", out / "adapter")
+        # whole, and of this model; that it gives the trained model's logits its stage has seen to
+        with_adapter(without_weights(causal_config(source.folder())), of["adapter"] / ADAPTER)
+        shutil.copytree(of["adapter"] / ADAPTER, out / ADAPTER)
+        adapter = file_hash(str(out / ADAPTER / ADAPTER_WEIGHTS))
     if "projections" in of:
         _copy(of["projections"], out, [PROJECTION])
     if is_file(config.prompt.template):
@@ -170,6 +185,7 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
         "artifacts": {stage: f"{stage}-{manifest['fingerprint']}" for stage, manifest in finished.manifests.items()},
         "versions": finished.manifests["evaluate"]["versions"],
         "base_model": base if copied else {**base, "name": source.name},
+        "adapter": adapter,
         "histories": histories,
         "language_weight": finished.manifests["fuse"]["facts"]["language_weight"],
     }

@@ -23,13 +23,14 @@ from sellarec.alignment.align import PROJECTION
 from sellarec.collab.rows import flat, lists
 from sellarec.collab.task import build_collab
 from sellarec.command_line import parse
+from sellarec.data.files import file_hash
 from sellarec.data.keys import keys_of
 from sellarec.data.log import Log, read_log
 from sellarec.errors import UserError
 from sellarec.fusion.codes import CodesTask
 from sellarec.fusion.fuse import FuseTask, build_fuse, made_by, represented, semantic_table, token_rows
 from sellarec.language.adapt import TextTask, make_prompts
-from sellarec.language.llm import LlmSource, find_llm
+from sellarec.language.llm import ADAPTER, ADAPTER_WEIGHTS, LlmSource, find_llm
 from sellarec.training.table import Jagged, SavedTable
 from sellarec.training.task import WORTH_SHARING, Batch, Vectors
 
@@ -37,7 +38,7 @@ TEMPLATE = "template.yaml"
 EXPORT = "export.json"
 """File that says what an export is. It is written last."""
 
-FORMAT = 2
+FORMAT = 3
 """Raised when an export is laid out otherwise."""
 
 CATALOG, HISTORIES, MODEL = "catalog", "histories", "model"
@@ -298,7 +299,7 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         titles=titles,
         prompt=config.prompt,
         noun=noun,
-        adapter=folder / "adapter" if config.adapt.method == "lora" else None,
+        adapter=_adapter(folder, facts["adapter"]),
         collab=collab,
         semantic=semantic_table(folder / "tables", config.fuse),
         hidden=config.align.hidden,
@@ -342,6 +343,26 @@ def _base_model(folder: Path, facts: dict[str, Any], llm: str | None) -> LlmSour
             "model's folder with llm=..."
         )
     return source
+
+
+def _adapter(folder: Path, exported: str | None) -> Path | None:
+    """The folder of an export's adapter; None where all weights of the base model were tuned.
+
+    Args:
+        exported: the SHA-256 of its weights, as they were exported.
+
+    Raises:
+        UserError: it isn't there, or another one is.
+    """
+    if exported is None:
+        return None
+    file = folder / ADAPTER / ADAPTER_WEIGHTS
+    if not file.is_file() or file_hash(str(file)) != exported:
+        raise UserError(
+            f"{file} {'is not there' if not file.is_file() else 'is not the adapter that was exported: its content differs'}; "
+            "export again"
+        )
+    return folder / ADAPTER
 
 
 def _strings(ids: Sequence[Id]) -> pa.Array:

@@ -312,8 +312,9 @@ def test_a_frozen_semantic_table_is_declared_so(tmp_path):
 
 @pytest.mark.parametrize("contrastive", ["info-nce", "rlmrec-con", "darec"])
 @pytest.mark.parametrize("side", ["items", "users"])
-def test_what_is_measured_is_what_is_aligned(side, contrastive, tmp_path):
-    """The projected rows and the semantic ones of the items that are looked up; with whole weights, as the loop has them."""
+def test_items_are_measured_in_the_space_of_the_projection(side, contrastive, tmp_path):
+    """Whichever side is aligned: the projected rows and the semantic ones of the items that are looked up; with whole weights,
+    as the loop has them."""
     task = aligned(tmp_path, replace(SETTINGS, side=side, contrastive=contrastive))
     vectors = vectors_of(task, dict.fromkeys(task.measured_features, torch.tensor(task.measured)))
     assert set(vectors) == {"item", "semantic"}

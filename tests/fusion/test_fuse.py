@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small import represent, save_table, small_log, vectors_of
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from sellarec.collab.task import WEIGHTS, build_collab
 from sellarec.config import Adapt, Collab, Fuse, Prompt
@@ -204,10 +205,34 @@ def test_tokens_have_the_norm_of_the_models_embeddings(task):
     batch = batch_of(task, rows(), None)
     vectors = look_up(task, batch)
     tokens = task.model.projection(vectors)
-    table = base_model(task.model.scorer.llm).get_input_embeddings().weight
+    vocabulary = torch.arange(base_model(task.model.scorer.llm).config.vocab_size)
+    inputs = embedded(base_model(task.model.scorer.llm), vocabulary)
     assert set(tokens) == set(SOFT)
     for token in tokens.values():
-        np.testing.assert_allclose(token.detach().norm(dim=1), table.norm(dim=1).mean().item(), rtol=1e-5)
+        np.testing.assert_allclose(token.detach().norm(dim=1), inputs.norm(dim=1).mean().item(), rtol=1e-5)
+
+
+def embedded(model, tokens: torch.Tensor) -> torch.Tensor:
+    """[n, H]: what a decoder gets of tokens [n], by itself."""
+    with torch.no_grad():
+        found = [
+            model(input_ids=part[None], output_hidden_states=True).hidden_states[0][0] for part in tokens.split(64)
+        ]
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_norm_is_that_of_what_the_decoder_gets(tied):
+    """Gemma's embedding layer multiplies its weights by the square root of their width."""
+    sizes: dict = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    torch.manual_seed(1)
+    for kind, scale in ((Gemma2Config, 8.0), (LlamaConfig, 1.0)):
+        model = AutoModelForCausalLM.from_config(kind(**sizes))
+        norm = embedded(model, torch.arange(100)).norm(dim=1).mean().item()
+        assert llms.embedding_norm(model) == pytest.approx(norm, rel=1e-5)
+        weight = model.get_input_embeddings().weight
+        assert norm == pytest.approx(scale * weight.norm(dim=1).mean().item(), rel=1e-3)
 
 
 def test_user_and_item_share_a_projection(task):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from language_cases import Case
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from sellarec.config import Adapt, Config, Distil, Llm, Pretrain
+from sellarec.config import Adapt, Config, Distil, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.adapt import TextTask, build_adapt, build_adapted
@@ -149,6 +150,20 @@ def test_a_saved_adapter_that_lacks_a_tensor_ends_the_stage(models, titles, tmp_
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"has other weights than the trained model: 1 of \d+ trained ones, .*lora_B"):
         check(task, tmp_path, computed)
+
+
+def test_logits_that_no_loss_over_tokens_can_be_taken_of_are_refused_long_before_fuse(models, titles, tmp_path):
+    shutil.copytree(models["llama"], tmp_path / "capped")
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 0.1}
+    torch.manual_seed(0)
+    vocabulary = len(llms.load_tokenizer(models["llama"]))
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=vocabulary, **sizes)).save_pretrained(tmp_path / "capped")
+    source, settings = llms.find_llm(str(tmp_path / "capped"), None), Adapt(rank=4, targets=("q_proj",))
+    given = source, titles, Prompt(), "movie", settings
+    build_adapt(*given)
+    with pytest.raises(UserError, match=r"take adapt.loss and fuse.loss answer"):
+        build_adapt(*given, "sequence")
 
 
 def test_a_saved_adapter_that_is_applied_otherwise_ends_the_stage(models, titles, tmp_path):

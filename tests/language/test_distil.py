@@ -18,6 +18,7 @@ from sellarec.artifacts import Place
 from sellarec.checks import check
 from sellarec.config import Adapt, Config, Distil, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
+from sellarec.language import distil as distil_stage
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
 from sellarec.language.distil import WRITTEN, ItemEncoder, SavedVectors, distil, read_profiles, write_profiles
@@ -317,5 +318,12 @@ def test_what_stands_is_kept(decoder, adapter, titles, tmp_path, monkeypatch):
         assert run("another")["items_that_stood"] == 0
         assert all(part.stat().st_mtime_ns > time for part, time in stood.items())
         SavedVectors(folder, "another")
+
+        # as many parts as leave little to be begun anew, also of a catalog that one actor takes at once
+        monkeypatch.setattr(distil_stage, "FEWEST_ROWS", 8)
+        distil(files, settings, source, adapter, "movie", 1, False, Place.of(str(tmp_path / "fine")), "mark", board)
+        sizes = [pq.read_metadata(part).num_rows for part in sorted((tmp_path / "fine/vectors").iterdir())]
+        assert sizes == [16] * 15 + [10]
+        np.testing.assert_allclose(SavedVectors(tmp_path / "fine", "mark").read(0, 250), vectors, atol=1e-5)
     finally:
         ray.shutdown()

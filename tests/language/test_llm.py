@@ -25,6 +25,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -315,6 +317,18 @@ def test_attention_and_compiling_are_refused_before_any_stage(models, tmp_path):
     with without, pytest.raises(UserError, match=r"there is no C\+\+ compiler"):
         pipeline.check_stage(this, "fuse")
     pipeline.check_stage(this, "fuse")
+
+
+def test_embeddings_of_another_width_are_refused_before_any_stage(decoder, tmp_path):
+    config = OPTConfig(
+        vocab_size=100, hidden_size=16, word_embed_proj_dim=8, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path / "model")
+    llms.load_tokenizer(decoder).save_pretrained(tmp_path / "model")
+    this = Run.of(parse(["--llm", str(tmp_path / "model"), "--workspace", str(tmp_path)]))
+    with pytest.raises(UserError, match=r"input embeddings of .* are 8 wide, but its hidden states 16"):
+        pipeline.check_stage(this, "fuse")
+    pipeline.check_stage(this, "collab")
 
 
 @pytest.fixture(scope="module", params=["embedded", "lm-stories260k", "lm-babyllama"])

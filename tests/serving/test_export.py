@@ -426,9 +426,39 @@ def test_the_export_is_evaluated_as_the_run_was(made, tmp_path):
         assert [record[name] for record in found] == pytest.approx([record[name] for record in expected], abs=1e-6)
     ranked = evaluate_artifact(dataclasses.replace(settings, ranking="candidates:2", cutoffs=(1,)))
     assert {record["metric"] for record in ranked} > {"auc", "uauc", "ndcg@1"}
-    for changes, words in (({"ranking": "full"}, "whole catalog isn't ranked"), ({"workers": 3}, "--workers is 3")):
-        with pytest.raises(UserError, match=words):
-            evaluate_artifact(dataclasses.replace(settings, **changes))
+    refused = {
+        "whole catalog isn't ranked": {"ranking": "full"},
+        "--workers is 3": {"workers": 3},
+        "--device is cuda, but this process sees no GPU": {"device": "cuda"},
+        "there is no folder /nowhere": {"llm": "/nowhere"},
+    }
+    for words, changes in refused.items():
+        if changes != {"device": "cuda"} or not torch.cuda.is_available():
+            with pytest.raises(UserError, match=words):
+                evaluate_artifact(dataclasses.replace(settings, **changes))
+    train = evaluate_artifact(dataclasses.replace(settings, split="train"))
+    assert {record["split"] for record in train} == {"train"}
+    assert train[0]["count"] == workspace.log.facts["rows"]["train"]
+
+
+def test_an_export_whose_base_model_has_moved_is_evaluated(made, tmp_path):
+    from sellarec.config import Evaluation
+
+    workspace, export = made()
+    shutil.copytree(export, tmp_path / "export")
+    facts = json.loads((export / "export.json").read_text())
+    facts["base_model"]["name"] = str(tmp_path / "gone")
+    (tmp_path / "export/export.json").write_text(json.dumps(facts))
+    settings = Evaluation(artifact=tmp_path / "export", data=workspace.log.directory, out=tmp_path / "o", replicates=2)
+    with pytest.raises(UserError, match="there is no folder"):
+        evaluate_artifact(settings)
+    moved = evaluate_artifact(dataclasses.replace(settings, llm=workspace.source.name, device="cpu"))
+    assert [r["value"] for r in moved] == [
+        r["value"] for r in evaluate_artifact(dataclasses.replace(settings, artifact=export))
+    ]
+    collab = dataclasses.replace(settings, artifact=workspace.artifact("collab"), llm=workspace.source.name)
+    with pytest.raises(UserError, match="is no export"):
+        evaluate_artifact(collab)
 
 
 def test_the_export_is_evaluated_on_another_log_by_the_sources_ids(made, tmp_path, titles):
@@ -588,6 +618,43 @@ def test_another_base_model_is_refused(made, tmp_path, decoder):
     save_file({name: weight * 1.01 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="isn't the base model that"):
         sellarec.load(export, llm=str(other))
+
+
+def test_another_adapter_is_refused(made, tmp_path):
+    """Of the same shapes, as one that was trained on another base model has them; and one that is gone."""
+    _, export = made()
+    shutil.copytree(export, tmp_path / "export")
+    file = tmp_path / "export/adapter/adapter_model.safetensors"
+    save_file({name: weight + 0.01 for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="is not the adapter that was exported"):
+        sellarec.load(tmp_path / "export")
+    file.unlink()
+    with pytest.raises(UserError, match="is not there; export again"):
+        sellarec.load(tmp_path / "export")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: shutil.rmtree(folder), "isn't one of this model"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "can't be read"),
+        (lambda folder: drop_tensor(folder / "adapter_model.safetensors"), "has shape None in the file"),
+    ],
+    ids=["no folder", "no weights", "a tensor is missing"],
+)
+def test_a_run_without_its_whole_adapter_is_not_exported(made, tmp_path, damage, words):
+    workspace, _ = made()
+    run = copy_run(workspace, tmp_path / "copy")
+    damage(tmp_path / "copy/artifacts" / json.loads((run / "artifacts.json").read_text())["adapt"] / "adapter")
+    with pytest.raises(UserError, match=words):
+        export_run(str(run), tmp_path / "exports/out", histories=True, with_model=False)
+    assert list((tmp_path / "exports").iterdir()) == []
+
+
+def drop_tensor(file: Path) -> None:
+    weights = load_file(file)
+    weights.pop(min(weights))
+    save_file(weights, file, {"format": "pt"})
 
 
 def test_lengths_that_differ_are_refused(recommender):

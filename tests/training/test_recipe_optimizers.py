@@ -13,7 +13,7 @@ import pytest
 import recipe_cases
 import torch
 from prepared import prepare_into, rules, source_of
-from published import SELLA
+from published import SELLA, SELLA_BOOK
 from recipe_cases import Case
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, get_cosine_schedule_with_warmup
 
@@ -64,11 +64,15 @@ def inputs(decoder, tmp_path_factory) -> Path:
 RECIPE = ["collm-ml-1m", "sella-official"]
 
 
+BOOK = ["collm-amazon-book", "sella-official-book"]
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, BOOK], ids=["movies", "books"])
 @pytest.mark.parametrize(("stage", "workers"), [("adapt", 1), ("collab", 2), ("align", 2), ("fuse", 1)])
-def test_sella_official_is_stepped_by_the_published_optimizers(gloo, inputs, stage, workers):
+def test_sella_official_is_stepped_by_the_published_optimizers(gloo, inputs, stage, workers, recipe):
     """Class, betas, weight decay, and the learning rate of each step; and that is what training.json says of them."""
-    published = SELLA[stage]
-    found = gloo.call(workers, recipe_cases.train, Case(stage, parse(RECIPE), inputs, AT, STEPS))
+    published = SELLA[stage] | (SELLA_BOOK[stage] if recipe == BOOK else {})
+    found = gloo.call(workers, recipe_cases.train, Case(stage, parse(recipe), inputs, AT, STEPS))
     kinds = {"dense": "", "tables": "table_"}
     expected = {kind for kind, beginning in kinds.items() if f"{beginning}optimizer" in published}
     for worker in found:
