@@ -398,15 +398,38 @@ def with_adapter(model: "PreTrainedModel", folder: Path | None, trains: bool = F
     folder the model as it is.
 
     Raises:
-        UserError: the folder's weights are missing, damaged, or not an adapter of this model; no tensor is silently left out.
+        UserError: as `check_adapter`.
     """
-    from peft import PeftConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from peft import set_peft_model_state_dict
 
     if folder is None:
         model.requires_grad_(False)
         return model.eval()
+    adapted, saved = _fitting(model, folder, trains)
+    set_peft_model_state_dict(adapted, saved)
+    if not trains:
+        adapted.requires_grad_(False)
+    return adapted.eval()
+
+
+def check_adapter(model: "PreTrainedModel", folder: Path) -> None:
+    """Refuse an adapter that isn't whole, or not of this model.
+
+    Args:
+        model: on any device, the device meta too.
+
+    Raises:
+        UserError: the folder's weights are missing, damaged, or not an adapter of this model; no tensor is silently left out.
+    """
+    _fitting(model, folder, trains=False)
+
+
+def _fitting(model: "PreTrainedModel", folder: Path, trains: bool) -> "tuple[PeftModel, dict[str, Tensor]]":
+    """The model with an adapter as a folder's config has it, and the weights of the folder's, which fit it."""
+    from peft import PeftConfig, PeftModelForCausalLM, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = not trains
@@ -430,7 +453,4 @@ def with_adapter(model: "PreTrainedModel", folder: Path | None, trains: bool = F
             f"the adapter in {folder} isn't one of this model: {odd[0]} has shape {found.get(odd[0])} in the file and "
             f"{needed.get(odd[0])} in the model (None: not there), and {len(odd) - 1} more differ"
         )
-    set_peft_model_state_dict(adapted, saved)
-    if not trains:
-        adapted.requires_grad_(False)
-    return adapted.eval()
+    return adapted, saved

@@ -47,9 +47,9 @@ from sellarec.language.llm import (
     ADAPTER_WEIGHTS,
     LlmSource,
     causal_config,
+    check_adapter,
     find_llm,
     load_tokenizer,
-    with_adapter,
     without_weights,
 )
 from sellarec.language.templates import is_file, template_mark
@@ -160,7 +160,7 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
     adapter = None
     if not is_tuned:
         # whole, and of this model; that it gives the trained model's logits its stage has seen to
-        with_adapter(without_weights(causal_config(source.folder())), of["adapter"] / ADAPTER)
+        check_adapter(without_weights(causal_config(source.folder())), of["adapter"] / ADAPTER)
         shutil.copytree(of["adapter"] / ADAPTER, out / ADAPTER)
         adapter = file_hash(str(out / ADAPTER / ADAPTER_WEIGHTS))
     if "projections" in of:

@@ -456,9 +456,9 @@ def test_an_export_whose_base_model_has_moved_is_evaluated(made, tmp_path):
     assert [r["value"] for r in moved] == [
         r["value"] for r in evaluate_artifact(dataclasses.replace(settings, artifact=export))
     ]
-    collab = dataclasses.replace(settings, artifact=workspace.artifact("collab"), llm=workspace.source.name)
+    other = dataclasses.replace(settings, artifact=workspace.artifact("fuse"), llm=workspace.source.name)
     with pytest.raises(UserError, match="is no export"):
-        evaluate_artifact(collab)
+        evaluate_artifact(other)
 
 
 def test_the_export_is_evaluated_on_another_log_by_the_sources_ids(made, tmp_path, titles):
