@@ -60,6 +60,7 @@ def found_otherwise(result: dict[str, Any]) -> set[str]:
     """Names of single numbers that the sides found to be others, such as the quality that they reach."""
     found = [side["found"] for side in result["sides"].values() if "found" in side]
     numbers = {name for of_side in found for name, value in of_side.items() if isinstance(value, int | float)}
+    numbers -= {"model FLOPs", "peak FLOPs/s"}  # of which the utilisation is told
     values = {name: [of_side[name] for of_side in found if name in of_side] for name in numbers}
     return {name for name, of_sides in values.items() if max(of_sides) - min(of_sides) > 0.01 * abs(max(of_sides))}
 
@@ -83,6 +84,7 @@ def table(results: list[dict[str, Any]]) -> str:
             speed = f"{side['units/s']:,.0f} {result['unit']}/s"
             times = f"{side['first seconds']:.2f} | {side['seconds']:.3g} | {side['bytes above'] / 2**20:,.0f}"
             more = "".join(f"; {key} {value:,.4g}" for key, value in side["found"].items() if key in told)
+            more += f"; {side['utilisation']:.0%} of the peak" if "utilisation" in side else ""
             lines.append(f"| {case} | {name}{more} | {speed} | {ratios[0]} | {ratios[1]} | {times} |")
     return "\n".join(lines)
 

@@ -3,7 +3,8 @@
 A side is a function (work, folder) that prepares and gives a callable, one repetition of the work, which returns
 
     units   how much it has done (rows, tokens, users, ...): speed is that over its seconds
-    found   what it has found or counted, by name: numbers and lists of numbers
+    found   what it has found or counted, by name: numbers and lists of numbers; of `model FLOPs` and `peak FLOPs/s` the
+            result has the utilisation: operations that the work asks for, over what the machine could do in that time
 
 `work` is the case's section of that name. `folder` holds what the case's `inputs`, a function (work, folder) too, has written,
 once for all sides. Each side is a process of its own (side.py), so its memory and CPU time are its own; one that waits takes
@@ -148,14 +149,14 @@ def resolve(name: str, overrides: Mapping[str, str], quick: bool = False, device
     """A case with its quick form and `key=value` settings laid over it.
 
     Args:
-        overrides: by dotted name, `work.batch` or `run.rounds`, the value as YAML writes it.
+        overrides: by dotted name, `work.batch`, `run.rounds` or `same.losses`, the value as YAML writes it.
         device: where sides compute, for cases that have `work.device`.
 
     Raises:
         CaseError: an unknown case or setting, or a value of another type.
     """
     case = read_case(name)
-    settings = {"work": dict(case.work), "run": dataclasses.asdict(case.run)}
+    settings = {"work": dict(case.work), "run": dataclasses.asdict(case.run), "same": dict(case.same)}
     if quick:
         for section, values in case.quick.items():
             for key, value in values.items():
@@ -175,7 +176,7 @@ def resolve(name: str, overrides: Mapping[str, str], quick: bool = False, device
         raise CaseError(
             f"{name}: run.rounds, run.threads and run.memory_gib must be above 0, they are {settings['run']}"
         )
-    return dataclasses.replace(case, work=settings["work"], run=run)
+    return dataclasses.replace(case, work=settings["work"], run=run, same=settings["same"])
 
 
 def _set(case: Case, settings: dict[str, dict[str, Any]], key: str, value: Any) -> None:
@@ -321,7 +322,7 @@ def measure(case: Case, environments: Path, say: Callable[[str], None]) -> dict[
         "case": case.name,
         "what": case.what,
         "unit": case.unit,
-        "settings": {"work": case.work, "run": dataclasses.asdict(case.run)},
+        "settings": {"work": case.work, "run": dataclasses.asdict(case.run), "same": case.same},
         "packages of sides": {name: side.packages for name, side in case.sides.items() if side.packages},
         "machine": facts(PACKAGES),
         "load average before": load,
@@ -389,6 +390,9 @@ def summary(names: list[str], answers: dict[str, dict], rounds: list[dict], lost
             "found": first["found"],
         }
         sides[name] |= {key: everything[-1][key] for key in ("GPU", "GPU peak bytes") if key in first}
+        if "model FLOPs" in first["found"]:
+            found = first["found"]
+            sides[name]["utilisation"] = found["model FLOPs"] / sides[name]["seconds"] / found["peak FLOPs/s"]
     ours, *others = names
     ratios: dict[str, Any] = {}
     for other in others:
@@ -414,6 +418,7 @@ def in_words(result: dict[str, Any]) -> str:
         lines.append(
             f"    {name:<24} {side['units/s']:>14,.0f} {unit}/s, {side['units per CPU second']:,.0f} a CPU second, first "
             f"repetition {side['first seconds']:.2f} s, then {side['seconds']:.3f} s; {side['bytes above'] / 2**20:,.0f} MiB"
+            + (f"; {side['utilisation']:.1%} of the peak of products" if "utilisation" in side else "")
         )
     first = next(iter(result["sides"]))
     for name, ratio in result["ratios"].items():

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from sides.engine import engine_of, steps_of
-from sides.language import model_folder, prompt_rows, titles, write_model
+from sides.language import model_flops, model_folder, prompt_rows, titles, write_model
 from torch.nn import functional as F
 
 from sellarec.config import Adapt, Prompt
@@ -24,7 +24,10 @@ ROWS, ADAPTER = "rows.parquet", "adapter"
 
 
 def settings_of(work: dict[str, Any]) -> Adapt:
-    return Adapt(loss="answer-tokens", batch=work["batch"], micro_batch=work["micro_batch"], rank=work["rank"])
+    return Adapt(
+        loss="answer-tokens", batch=work["batch"], micro_batch=work["micro_batch"], rank=work["rank"],
+        checkpoint_activations=work["checkpoint_activations"], compile=work["compile"],
+    )  # fmt: skip
 
 
 def task_of(work: dict[str, Any], folder: Path) -> TextTask:
@@ -62,14 +65,15 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
 
     task, settings, batches = task_of(work, folder), settings_of(work), batches_of(work, folder)
     set_peft_model_state_dict(task.model.llm, load_file(folder / ADAPTER / "adapter_model.safetensors"))
-    engine = engine_of(task, settings, work["device"])
+    engine = engine_of(task, settings, work["device"], work["dtype"])
     real = count_tokens(batches)
-    return steps_of(engine, batches, real)
+    return steps_of(engine, batches, real, model_flops(work, folder, settings, batches))
 
 
 def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple[int, dict]]:
     """A loop as it is published: rows in the order they come, padded on the left; the model makes logits of all positions, and
-    the loss ignores those without a label. As the Trainer does, micro-batches share one normaliser.
+    the loss ignores those without a label. As the Trainer does, micro-batches share one normaliser, and with bfloat16 the model
+    is loaded so, the adapter stays float32, and products are cast.
 
     Args:
         fixed: pad to the longest prompt there may be, else to the longest of the micro-batch.
@@ -78,13 +82,18 @@ def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple
     from transformers import AutoModelForCausalLM
 
     settings, batches, device = settings_of(work), batches_of(work, folder), work["device"]
-    base = AutoModelForCausalLM.from_pretrained(model_folder(work, folder), trust_remote_code=False)
+    dtype = getattr(torch, work["dtype"])
+    base = AutoModelForCausalLM.from_pretrained(model_folder(work, folder), dtype=dtype, trust_remote_code=False)
     model = PeftModel.from_pretrained(base, folder / ADAPTER, is_trainable=True).to(device).train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
     )
     real, size = count_tokens(batches), work["micro_batch"]
+    asked = model_flops(work, folder, settings, batches)
+    if work["checkpoint_activations"]:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
 
     def step(batch: pa.Table) -> float:
         tokens, answers = batch["tokens"].to_pylist(), batch["answer"].to_pylist()
@@ -97,9 +106,9 @@ def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple
             mask = (torch.arange(longest) >= longest - lengths[:, None]).long().to(device)
             answered = torch.arange(longest) >= longest - torch.tensor(answers[part])[:, None]
             labels = torch.where(answered.to(device), ids, -100)
-            loss = model(
-                input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(count, device=device)
-            ).loss
+            normaliser = torch.tensor(count, device=device)
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+                loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=normaliser).loss
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, settings.clip)
@@ -108,7 +117,7 @@ def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple
         return total
 
     def repeat() -> tuple[int, dict]:
-        return real, {"losses": [step(batch) for batch in batches]}
+        return real, {"losses": [step(batch) for batch in batches], **asked}
 
     return repeat
 

@@ -12,15 +12,21 @@ from sellarec.training.engine import Engine, Workers
 from sellarec.training.task import Task
 
 
-def engine_of(task: Task, settings: Any, device: str = "cpu") -> Engine:
-    """An engine whose only worker is this process."""
+def engine_of(task: Task, settings: Any, device: str = "cpu", dtype: str = "float32") -> Engine:
+    """An engine whose only worker is this process; `dtype` is what its dense part computes in."""
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
-    return Engine(task, Workers(0, 1, torch.device(device), group, group), 0, settings, Tables(), "float32")
+    return Engine(task, Workers(0, 1, torch.device(device), group, group), 0, settings, Tables(), dtype)
 
 
-def steps_of(engine: Engine, batches: Sequence[pa.Table], units: int) -> Callable[[], tuple[int, dict]]:
-    """A repetition: a step on each batch, which gives the loss as a number, for which a GPU is waited for."""
+def steps_of(
+    engine: Engine, batches: Sequence[pa.Table], units: int, more: dict[str, float] | None = None
+) -> Callable[[], tuple[int, dict]]:
+    """A repetition: a step on each batch, which gives the loss as a number, for which a GPU is waited for.
+
+    Args:
+        more: what is found beside the losses.
+    """
     taken = 0
 
     def repeat() -> tuple[int, dict]:
@@ -29,6 +35,6 @@ def steps_of(engine: Engine, batches: Sequence[pa.Table], units: int) -> Callabl
         for batch in batches:
             losses.append(engine.step(batch, taken, 1.0))
             taken += 1
-        return units, {"first loss": losses[0], "losses": losses}
+        return units, {"first loss": losses[0], "losses": losses, **(more or {})}
 
     return repeat

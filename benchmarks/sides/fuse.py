@@ -18,7 +18,7 @@ import torch
 from sides import adapt
 from sides.adapt import ADAPTER, ROWS, batches_of, count_tokens
 from sides.engine import engine_of, steps_of
-from sides.language import model_folder, prompt_rows, titles, write_model
+from sides.language import model_flops, model_folder, prompt_rows, titles, write_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,6 +39,7 @@ def settings_of(work: dict[str, Any]) -> Fuse:
         train=("tables", "projections", "adapter"), norm="none", loss="answer-tokens", unseen_dropout=0.0,
         batch=work["batch"], micro_batch=work["micro_batch"], learning_rate=RATE, weight_decay=0.0, clip=NO_CLIPPING,
         table_optimizer="adamw", table_learning_rate=RATE,
+        checkpoint_activations=work["checkpoint_activations"], compile=work["compile"],
     )  # fmt: skip
 
 
@@ -82,8 +83,8 @@ def inputs(work: dict[str, Any], folder: Path) -> None:
 
 def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
     task, batches = task_of(work, folder, folder / PROJECTION), batches_of(work, folder)
-    engine, real = engine_of(task, settings_of(work), work["device"]), count_tokens(batches)
-    return steps_of(engine, batches, real)
+    engine = engine_of(task, settings_of(work), work["device"], work["dtype"])
+    return steps_of(engine, batches, count_tokens(batches), model_flops(work, folder, adapt.settings_of(work), batches))
 
 
 class Plain(nn.Module):
@@ -95,7 +96,11 @@ class Plain(nn.Module):
         from transformers import AutoModelForCausalLM
 
         super().__init__()
-        base = AutoModelForCausalLM.from_pretrained(model_folder(work, folder), trust_remote_code=False)
+        dtype = getattr(torch, work["dtype"])
+        base = AutoModelForCausalLM.from_pretrained(model_folder(work, folder), dtype=dtype, trust_remote_code=False)
+        if work["checkpoint_activations"]:
+            base.enable_input_require_grads()
+            base.gradient_checkpointing_enable()
         self.llm = PeftModel.from_pretrained(base, folder / ADAPTER, is_trainable=True)
         self.placeholder = base.config.vocab_size - 1  # no prompt has this token
         for name, table in tables_of(work).items():
@@ -122,8 +127,10 @@ class Plain(nn.Module):
             dim=1,
         )
         embedded = self.llm.get_input_embeddings()(ids)
+        if embedded.requires_grad:  # as the checkpointing of activations has it
+            embedded = embedded.clone()
         row, place = (ids == self.placeholder).nonzero(as_tuple=True)
-        embedded[row, place] = tokens.flatten(0, 1)  # a row's placeholders stand in this order
+        embedded[row, place] = tokens.flatten(0, 1).to(embedded.dtype)  # a row's placeholders stand in this order
         return self.llm(inputs_embeds=embedded, attention_mask=mask, labels=labels, num_items_in_batch=count).loss
 
 
@@ -137,7 +144,8 @@ def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple
     model = Plain(work, folder).to(device).train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, betas=(0.9, settings.beta2), weight_decay=0.0)
-    real = count_tokens(batches)
+    real, dtype = count_tokens(batches), getattr(torch, work["dtype"])
+    asked = model_flops(work, folder, adapt.settings_of(work), batches)
     read = [_with_placeholders(batch, model.placeholder) for batch in batches]
 
     def step(number: int) -> float:
@@ -153,7 +161,8 @@ def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple
             place = torch.arange(longest)
             mask = (place >= longest - lengths[:, None]).long()
             labels = torch.where(place >= longest - answers[part, None], ids, -100)
-            loss = model(user[part], item[part], ids.to(device), mask.to(device), labels.to(device), count)
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+                loss = model(user[part], item[part], ids.to(device), mask.to(device), labels.to(device), count)
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -162,7 +171,7 @@ def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple
 
     def repeat() -> tuple[int, dict]:
         losses = [step(number) for number in range(len(batches))]
-        return real, {"first loss": losses[0], "losses": losses}
+        return real, {"first loss": losses[0], "losses": losses, **asked}
 
     return repeat
 

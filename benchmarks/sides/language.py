@@ -1,5 +1,7 @@
 """What the sides that run a language model share: the model, titles, and prompts."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from sellarec.config import Pretrain
+from sellarec.config import Adapt, Pretrain
+from sellarec.language.cost import training_operations
+from sellarec.language.llm import find_llm
+from sellarec.language.memory import shape_of
 from sellarec.language.pretrain import build_decoder
 from sellarec.language.templates import read_template
 
@@ -42,6 +47,28 @@ def write_model(work: dict[str, Any], folder: Path) -> None:
 
 def model_folder(work: dict[str, Any], folder: Path) -> str:
     return work["llm"] or str(folder / "model")
+
+
+def model_flops(work: dict[str, Any], folder: Path, settings: Adapt, batches: Sequence[pa.Table]) -> dict[str, float]:
+    """What steps of training an adapter ask for, by the model's definition: operations of the real tokens, logits of two answers'
+    tokens, two operations for each frozen weight forward and two backward (`sellarec.language.cost`); and the peak of this
+    machine, measured: what a product of large square matrices reaches."""
+    shape = shape_of(find_llm(model_folder(work, folder), None), settings)
+    lengths = [len(tokens) for batch in batches for tokens in batch["tokens"].to_pylist()]
+    asked = sum(training_operations(shape, 1, length, 2, "adapter", False) for length in lengths)
+    return {"model FLOPs": asked, "peak FLOPs/s": peak_flops(work["device"], getattr(torch, work["dtype"]))}
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of the best of some products of square matrices."""
+    size, tries = (8192, 10) if device == "cuda" else (1024, 5)
+    left, right = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def prompt_rows(histories: list[np.ndarray], items: np.ndarray, labels: np.ndarray) -> pa.Table:
