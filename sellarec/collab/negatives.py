@@ -14,6 +14,10 @@ Kind = Literal["uniform", "popularity", "in-batch"]
 MOST_DRAWS = 16
 """A negative that is known to be liked is drawn again; after so many draws the target goes without it."""
 
+FEW = 4
+"""Up to so many negatives of a row each is compared with all that the user is known to like; more are looked up among them,
+sorted."""
+
 MOST_TARGETS = 1 << 20
 """Above the number of targets of any row: keeps rows' draws apart."""
 
@@ -58,10 +62,7 @@ class Negatives:
         """
         if not self.number:
             return None
-        size, place = len(self.log_q), np.arange(len(row))
-        values, lengths = liked
-        known = np.sort(np.repeat(place, lengths) * size + values)
-        each = targets * self.number
+        place, each = np.arange(len(row)), targets * self.number
         of_row = np.repeat(place, each)
         number = np.arange(len(of_row)) - np.repeat(np.cumsum(each) - each, each)
         seeds = row[of_row] * MOST_TARGETS * self.number + number
@@ -70,7 +71,7 @@ class Negatives:
         for attempt in range(MOST_DRAWS):
             drawn = self._draw(uniform(seeds[waiting], _SALT, self._seed, epoch, attempt))
             negatives[waiting] = drawn
-            waiting = waiting[_is_in(of_row[waiting] * size + drawn, known)]
+            waiting = waiting[_is_liked(of_row[waiting], drawn, *liked, len(self.log_q))]
             if not len(waiting):
                 break
         log_q = self.log_q[negatives]
@@ -82,6 +83,34 @@ class Negatives:
         return self._items[np.searchsorted(self._ends, u * self._ends[-1], side="right")]
 
 
-def _is_in(values: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Which of the values are among sorted others, of which there is at least one: bool."""
-    return found[np.minimum(np.searchsorted(found, values), len(found) - 1)] == values
+def _is_liked(row: np.ndarray, items: np.ndarray, values: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+    """Which of the items are among their row's: bool [m].
+
+    Args:
+        row, items: int64 [m], in the order of rows.
+        values, lengths: the items of all rows [b], one row after the other, and how many each has.
+        size: of the catalog.
+    """
+    ends = np.cumsum(lengths)
+    each = np.bincount(row, minlength=len(lengths))
+    found = np.zeros(len(items), bool)
+    if each.max(initial=0) <= FEW:  # of few a row each is compared with all that its row has
+        first = np.cumsum(each) - each
+        for number in range(each.max(initial=0)):
+            rows = np.flatnonzero(each > number)
+            whole = len(rows) == len(lengths)
+            of_row = items[first[rows] + number]
+            among = values if whole else values[_places(ends[rows] - lengths[rows], lengths[rows])]
+            same = np.flatnonzero(np.repeat(of_row, lengths[rows]) == among)
+            hit = np.searchsorted(np.cumsum(lengths[rows]), same, side="right")
+            found[first[rows[hit]] + number] = True
+        return found
+    known = np.sort(np.repeat(np.arange(len(lengths)), lengths) * size + values)
+    asked = row * size + items
+    return known[np.minimum(np.searchsorted(known, asked), len(known) - 1)] == asked
+
+
+def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Places [starts, starts + lengths) of each range, one range after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

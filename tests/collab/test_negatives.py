@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sellarec.collab.negatives import Negatives
+from sellarec.collab.negatives import Negatives, _is_liked
 
 COUNTS = np.array([[10, 0, 5, 40, 1, 20, 3, 7], [8, 0, 0, 30, 1, 10, 3, 0]])
 """Items 1 (never in train), 2 and 7 (never liked) are drawn by no popularity."""
@@ -61,6 +61,18 @@ def test_draws_are_a_function_of_the_row_and_avoid_what_it_likes(case, kind, num
     start = data.draw(st.integers(0, len(case) - 1))
     part = drawn(negatives, liked[start:], ROW_NUMBERS[start:], targets[start:], epoch)
     assert (part == found[sum(targets[:start]) :]).all()
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.lists(ITEM, max_size=9), st.lists(ITEM, min_size=1, max_size=4)), min_size=1, max_size=9))
+def test_what_is_liked_is_found(case):
+    """By few questions of a row, each compared with all, and by many, looked up."""
+    asked, liked = (list(part) for part in zip(*case, strict=True))
+    row = np.repeat(np.arange(len(case)), [len(of_row) for of_row in asked])
+    items = lists(asked)[0]
+    if len(items):
+        found = _is_liked(row, items, *lists(liked), len(COUNTS[0]))
+        assert found.tolist() == [item in likes for of_row, likes in zip(asked, liked, strict=True) for item in of_row]
 
 
 def test_seeds_epochs_places_and_targets_are_drawn_apart():

@@ -25,6 +25,7 @@ from sellarec.training.stream import (
     shortened,
     slice_rows,
     slices,
+    take,
 )
 
 COLUMNS = ("row", "twice")
@@ -214,6 +215,29 @@ def test_prompts_whose_history_was_cut_are_counted_once_whatever_the_workers(lef
     assert found["train"] == dict(zip(("prompts", "shortened", "titles left out"), expected, strict=True))
     words = f"train: {expected[1]} of {expected[0]} prompts, {expected[2]} titles left out"
     assert counts_in_words(found | {"valid": found["train"]}) == f"{words}; {words.replace('train', 'valid')}"
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.none() | st.lists(st.none() | st.integers(0, 99), max_size=4), min_size=1, max_size=12),
+    st.sampled_from([pa.list_(pa.int64()), pa.large_list(pa.float32()), pa.list_(pa.string())]),
+    st.booleans(),
+    st.integers(0, 3),
+    st.data(),
+)
+def test_rows_are_taken_as_arrow_takes_them(lists, kind, fills, cut, data):
+    """Whatever they hold: lists of numbers, with nulls or without, of text, cut out of longer ones, in several chunks."""
+    if fills:
+        lists = [[value or 0 for value in found or []] for found in lists]
+    if pa.types.is_string(kind.value_type):
+        lists = [found and [None if value is None else str(value) for value in found] for found in lists]
+    column = pa.chunked_array([pa.array([*lists[:cut], *lists], kind).slice(min(cut, len(lists)))])
+    table = pa.table({"row": np.arange(len(lists)), "list": column, "name": [str(n) for n in range(len(lists))]})
+    rows = np.array(data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=20)), np.int64)
+    for whole in (table, pa.concat_tables([table.slice(0, 1), table.slice(1)])):
+        found = take(whole, rows)
+        found.validate(full=True)
+        assert found.schema == table.schema and found.to_pylist() == table.take(rows).to_pylist()
 
 
 def test_rows_that_are_no_prompts_count_for_nothing():
