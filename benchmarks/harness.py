@@ -391,8 +391,9 @@ def summary(names: list[str], answers: dict[str, dict], rounds: list[dict], lost
         }
         sides[name] |= {key: everything[-1][key] for key in ("GPU", "GPU peak bytes") if key in first}
         if "model FLOPs" in first["found"]:
-            found = first["found"]
-            sides[name]["utilisation"] = found["model FLOPs"] / sides[name]["seconds"] / found["peak FLOPs/s"]
+            # of one machine: the highest that any side has measured
+            peak_flops = max(answer["first"]["found"]["peak FLOPs/s"] for answer in answers.values())
+            sides[name]["utilisation"] = first["found"]["model FLOPs"] / sides[name]["seconds"] / peak_flops
     ours, *others = names
     ratios: dict[str, Any] = {}
     for other in others:

@@ -96,8 +96,10 @@ def _tables_ahead(this: Run, stage: str) -> tuple[Any, ...]:
 
     config, fuse, is_built = this.config, this.config.fuse, this.config.llm.model == EMBEDDED
     learned = fuse.represent == "learned"
-    if stage == "evaluate":  # one model at a time, of which that of stage fuse holds most
-        return tuple(dataclasses.replace(table, frozen=True) for table in _tables_ahead(this, "fuse"))
+    if stage == "evaluate":  # one model at a time
+        found = [_tables_ahead(this, each) for each in ("collab", "fuse")]
+        largest = max(found, key=lambda tables: sum(table.rows * table.dim for table in tables))
+        return tuple(dataclasses.replace(table, frozen=True) for table in largest)
     if stage not in ("collab", "align", "fuse") or (stage == "fuse" and learned and is_built):
         return ()
     rows = dataclasses.replace(config.collab, train_on="rows")

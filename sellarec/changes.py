@@ -17,12 +17,14 @@ class Window:
     Attributes:
         first: how many evaluations on the valid split lie before it.
         last: with how many it ends; None: it goes on to the end.
-        config: what holds in it.
+        config: what holds in it, without changes.
+        changed: what does not hold before it, in words.
     """
 
     first: int
     last: int | None
     config: Config
+    changed: str = ""
 
 
 def in_words(evaluations: int, settings: Mapping[str, float]) -> str:
@@ -47,11 +49,12 @@ def windows(config: Config, stage: str) -> list[Window]:
             "more than that of the one before: order them, and name each number once"
         )
     section = dataclasses.replace(section, changes=())
-    configs = [dataclasses.replace(config, **{stage: section})]
-    for _, settings in read:
+    found = []
+    for start, end, (_, settings) in zip(starts, [*starts[1:], None], [(0, {}), *read], strict=True):
         section = dataclasses.replace(section, **settings)
-        configs.append(dataclasses.replace(config, **{stage: section}))
-    return [Window(*found) for found in zip(starts, [*starts[1:], None], configs, strict=True)]
+        words = ", ".join(f"{stage}.{name} {value:g}" for name, value in settings.items())
+        found.append(Window(start, end, dataclasses.replace(config, **{stage: section}), words))
+    return found
 
 
 def _read(stage: str, section: Selection, text: str) -> tuple[int, dict[str, float]]:
@@ -59,16 +62,14 @@ def _read(stage: str, section: Selection, text: str) -> tuple[int, dict[str, flo
     number, *pairs = text.split() or [""]
     names = [name for name in CHANGEABLE if hasattr(section, name)]
     try:
-        evaluations, settings = int(number), {}
-        for pair in pairs:
-            name, _, value = pair.partition("=")
-            settings[name] = float(value)
+        evaluations, given = int(number), [pair.partition("=") for pair in pairs]
+        settings = {name: float(value) for name, _, value in given}
     except ValueError:
         settings = {}
-    if not settings:
+    if not settings or len(settings) < len(pairs):
         raise UserError(
-            f"{stage}.changes has '{text}', but a number of evaluations is needed and what holds after them, as in "
-            f"'3 {names[0]}=0.001'"
+            f"{stage}.changes has '{text}', but a number of evaluations is needed and what holds after them, each setting once, "
+            f"as in '3 {names[0]}=0.001'"
         )
     unknown = [name for name in settings if name not in names]
     if unknown:

@@ -12,6 +12,7 @@ from typing import Any
 from sellarec.changes import windows
 from sellarec.config import (
     ALL_LINEAR,
+    CHANGING,
     DECODER_LINEAR,
     DECODER_SETTINGS,
     DENSE_SETTINGS,
@@ -108,10 +109,13 @@ def check(config: Config) -> None:
     _check_distil(config)
     _check_prompt(config)
     _check_fuse(config)
-    for stage in STAGES:
+    for stage in CHANGING:
         for window in windows(config, stage)[1:]:
+            others = {
+                name: dataclasses.replace(getattr(config, name), changes=()) for name in CHANGING if name != stage
+            }
             try:
-                check(window.config)
+                check(dataclasses.replace(window.config, **others))
             except UserError as error:
                 raise UserError(f"{stage}.changes, after evaluation {window.first}: {error}") from error
 

@@ -66,6 +66,9 @@ CHANGEABLE = (
 )
 """Settings of stages that may change while they train: none that says what weights, optimizers or batches there are."""
 
+CHANGING = ("adapt", "collab", "align", "fuse")
+"""Stages that take such changes: those that are evaluated on the valid split on the way."""
+
 MODEL_SETTINGS = ("user_rows", "layers", "heads", "hidden", "dropout", "history", *DENSE_SETTINGS)
 """Settings of `collab` that only some models read."""
 

@@ -11,8 +11,10 @@ from typing import Any
 
 from sellarec.ahead import check_ahead, check_labels
 from sellarec.artifacts import Place, fingerprint, free_bytes, in_json, lease
+from sellarec.changes import windows
 from sellarec.checks import check_layer, check_width
 from sellarec.config import (
+    CHANGING,
     EMBEDDED,
     FLASH_ATTENTION,
     STAGES,
@@ -196,7 +198,7 @@ def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
 
 def _settings_names(stage: str, config: Config) -> set[str]:
     """Dotted names of the settings that a stage's result depends on."""
-    names: set[str] = set()
+    names = {f"{stage}.changes"} if stage in CHANGING else set()  # none are left out of the fingerprint
     for section, found in settings_of(stage, config).items():
         names |= {f"{section}.{name}" for name in found} if isinstance(found, dict) else {section}
     return names
@@ -360,7 +362,8 @@ def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
             optimizer = settings if isinstance(settings, Sparse) and not is_frozen else None
             check_sharding(this.config.tables, optimizer, stage)
             if optimizer is not None:
-                check_optimizer(this.config.tables, optimizer, stage)
+                for window in windows(this.config, stage):
+                    check_optimizer(this.config.tables, getattr(window.config, stage), stage)
 
 
 def _check_language_model(this: Run, wanted: Sequence[str], draws: bool = False) -> None:

@@ -453,7 +453,7 @@ def _train(
         valid = _valid_order(this, stage, settings)
     training = Training(
         stage, build, settings, this.config.seed, train_order, valid, this.artifact(stage),
-        dtype=dtype, storage=this.config.tables, window=this.window,
+        dtype=dtype, storage=this.config.tables, window=this.window, pause_after=this.pause_after,
     )  # fmt: skip
     training = dataclasses.replace(training, profiled=_profiled(this, stage, training.steps))
     on_record = this.on_record or partial(_track, this)
@@ -548,25 +548,28 @@ def carry_out(this: Run, stage: str) -> dict[str, Any]:
         "fuse": _fuse,
         "evaluate": _evaluate,
     }[stage]
-    whole, pause_after = this.config, this.pause_after
-    parts, behind = windows(whole, stage), 0
+    whole, parts, behind = this.config, windows(this.config, stage), 0
     try:
         while True:
             part = next(part for part in reversed(parts) if part.first <= behind)
-            last = min((end for end in (part.last, pause_after) if end is not None), default=None)
-            this.config, this.window = part.config, (part.first, last)
+            this.config, this.window = part.config, (part.first, part.last)
+            if part.first:
+                this.console.line(f"{stage:<9} after evaluation {part.first}: {part.changed}")
             try:
                 facts = make(this)
             except TrainingPaused as paused:
                 behind = len(paused.evaluations)
-                if pause_after is not None and behind >= pause_after:
+                if this.pause_after is not None and behind >= this.pause_after:
                     raise
-                this.console.line(f"{stage:<9} after evaluation {behind}: settings as {stage}.changes has them")
-            else:
+                continue
+            if len(parts) > 1:
+                facts["optimizers"]["changes"] = "; ".join(
+                    f"after evaluation {p.first}: {p.changed}" for p in parts[1:]
+                )
                 if part is not parts[-1]:
                     this.console.line(
                         f"{stage:<9} note: it ended before evaluation {parts[-1].first} of {stage}.changes"
                     )
-                return facts
+            return facts
     finally:
         this.config, this.window = whole, (0, None)

@@ -5,6 +5,7 @@ token cross-entropy of the answer's tokens) and optimizer, so their losses agree
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def settings_of(work: dict[str, Any]) -> Adapt:
 
 def task_of(work: dict[str, Any], folder: Path) -> TextTask:
     prompt = Prompt(template=work["template"], history=work["history"], max_tokens=work["max_tokens"])
-    source = find_llm(model_folder(work, folder), None)
+    source = replace(find_llm(model_folder(work, folder), None), storage=work["dtype"])  # as the other sides load it
     return build_adapt(source, titles(work["items"]), prompt, "movie", settings_of(work))
 
 

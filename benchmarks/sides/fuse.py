@@ -8,6 +8,7 @@ Shapes: b rows, T tokens, H width of the language model.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ def task_of(work: dict[str, Any], folder: Path, projections: Path | None) -> Fus
     prompt = Prompt(template=work["template"], history=work["history"], max_tokens=work["max_tokens"])
     collab = Collab(dim=work["dim"], biases=False, global_mean=False)
     sizes = Sizes(work["users"], work["items"], 0.5)
+    source = replace(find_llm(model_folder(work, folder), None), storage=work["dtype"])  # as the other sides load it
     return build_fuse(
-        find_llm(model_folder(work, folder), None), titles(work["items"]), prompt, "movie", folder / ADAPTER,
+        source, titles(work["items"]), prompt, "movie", folder / ADAPTER,
         CollabTask(Model(sizes, collab), collab, np.ones(work["items"], bool)), tables_of(work)["semantic"],
         work["projection"], None, projections, settings_of(work), 0,
     )  # fmt: skip

@@ -68,6 +68,9 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
         start = time.perf_counter()
         (left @ right)[0, 0].item()  # waits for a GPU
         seconds.append(time.perf_counter() - start)
+    del left, right
+    if device == "cuda":  # the peak of memory is told of what follows
+        torch.cuda.reset_peak_memory_stats()
     return 2 * size**3 / min(seconds)
 
 

@@ -77,7 +77,8 @@ class Training:
         dtype: compute type of the dense part.
         storage: how embedding tables are stored and sharded.
         window: with how many evaluations on the valid split behind them the settings begin to hold, and with how many they
-            end to; None: never. The training pauses outside of it, where it leaves a checkpoint.
+            end to; None: never. Outside of it no step is taken: the training pauses, and leaves a checkpoint.
+        pause_after: evaluations after which a training that is not at its end pauses too; None for none.
     """
 
     stage: str
@@ -94,16 +95,21 @@ class Training:
     storage: Tables = field(default_factory=Tables)
     profiled: "Profiled | None" = None
     window: tuple[int, int | None] = (0, None)
+    pause_after: int | None = None
 
     @property
     def steps(self) -> int:
         steps = math.ceil(self.settings.epochs * self.train.steps_per_epoch)
         return min(steps, self.settings.max_steps or steps)
 
-    def pauses(self, evaluations: int) -> bool:
-        """Whether it pauses with so many evaluations behind it."""
+    def is_outside(self, evaluations: int) -> bool:
+        """Whether its settings don't hold with so many evaluations behind it."""
         first, last = self.window
         return evaluations < first or (last is not None and evaluations >= last)
+
+    def pauses(self, evaluations: int) -> bool:
+        """Whether no step is to be taken with so many evaluations behind it."""
+        return self.is_outside(evaluations) or (self.pause_after is not None and evaluations >= self.pause_after)
 
 
 @dataclass
@@ -207,7 +213,8 @@ def _train(training: Training) -> None:
             break
     batches.close()
     profiler.end()
-    if leave or (paused and not stopped and position.step < steps):
+    has_ended = stopped or position.step >= steps
+    if leave or training.is_outside(len(position.evaluations)) or (paused and not has_ended):
         if workers.rank == 0:
             told_last = {"stopped": position.step} if leave else {"paused": position.evaluations}
             ray.get(training.board.put.remote(told_last))

@@ -138,13 +138,14 @@ class ShardedTables:
         """What this worker's rows are stepped by, and what it was made with; empty where the worker holds none."""
         if self._adam is not None:
             return {"optimizer": f"{type(self._adam).__name__} (dense gradients, all rows)", **made(self._adam)}
-        kernels = [module for module in self.module.modules() if hasattr(module, "optimizer_args")]
+        lookups = [lookup for collection in self._collections.values() for lookup in collection._lookups]
+        kernels = [module for lookup in lookups for module in lookup.modules() if hasattr(module, "optimizer_args")]
         if not kernels:
             return {}
         arguments = kernels[0].optimizer_args
         return {
             "optimizer": f"{FUSED[kernels[0].optimizer.name]} (fused)",
-            "learning rate": kernels[0].get_learning_rate(),
+            "learning rate": float(f"{kernels[0].get_learning_rate():.7g}"),  # which it has in float32
             "weight decay": arguments.weight_decay,
         }
 

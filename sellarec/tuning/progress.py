@@ -10,6 +10,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from sellarec.artifacts import Place
 from sellarec.training.failures import last_line
 from sellarec.training.progress import Console
+from sellarec.tuning.population import Member
 from sellarec.tuning.space import EVALUATION, VALUE, Domain
 from sellarec.tuning.trial import GROUP
 
@@ -62,4 +63,34 @@ class Progress(tune.Callback):
             remove_placement_group(left)
 
     def _line(self, trials: list[Any], trial: Any, text: str) -> None:
-        self._console.line(f"trial {trials.index(trial) + 1}/{self._trials}  {text}")
+        self._console.line(f"trial {self._number(trials, trial)}/{self._trials}  {text}")
+
+    def _number(self, trials: list[Any], trial: Any) -> int:
+        return trials.index(trial) + 1
+
+
+class MemberProgress(Progress):
+    """Lines of a population's members, from one comparison to the next."""
+
+    def __init__(self, console: Console, members: Sequence[Member], trials: int, folder: Place) -> None:
+        super().__init__(console, (), trials, folder)
+        self._members = members
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        member = self._members[trial.config["member"]]
+        if not member.evaluations:
+            self._line(trials, trial, ", ".join(f"{name} {value}" for name, value in member.drawn.items()))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        found = trial.last_result
+        if "cause" in found:
+            self._line(trials, trial, f"failed: {found['cause']}")
+            return
+        metrics = ", ".join(
+            f"{name.upper()} {value:.4f}" for name, value in found["evaluations"][-1][1].items() if value
+        )
+        ended = f", finished: {found['artifact']}" if "artifact" in found else ""
+        self._line(trials, trial, f"evaluation {len(found['evaluations'])}: {metrics}{ended}")
+
+    def _number(self, trials: list[Any], trial: Any) -> int:
+        return trial.config["member"] + 1

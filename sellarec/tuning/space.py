@@ -31,9 +31,6 @@ from sellarec.errors import UserError
 VALUE = "value"
 """What trials are compared by, in what they report: the best so far of the sweep's metric on the valid split."""
 
-NEWEST = "newest"
-"""What the newest evaluation found of that metric, in what a member of a population reports."""
-
 EVALUATION = "evaluation"
 """How many evaluations a trial has behind it, in what it reports."""
 
@@ -67,10 +64,14 @@ class Domain:
         """The choices as plain values: several values of one choice are joined by spaces."""
         return tuple(" ".join(map(str, value)) if isinstance(value, tuple) else value for value in self.values)
 
-    @property
-    def is_changeable(self) -> bool:
-        """Whether the setting may change while its stage trains."""
-        return self.name.rpartition(".")[2] in CHANGEABLE and all(isinstance(value, float) for value in self.values)
+    def may_change_in(self, stage: str) -> bool:
+        """Whether the setting is one of a stage's that may change while it trains."""
+        section, _, name = self.name.rpartition(".")
+        return section == stage and name in CHANGEABLE and all(isinstance(value, float) for value in self.values)
+
+    def label(self, value: Any) -> Any:
+        """Of a value what is drawn, of which `value` makes it: a plain number or text."""
+        return self.labels[self.values.index(value)] if self.kind == "choice" else value
 
     def value(self, drawn: Any) -> Any:
         """The setting of what was drawn: of a label its choice, of a number the rounded one."""

@@ -4,16 +4,14 @@ import dataclasses
 import importlib.util
 import json
 import os
-import random
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sellarec.ahead import check_labels, check_prompts, check_start
 from sellarec.artifacts import Place, lease
+from sellarec.changes import windows
 from sellarec.config import CHANGEABLE, EMBEDDED, STAGES, Config, Sweep, result_settings, to_yaml
 from sellarec.errors import StageFailed, UserError
 from sellarec.pipeline import check_stage, marks_of, run
@@ -22,7 +20,7 @@ from sellarec.training.cluster import check_room, connect, joins_cluster
 from sellarec.training.failures import last_line
 from sellarec.training.progress import Console
 from sellarec.tuning.results import Row, format_rows, write_results
-from sellarec.tuning.space import EVALUATION, NEWEST, VALUE, Domain, check_space, read_space, with_settings
+from sellarec.tuning.space import EVALUATION, VALUE, Domain, check_space, read_space, with_settings
 
 if TYPE_CHECKING:
     from sellarec.tuning.trial import Base
@@ -32,9 +30,6 @@ REDUCTION = 3
 
 KEPT = ("stage", "trials", "search", "concurrent", "max_failures", "perturb_every")
 """Settings that Ray Tune goes on with as the sweep was begun."""
-
-KEPT_CHECKPOINTS = 3
-"""Of each member of a population: others go on from the newest, and more than two have to be kept for Ray Tune to find it."""
 
 STATE = "sweep"
 """Folder in the run's for what the sweep goes on from."""
@@ -58,11 +53,7 @@ def sweep(settings: Sweep) -> None:
     if not joins_cluster():
         check_room(settings.concurrent * (settings.workers + 1))  # a trial has a process of its own beside its workers
     space = read_space(settings.space or stage)
-    if settings.search == "pbt" and not any(domain.is_changeable for domain in space):
-        raise UserError(
-            f"search is pbt, but the search space draws {', '.join(domain.name for domain in space)}, none of which can be "
-            f"changed while {stage} trains: those that can are {', '.join(CHANGEABLE)}; give another --space or --search"
-        )
+    _check_changes(settings, config, space)
     this = Run.of(config)
     this.store.check_writable()
     reads = check_space(space, config, stage, partial(_marks, this, stage))
@@ -166,13 +157,16 @@ def _run_trials(
     import ray
     from ray import tune
 
-    from sellarec.tuning.member import Member
     from sellarec.tuning.progress import Progress
     from sellarec.tuning.trial import Base, Trial
 
-    base = Base(config, space, settings.stage, marks, cluster, state / "trials", settings.perturb_every)
-    kind = Member if settings.search == "pbt" else Trial
-    trainable = tune.with_resources(tune.with_parameters(kind, base=base), {"CPU": 0.01})
+    base = Base(config, space, settings.stage, marks, cluster, state / "trials")
+    if settings.search == "pbt":
+        try:
+            return _run_population(settings, base, state, console)
+        finally:
+            ray.shutdown()
+    trainable = tune.with_resources(tune.with_parameters(Trial, base=base), {"CPU": 0.01})
     folder = str(state.folder) if state.is_local else state.uri
     try:
         if tune.Tuner.can_restore(f"{folder}/tune"):
@@ -186,15 +180,13 @@ def _run_trials(
                     num_samples=settings.trials,
                     max_concurrent_trials=settings.concurrent,
                     search_alg=_searcher(settings),
-                    scheduler=_scheduler(settings, space),
-                    reuse_actors=False,
+                    scheduler=_scheduler(settings),
                 ),
                 run_config=tune.RunConfig(
                     name="tune",
                     storage_path=folder,
                     failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-                    # the stage keeps its own; those of a population's members are for others to go on from
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, num_to_keep=KEPT_CHECKPOINTS),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stage keeps its own
                     callbacks=[Progress(console, space, settings.trials, state / "trials")],
                     verbose=0,
                 ),
@@ -236,33 +228,73 @@ def _searcher(settings: Sweep) -> Any:
     return OptunaSearch(metric=VALUE, mode="max", seed=settings.seed)
 
 
-def _scheduler(settings: Sweep, space: Sequence[Domain]) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
+def _scheduler(settings: Sweep) -> Any:
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-    if settings.search == "pbt":
-        random.seed(settings.seed)  # this and the next are what the scheduler draws from
-        np.random.seed(settings.seed)
-        changeable = [domain for domain in space if domain.is_changeable]
-        choices = {domain.name: list(domain.labels) for domain in changeable if domain.kind == "choice"}
-        return PopulationBasedTraining(
-            time_attr=EVALUATION,
-            metric=NEWEST,
-            mode="max",
-            perturbation_interval=settings.perturb_every,
-            hyperparam_mutations=_domains(changeable) | choices,  # of a list it takes a neighbour
-            custom_explore_fn=partial(_within, changeable),
-            log_config=False,
-            synch=True,  # members are compared where all have come as far, whatever the number that runs at a time
-        )
     if settings.search != "asha":
         return FIFOScheduler()
     # no trial comes to max_t: the end of a trial is its own
     return ASHAScheduler(time_attr=EVALUATION, metric=VALUE, mode="max", max_t=10**6, reduction_factor=REDUCTION)
 
 
-def _within(space: Sequence[Domain], drawn: dict[str, Any]) -> dict[str, Any]:
-    """What a population's scheduler made of a member's settings, as they are trained with: within their bounds, rounded."""
-    return {**drawn, **{domain.name: domain.value(drawn[domain.name]) for domain in space}}
+def _check_changes(settings: Sweep, config: Config, space: Sequence[Domain]) -> None:
+    """Refuse a space that a population can't change on the way, or of which the stage's `changes` would overrule a setting."""
+    stage = settings.stage
+    names = [domain.name for domain in space]
+    if settings.search == "pbt":
+        if f"{stage}.changes" in names:
+            raise UserError(
+                f"search is pbt, but the search space draws {stage}.changes, which a population finds: leave it out"
+            )
+        if not any(domain.may_change_in(stage) for domain in space):
+            raise UserError(
+                f"search is pbt, but the search space draws {', '.join(names)}, none of which can be changed while {stage} "
+                f"trains: those that can are {', '.join(CHANGEABLE)} of {stage}; give another --space or --search"
+            )
+    for window in windows(config, stage)[1:]:
+        for name in names:
+            section, _, leaf = name.rpartition(".")
+            before, then = (getattr(getattr(each, section), leaf) for each in (config, window.config))
+            if section == stage and leaf != "changes" and before != then:
+                raise UserError(
+                    f"the search space draws {name}, but {stage}.changes sets it to {then} after evaluation {window.first}, "
+                    "whatever was drawn: leave out one of the two"
+                )
+
+
+def _run_population(settings: Sweep, base: "Base", state: Place, console: Console) -> list[Row]:
+    """Run, or go on with, population-based training."""
+    from ray import tune
+
+    from sellarec.tuning.population import POPULATION, Member, Part, run_population
+    from sellarec.tuning.progress import MemberProgress
+
+    folder = str(state.folder) if state.is_local else state.uri
+
+    def train(members: list[Member], places: Sequence[int], goal: int) -> Sequence[Any]:
+        state.delete("tune", "trials")  # of an attempt that was cut off: its members go on from their own checkpoints
+        trainable = tune.with_parameters(Part, base=base, members=members, goal=goal)
+        results = tune.Tuner(
+            tune.with_resources(trainable, {"CPU": 0.01}),
+            param_space={"member": tune.grid_search(list(places))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=settings.concurrent),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=folder,
+                failure_config=tune.FailureConfig(max_failures=settings.max_failures),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stage keeps its own
+                callbacks=[MemberProgress(console, members, settings.trials, state / "trials")],
+                verbose=0,
+            ),
+        ).fit()
+        found = {result.config["member"]: result for result in results}
+        return [found[place] for place in places]
+
+    rows = run_population(base, settings.trials, settings.perturb_every, state, console, train)
+    if any(row.status == "finished" for row in rows):
+        state.write_json("trials.json", [dataclasses.asdict(row) for row in rows])
+    state.delete("tune", "trials", POPULATION)
+    return rows
 
 
 def _row(number: int, result: Any, base: "Base") -> Row:
@@ -280,8 +312,6 @@ def _row(number: int, result: Any, base: "Base") -> Row:
         seconds=metrics.get("seconds", metrics.get("time_total_s")),
         artifact=artifact,
         cause=cause,
-        begun=metrics["begun"] if metrics.get("changes") else None,
-        changes=metrics.get("changes", ()),
     )
 
 

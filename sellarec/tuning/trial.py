@@ -38,7 +38,6 @@ class Base:
         marks: fingerprints of the artifacts that it reads, by stage.
         cluster: what Ray offers.
         trials: the folder in which each trial has one.
-        perturb_every: evaluations between two comparisons of a population.
     """
 
     config: Config
@@ -47,7 +46,6 @@ class Base:
     marks: Mapping[str, str]
     cluster: Cluster
     trials: Place
-    perturb_every: int = 1
 
     def settings_of(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a trial, by dotted name, of what Tune drew."""

@@ -154,6 +154,44 @@ def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(number: int, undisturb
     main_job.assert_same("collab", undisturbed, tmp_path / "w")
 
 
+CHANGES = ["--collab.changes", "3 table_learning_rate=0.05", "6 table_learning_rate=0.3 l2=0.01"]
+
+
+@pytest.mark.slow
+def test_a_stage_whose_settings_change_goes_on_from_any_part(tmp_path: Path) -> None:
+    """Killed in its second part, stopped in its third: the result is that of an undisturbed run."""
+    common = ["demo", main_job.write_recipe(tmp_path), *COLLAB, *CHANGES]
+    printed = main_job.train(*common, "--workspace", tmp_path / "undisturbed", log=tmp_path / "undisturbed.log")
+    told = ["after evaluation 3: collab.table_learning_rate 0.05", "after evaluation 6: collab.table_learning_rate 0.3"]
+    assert all(text in printed for text in told)
+    for number, (reached, kill) in enumerate(zip(told, (signal.SIGKILL, signal.SIGTERM), strict=True)):
+        log = tmp_path / f"{number}.log"
+        job = main_job.start(*common, "--workspace", tmp_path / "w", "--collab.checkpoint-every", "0.5", log=log)
+        try:
+            main_job.wait_for(log, reached, job)
+            after = len(log.read_text())
+            main_job.wait_for(log, "goes on from its checkpoint", job)
+            deadline = time.monotonic() + 60
+            while "collab    step" not in log.read_text()[after:] and time.monotonic() < deadline:
+                time.sleep(0.2)
+            if kill == signal.SIGTERM:
+                os.kill(job.pid, kill)
+                assert job.wait(120) == 130, log.read_text()
+        finally:
+            main_job.end(job)
+    printed = main_job.train(*common, "--workspace", tmp_path / "w", log=tmp_path / "last.log")
+    assert "goes on from its checkpoint" in printed
+    main_job.assert_same("collab", tmp_path / "undisturbed", tmp_path / "w")
+    changed = main_job.read_json(main_job.artifact(tmp_path / "w", "run", "collab") / "manifest.json")
+    assert changed["facts"]["optimizers"]["changes"].startswith("after evaluation 3: collab.table_learning_rate 0.05;")
+
+    # a name belongs to its changes too
+    refused = main_job.train(
+        "demo", tmp_path / "tiny.yaml", *COLLAB, "--workspace", tmp_path / "w", log=tmp_path / "refused.log", status=2
+    )
+    assert "collab.changes" in refused
+
+
 @pytest.mark.slow  # tests/training/test_rows_seen.py has it for the rows that are read
 def test_killed_job_goes_on_with_more_workers(undisturbed: Path, tmp_path: Path) -> None:
     """Trained on 2 workers, killed, gone on with on 3: the curve, the state that is kept and its rows are those of 2 alone."""

@@ -162,11 +162,12 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(search: str, tmp_path: Path
     assert refused.returncode == 2 and "trials 4 then, 5 now" in refused.stderr
 
 
-POPULATION = ("--search", "pbt", "--trials", "4", "--perturb-every", "2", "--concurrent", "2", "--collab.epochs", "6")
+POPULATION = ("--search", "pbt", "--trials", "4", "--perturb-every", "2", "--collab.epochs", "6")
 
 
 def check_population(folder: Path) -> None:
-    """All members came to their end, some by others' checkpoints, and a member's recipe makes its artifact again."""
+    """All members came to their end, after two comparisons some by others' checkpoints, and a member's recipe makes its artifact
+    again."""
     rows = [Row(**row) for row in main_job.read_json(folder / "w/runs/demo-tiny-collab/sweep/trials.json")]
     assert [row.status for row in rows] == ["finished"] * 4
     for row in rows:
@@ -180,6 +181,7 @@ def check_population(folder: Path) -> None:
     assert all(row["changes"] == list(mine.changes) for row, mine in zip(table(folder), rows, strict=True))
 
     changed = [row for row in rows if row.changes]
+    assert {text.split()[0] for row in changed for text in row.changes} <= {"2", "4"}
     assert changed, "the worst went on from the best"
     row = max(changed, key=lambda row: len(row.changes))
     assert row.begun is not None and "table_learning_rate=" in row.changes[0]
@@ -194,7 +196,27 @@ def check_population(folder: Path) -> None:
         assert path.read_bytes() == (again / "tables" / path.name).read_bytes(), path.name
 
 
-def test_a_population_leaves_recipes_that_make_its_members_again(tmp_path: Path, held: list) -> None:
-    sweep(parse_sweep(arguments(tmp_path, *POPULATION)))
+@pytest.mark.parametrize("concurrent", ["1", "2"])
+def test_a_population_leaves_recipes_that_make_its_members_again(tmp_path: Path, held: list, concurrent: str) -> None:
+    sweep(parse_sweep(arguments(tmp_path, *POPULATION, "--concurrent", concurrent)))
     assert held[0] == 0
+    check_population(tmp_path)
+
+
+def test_a_population_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [
+        sys.executable,
+        str(main_job.ROOT / "jobs/tune.py"),
+        *arguments(tmp_path, *POPULATION, "--concurrent", "2"),
+    ]
+    log = tmp_path / "first.log"
+    with open(log, "w") as file:
+        job = subprocess.Popen(command, cwd=main_job.ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        main_job.wait_for(log, "goes on from trial", job)
+    finally:
+        main_job.end(job)
+    done = subprocess.run(command, cwd=main_job.ROOT, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
     check_population(tmp_path)

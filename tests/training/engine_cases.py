@@ -145,6 +145,14 @@ def train(run: Run) -> dict[str, Any]:
     return {"losses": losses, "dense": dense, "scores": scored}
 
 
+def optimizers_after_loading(run: Run) -> dict[str, dict[str, Any]]:
+    """What an engine's optimizers step with once they have taken over a checkpoint."""
+    workers, task = workers_of(), task_of(run)
+    engine = engine_of(run, task, workers)
+    engine.load_checkpoint(str(run.start_from))
+    return engine.optimizers
+
+
 def refusal(run: Run) -> dict[str, Any]:
     """What a worker is refused, in making the engine or in its first step; and whether it did change a row."""
     workers, task = workers_of(), task_of(run)

@@ -316,6 +316,33 @@ def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(
     close(gloo.call(then[0], engine_cases.train, resumed), resumed, twin, first=3)
 
 
+OPTIMIZERS = {
+    "rowwise-adagrad": "row-wise Adagrad (fused)",
+    "adagrad": "Adagrad (fused)",
+    "sgd": "SGD (fused)",
+    "adam": "Adam (dense gradients, all rows)",
+}
+"""As the objects that step are told of."""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_settings_that_have_changed_since_a_checkpoint_hold_after_it(gloo, log, tmp_path, optimizer, workers):
+    """Its own, and not those that the checkpoint's optimizer state was made with; and that is what is told of the optimizers."""
+    folder = tmp_path / "checkpoint"
+    run = Run(settings_of(**SASREC, weight_decay=0.1, table_optimizer=optimizer), log)
+    gloo.call(workers, engine_cases.train, replace(run, checkpoint=folder, save_at=3))
+    decay = 0.05 if optimizer in ("rowwise-adagrad", "adam") else 0.0  # others would ignore it, and are refused
+    later = replace(run.settings, weight_decay=0.3, table_weight_decay=decay, table_learning_rate=0.2, clip=0.7)
+    found = gloo.call(workers, engine_cases.optimizers_after_loading, replace(run, settings=later, start_from=folder))
+    for of_worker in found:
+        dense, tables = of_worker["dense"], of_worker["tables"]
+        assert (dense["weight decay"], dense["largest gradient norm"]) == (0.3, 0.7)
+        assert (tables["optimizer"], tables["learning rate"]) == (OPTIMIZERS[optimizer], 0.2)
+        assert tables["weight decay"] == decay
+
+
 # What is refused
 
 
