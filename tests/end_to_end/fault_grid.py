@@ -26,7 +26,7 @@ FAULTS = {
     "test_a_stage_that_is_told_to_stop_leaves_a_checkpoint[2]": "SIGINT to the job",
     "test_interrupted_job": "SIGINT to the job in one stage, and between workers' work in the next (collab, distil)",
     "test_killed_job_goes_on_with_more_workers": "the job is killed and submitted again with 3 workers instead of 2",
-    "test_a_stage_whose_settings_change_goes_on_from_any_part": "the job is killed, then stopped, while settings change on the way",
+    "test_a_stage_whose_settings_change_goes_on_from_any_part": "the job is killed, then stopped, while settings change",
     "test_fault[driver_killed]": "the job is killed and submitted again",
     "test_fault[checkpoint_cut_off]": "a checkpoint is cut off while it is written (all workers are killed)",
     "test_fault[checkpoint_damaged]": "a checkpoint is damaged (after the job was killed)",
