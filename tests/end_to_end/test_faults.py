@@ -137,7 +137,9 @@ def storage_away(stage: str, workspace: Path, log: Path) -> None:
     finally:
         main_job.end(job)
     printed = log.read_text()
-    assert "writing the checkpoint of step" in printed and "NotADirectoryError" in printed and str(folder) in printed
+    # it may be met while a checkpoint is written, or while older ones are deleted after that
+    assert "writing the checkpoint of step" in printed or "deleting old checkpoints in" in printed
+    assert "NotADirectoryError" in printed and str(folder) in printed
     assert "s after it had failed" in printed and "goes on from its checkpoint" not in printed
 
 
