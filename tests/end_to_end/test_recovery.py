@@ -77,7 +77,7 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
     flags = [f"--{stage}.checkpoint-every", "0.5"]
     job = main_job.start(*common, *flags, "--workspace", tmp_path / "killed", log=log)
     try:
-        main_job.wait_for(log, "step" if stage == "pretrain" else "valid AUC", job)
+        main_job.wait_for(log, f"{stage:<9} step" if stage == "pretrain" else "valid AUC", job)
         workers = main_job.training_workers(job)
         assert len(workers) == 2
         keeps = KEEP_FREED_MEMORY.items() <= workers[0].environ().items()
