@@ -11,7 +11,8 @@ from sellarec.errors import UserError
 from sellarec.run import Run, facts_of, inputs_of, settings_of
 
 OF_TRAINING = {
-    *("batch", "epochs", "max_steps", "validate_every", "valid_rows", "patience", "select_on", "train_on"),
+    *("batch", "epochs", "max_steps", "validate_every", "valid_rows", "patience", "select_on"),
+    *("train_on", "changes"),
     *("optimizer", "learning_rate", "weight_decay", "beta2", "schedule", "warmup", "decay", "clip"),
     *("table_optimizer", "table_learning_rate", "table_weight_decay"),
 }

@@ -162,9 +162,9 @@ class _Ended:
         failed: other reasons of theirs for which the stage has failed.
         starts: the steps at which they started or took up their work.
         stopped: the step at which they stopped, if they were asked to.
-        paused: the evaluations that lie behind them where they paused.
         interrupted: SIGINT or SIGTERM arrived.
         tried_to_grow: they were stopped for room that more workers had.
+        paused: the evaluations that lie behind them where they paused.
     """
 
     failure: BaseException | None
@@ -172,9 +172,9 @@ class _Ended:
     failed: list[str]
     starts: list[int]
     stopped: list[int]
-    paused: list[list[Any]]
     interrupted: bool
     tried_to_grow: bool = False
+    paused: list[list[Any]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,8 +272,8 @@ class _Launch:
         if failures and not isinstance(failures[0], TrainingFailedError):
             raise failures[0]
         failure = failures[0] if failures else None
-        reached = told.starts, told.stopped, told.paused
-        return _Ended(failure, told.errors, told.failed, *reached, bool(arrived), is_room)
+        reached = told.starts, told.stopped, bool(arrived), is_room, told.paused
+        return _Ended(failure, told.errors, told.failed, *reached)
 
 
 def _found_no_room(failure: BaseException | None) -> bool:

@@ -125,6 +125,13 @@ def dense_of(task: CollabTask) -> dict[str, np.ndarray]:
 def train(run: Run) -> dict[str, Any]:
     """What a worker finds: the losses, the initial dense weights, and on worker 0 scores of the valid split."""
     table_module.MAX_COLUMNS = run.max_columns
+    try:
+        return _train(run)
+    finally:  # the process serves other tests too
+        table_module.MAX_COLUMNS = Run.max_columns
+
+
+def _train(run: Run) -> dict[str, Any]:
     workers, task = workers_of(), task_of(run)
     dense = dense_of(task)
     engine = engine_of(run, task, workers)
