@@ -11,7 +11,7 @@ from sellarec.run import Run
 from sellarec.training.cluster import free_gpu_memory, room_of_worker
 
 FLOAT_BYTES = 4
-GIB = 1 << 30
+"""Of a number of a vector or of its gradient, however rows are stored."""
 
 
 def check_ahead(this: Run, stages: Sequence[str]) -> None:
@@ -167,15 +167,19 @@ def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: 
     """
     if stage not in ("collab", "align") or room is None:
         return
+    from sellarec.training.plan import GIB
+
     settings, collab, workers = getattr(this.config, stage), this.config.collab, this.config.least_workers
     own, (has, whose) = -(-settings.batch // workers), room
     width = {table.name: table.dim for table in tables}
     negatives = collab.negatives_per_row if collab.loss in SAMPLED and collab.negatives != "in-batch" else 0
     numbers = 2 * own * (width.get("user", 0) + width["item"] * (1 + negatives))
     if stage == "align":
-        sides = 2 if settings.side == "both" else 1
-        # beside its own ones a worker gathers both views of all workers' rows
-        numbers += 2 * sides * width["semantic"] * (own + settings.batch)
+        looked_up = (settings.side != "users") + ("profile" in width)  # what users liked may be nothing
+        numbers += (1 if settings.semantic == "frozen" else 2) * own * width["semantic"] * looked_up
+        # both views of all workers' rows are gathered, in the space that they are compared in; darec compares otherwise
+        space = {"rlmrec-con": width["item"], "darec": 0}.get(settings.contrastive, width["semantic"])
+        numbers += 2 * settings.batch * space * (2 if settings.side == "both" else 1)
     taken = held + FLOAT_BYTES * numbers
     or_negatives = ", or collab.negatives_per_row" if negatives else ""
     if taken > has:

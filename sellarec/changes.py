@@ -2,8 +2,8 @@
 says what holds after the third evaluation on the valid split. Population-based training finds such (arXiv 1711.09846)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from sellarec.config import CHANGEABLE, Config, Selection
@@ -18,13 +18,17 @@ class Window:
         first: how many evaluations on the valid split lie before it.
         last: with how many it ends; None: it goes on to the end.
         config: what holds in it, without changes.
-        changed: what does not hold before it, in words.
+        changed: the stage's settings that are set where it begins.
     """
 
     first: int
     last: int | None
     config: Config
-    changed: str = ""
+    changed: Mapping[str, float] = field(default_factory=dict)
+
+    def in_words(self) -> str:
+        settings = ", ".join(f"{name} {value:g}" for name, value in self.changed.items())
+        return f"after evaluation {self.first}: {settings}"
 
 
 def in_words(evaluations: int, settings: Mapping[str, float]) -> str:
@@ -45,15 +49,14 @@ def windows(config: Config, stage: str) -> list[Window]:
     starts = [0, *(evaluations for evaluations, _ in read)]
     if sorted(set(starts)) != starts:
         raise UserError(
-            f"{stage}.changes is {_quoted(section.changes)}, but each is to begin with a number of evaluations, 1 or more and "
+            f"{stage}.changes is {list(section.changes)}, but each is to begin with a number of evaluations, 1 or more and "
             "more than that of the one before: order them, and name each number once"
         )
     section = dataclasses.replace(section, changes=())
     found = []
     for start, end, (_, settings) in zip(starts, [*starts[1:], None], [(0, {}), *read], strict=True):
         section = dataclasses.replace(section, **settings)
-        words = ", ".join(f"{stage}.{name} {value:g}" for name, value in settings.items())
-        found.append(Window(start, end, dataclasses.replace(config, **{stage: section}), words))
+        found.append(Window(start, end, dataclasses.replace(config, **{stage: section}), settings))
     return found
 
 
@@ -78,7 +81,3 @@ def _read(stage: str, section: Selection, text: str) -> tuple[int, dict[str, flo
             f"{', '.join(names)}"
         )
     return evaluations, settings
-
-
-def _quoted(texts: Sequence[str]) -> str:
-    return ", ".join(f"'{text}'" for text in texts)

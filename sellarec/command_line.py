@@ -121,10 +121,12 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
             f"trackers is {', '.join(sweep.trackers)}, but a sweep leaves its trials' numbers in a folder of its own "
             "(docs/tuning.md): leave it out, or track the winner, which jobs/train.py runs"
         )
-    if sweep.search == "pbt" and (sweep.trials < 2 or getattr(sweep, sweep.stage).changes):
+    changes = getattr(sweep, sweep.stage).changes
+    if sweep.search == "pbt" and sweep.trials < 2:
+        raise UserError(f"search is pbt and trials {sweep.trials}: a population has two members or more")
+    if sweep.search == "pbt" and changes:
         raise UserError(
-            f"search is pbt, with {sweep.trials} trials and {sweep.stage}.changes {list(getattr(sweep, sweep.stage).changes)}: "
-            "a population has two members or more, and finds the changes itself"
+            f"search is pbt and {sweep.stage}.changes {list(changes)}: a population finds the changes itself, leave them out"
         )
     if sweep.search != "pbt" and sweep.perturb_every != 1:
         raise UserError(

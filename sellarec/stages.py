@@ -554,7 +554,7 @@ def carry_out(this: Run, stage: str) -> dict[str, Any]:
             part = next(part for part in reversed(parts) if part.first <= behind)
             this.config, this.window = part.config, (part.first, part.last)
             if part.first:
-                this.console.line(f"{stage:<9} after evaluation {part.first}: {part.changed}")
+                this.console.line(f"{stage:<9} {part.in_words()}")
             try:
                 facts = make(this)
             except TrainingPaused as paused:
@@ -563,9 +563,7 @@ def carry_out(this: Run, stage: str) -> dict[str, Any]:
                     raise
                 continue
             if len(parts) > 1:
-                facts["optimizers"]["changes"] = "; ".join(
-                    f"after evaluation {p.first}: {p.changed}" for p in parts[1:]
-                )
+                facts["optimizers"]["changes"] = "; ".join(each.in_words() for each in parts[1:])
                 if part is not parts[-1]:
                     this.console.line(
                         f"{stage:<9} note: it ended before evaluation {parts[-1].first} of {stage}.changes"

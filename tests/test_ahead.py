@@ -95,6 +95,17 @@ def test_negatives_count_in_a_batch(of, monkeypatch):
         check_ahead(this, ["collab"])
 
 
+@pytest.mark.parametrize(("contrastive", "space"), [("rlmrec-con", DIM), ("darec", 0)])
+def test_gathered_views_are_as_wide_as_they_are_compared(of, monkeypatch, contrastive, space):
+    this = of(align=Align(contrastive=contrastive))
+    taken = HELD["align"] + 8 * 128 * (2 * DIM + WIDTH) + 8 * 256 * space
+    set_room(monkeypatch, taken)
+    check_ahead(this, ["align"])
+    set_room(monkeypatch, taken - 1)
+    with pytest.raises(UserError, match=r"align.batch is 256"):
+        check_ahead(this, ["align"])
+
+
 def test_a_frozen_table_of_distilled_vectors_has_no_optimizer(of, monkeypatch):
     set_room(monkeypatch, HELD["align"] - 4 * ROWS["semantic"] + BATCH["align"])
     check_ahead(of(align=Align(semantic="frozen")), ["align"])

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from sellarec.data.keys import uniform
+from sellarec.ranges import ranges
 
 Kind = Literal["uniform", "popularity", "in-batch"]
 
@@ -100,7 +101,7 @@ def _is_liked(row: np.ndarray, items: np.ndarray, values: np.ndarray, lengths: n
             rows = np.flatnonzero(each > number)
             whole = len(rows) == len(lengths)
             of_row = items[first[rows] + number]
-            among = values if whole else values[_places(ends[rows] - lengths[rows], lengths[rows])]
+            among = values if whole else values[ranges(ends[rows] - lengths[rows], lengths[rows])]
             same = np.flatnonzero(np.repeat(of_row, lengths[rows]) == among)
             hit = np.searchsorted(np.cumsum(lengths[rows]), same, side="right")
             found[first[rows[hit]] + number] = True
@@ -108,9 +109,3 @@ def _is_liked(row: np.ndarray, items: np.ndarray, values: np.ndarray, lengths: n
     known = np.sort(np.repeat(np.arange(len(lengths)), lengths) * size + values)
     asked = row * size + items
     return known[np.minimum(np.searchsorted(known, asked), len(known) - 1)] == asked
-
-
-def _places(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Places [starts, starts + lengths) of each range, one range after the other."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

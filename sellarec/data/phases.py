@@ -32,6 +32,7 @@ from sellarec.data.keys import keys_of, look_up, write_numbering
 from sellarec.data.log import INTERACTIONS, ITEMS, ROW_GROUP_ROWS, SEQUENCES, USERS
 from sellarec.data.raw import ATTRIBUTES, SPLITS, Dropped, Part
 from sellarec.errors import UserError
+from sellarec.ranges import ranges
 
 FLUSH_ROWS = 1 << 22
 """Rows that `partition_rows` collects before it writes them to their partitions."""
@@ -385,7 +386,7 @@ def build_histories(partition: int, rules: Rules, buckets: Buckets, log: Path, w
         lengths = before - before[first]
         kept = np.minimum(lengths, rules.history_cap)
         offsets = np.concatenate([[0], np.cumsum(kept)])
-        entries = item[label == 1][np.repeat(before - kept - offsets[:-1], kept) + np.arange(offsets[-1])]
+        entries = item[label == 1][ranges(before - kept, kept)]
     history = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(entries))
     rows = rows.drop("user_key", "item_key").with_columns(
         pl.Series("history", history), pl.Series("history_length", lengths.astype(np.int32))

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from sellarec.errors import UserError
 from sellarec.language.templates import SOFT, Template, Turn, read_templates
+from sellarec.ranges import ranges
 from sellarec.training.stream import LEFT_OUT
 
 if TYPE_CHECKING:
@@ -469,7 +470,7 @@ class Prompts:
             for columns in zip(*pieces, strict=True)
         )
         before = np.cumsum(lengths, axis=1) - lengths
-        tokens = self._tokens[_ranges(starts.reshape(-1), lengths.reshape(-1))]
+        tokens = self._tokens[ranges(starts.reshape(-1), lengths.reshape(-1))]
         offsets = np.concatenate([[0], np.cumsum(lengths.sum(1))]).astype(np.int32)
         return pa.table(
             {
@@ -539,9 +540,3 @@ def _code_tokens(segmenter: SegmentTokenizer, coded: Coded) -> list[list[tuple[i
                 f"differ in their tokens, written {coded.form} (fuse.code); take another language model, or soft tokens"
             )
     return [first, *[others] * (coded.groups - 1)]
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """start, start + 1, ..., start + length - 1 of each pair, one after the other."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

@@ -105,16 +105,15 @@ class Part(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         start = time.monotonic()
-        with ThreadPoolExecutor(
-            1
-        ) as threads:  # in the main thread the training would take signals that are the process's
+        # not in the main thread, where the training would take signals that are the process's
+        with ThreadPoolExecutor(1) as threads:
             found = threads.submit(self._train).result()
         return {**found, "seconds": round(time.monotonic() - start, 1), "done": True}
 
     def _train(self) -> dict[str, Any]:
         base = self._base
-        this = run_of(base, self._member)
-        this.pause_after = self._goal
+        this = run_of(base)
+        this.config, this.pause_after = self._member.config(base), self._goal
         this.on_record = lambda record: note_group(base, self.trial_id, record)
         try:
             run_stage(this, base.stage)
@@ -128,13 +127,15 @@ class Part(tune.Trainable):
         return {"evaluations": facts["evaluations"], "artifact": artifact, "kept": kept}
 
 
-def run_of(base: Base, member: Member) -> Run:
-    """A run of the stage with what a member has become; it knows the stage's fingerprint."""
-    this = Run(
-        member.config(base), Store(Place.of(base.config.workspace)), Console(), base.cluster, marks=dict(base.marks)
-    )
-    this.marks[base.stage] = fingerprint(facts_of(this, base.stage))
-    return this
+def run_of(base: Base) -> Run:
+    """A run that has the stage's inputs."""
+    return Run(base.config, Store(Place.of(base.config.workspace)), Console(), base.cluster, marks=dict(base.marks))
+
+
+def mark_of(this: Run, base: Base, member: Member) -> str:
+    """The fingerprint of what a member has become. What the run knows of the language model's files is not found out again."""
+    this.config = member.config(base)
+    return fingerprint(facts_of(this, base.stage))
 
 
 def run_population(
@@ -153,7 +154,7 @@ def run_population(
         state: the sweep's folder.
         train: trains members, by their places, up to so many evaluations, and gives Ray Tune's result of each.
     """
-    metric = getattr(base.config, base.stage).select_on
+    metric, this = getattr(base.config, base.stage).select_on, run_of(base)
     found = state.read_json(POPULATION)
     if found is None:
         source = random.Random(f"population {base.config.seed}")
@@ -161,10 +162,9 @@ def run_population(
         members, goal = [Member(each) for each in drawn], perturb_every
     else:
         members, goal = [_read(each) for each in found["members"]], found["goal"]
-    compared = goal > perturb_every
     while any(member.trains for member in members):
         trained = [place for place, member in enumerate(members) if member.trains]
-        marks = {place: run_of(base, members[place]).marks[base.stage] for place in trained}
+        marks = {place: mark_of(this, base, members[place]) for place in trained}
         # of those that have become the same one is trained
         first = {mark: place for place, mark in reversed(marks.items())}
         results = train(members, sorted(first.values()), goal)
@@ -173,18 +173,17 @@ def run_population(
             _take(members[place], by_mark[marks[place]])
         if any(member.trains for member in members):
             copies = compare(members, base.space, base.stage, metric, random.Random(f"{base.config.seed} {goal}"))
-            compared = True
             for place, source_place in copies.items():
                 told = ", ".join(f"{name} {value}" for name, value in members[place].drawn.items())
                 console.line(f"trial {place + 1}/{number}  goes on from trial {source_place + 1}: {told}")
-                _copy_checkpoints(base, marks[source_place], run_of(base, members[place]))
+                _copy_checkpoints(this.store, base.stage, marks[source_place], mark_of(this, base, members[place]))
             goal += perturb_every
-            kept = {run_of(base, member).marks[base.stage] for member in members if member.trains}
+            kept = {mark_of(this, base, member) for member in members if member.trains}
             record = {"goal": goal, "members": [dataclasses.asdict(member) for member in members]}
             state.write_json(POPULATION, record)
             for mark in set(marks.values()) - kept:
-                _discard(base, mark)
-    if not compared:
+                _discard(this.store, base.stage, mark)
+    if goal == perturb_every:
         console.line(f"note: all ended before evaluation {perturb_every} (perturb_every), so none were compared")
     return [_row(place + 1, member, base, metric) for place, member in enumerate(members)]
 
@@ -238,26 +237,26 @@ def _take(member: Member, result: Any) -> None:
     member.evaluations = [list(each) for each in metrics.get("evaluations", member.evaluations)]
 
 
-def _copy_checkpoints(base: Base, mark: str, target: Run) -> None:
-    """Have a training find the checkpoints of another one, in place of what an attempt that was cut off has copied."""
-    place = target.artifact(base.stage)
-    if target.marks[base.stage] == mark or target.store.manifest(base.stage, target.marks[base.stage]) is not None:
+def _copy_checkpoints(store: Store, stage: str, mark: str, target: str) -> None:
+    """Have a training find the checkpoints of another one, in place of what an attempt that was cut off has copied.
+
+    Args:
+        mark, target: the fingerprints of the other one and of it.
+    """
+    if target == mark or store.manifest(stage, target) is not None:
         return
-    with (
-        lease(place, target.console.line),
-        (target.store.place(base.stage, mark) / CHECKPOINTS).reading() as source,
-    ):
+    place = store.place(stage, target)
+    with lease(place, Console().line), (store.place(stage, mark) / CHECKPOINTS).reading() as source:
         place.delete(CHECKPOINTS)
         with (place / CHECKPOINTS).writing() as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
-def _discard(base: Base, mark: str) -> None:
+def _discard(store: Store, stage: str, mark: str) -> None:
     """Delete what is left of a training that no member goes on with."""
-    store = Store(Place.of(base.config.workspace))
-    place = store.place(base.stage, mark)
+    place = store.place(stage, mark)
     with lease(place, Console().line):
-        if store.manifest(base.stage, mark) is None:
+        if store.manifest(stage, mark) is None:
             place.delete(*(name for name in place.names() if name != "lease.json"))
 
 

@@ -86,9 +86,8 @@ class MemberProgress(Progress):
         if "cause" in found:
             self._line(trials, trial, f"failed: {found['cause']}")
             return
-        metrics = ", ".join(
-            f"{name.upper()} {value:.4f}" for name, value in found["evaluations"][-1][1].items() if value
-        )
+        newest = found["evaluations"][-1][1]
+        metrics = ", ".join(f"{name.upper()} {value:.4f}" for name, value in newest.items() if value is not None)
         ended = f", finished: {found['artifact']}" if "artifact" in found else ""
         self._line(trials, trial, f"evaluation {len(found['evaluations'])}: {metrics}{ended}")
 

@@ -161,14 +161,11 @@ def _run_trials(
     from sellarec.tuning.trial import Base, Trial
 
     base = Base(config, space, settings.stage, marks, cluster, state / "trials")
-    if settings.search == "pbt":
-        try:
-            return _run_population(settings, base, state, console)
-        finally:
-            ray.shutdown()
     trainable = tune.with_resources(tune.with_parameters(Trial, base=base), {"CPU": 0.01})
-    folder = str(state.folder) if state.is_local else state.uri
+    folder = _folder(state)
     try:
+        if settings.search == "pbt":
+            return _run_population(settings, base, state, console)
         if tune.Tuner.can_restore(f"{folder}/tune"):
             console.line(f"the sweep goes on: {state}")
             tuner = tune.Tuner.restore(f"{folder}/tune", trainable, resume_unfinished=True, restart_errored=True)
@@ -182,14 +179,7 @@ def _run_trials(
                     search_alg=_searcher(settings),
                     scheduler=_scheduler(settings),
                 ),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=folder,
-                    failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stage keeps its own
-                    callbacks=[Progress(console, space, settings.trials, state / "trials")],
-                    verbose=0,
-                ),
+                run_config=_run_config(settings, state, Progress(console, space, settings.trials, state / "trials")),
             )
         results = tuner.fit()
         rows = [_row(number, result, base) for number, result in enumerate(results, 1)]
@@ -254,12 +244,29 @@ def _check_changes(settings: Sweep, config: Config, space: Sequence[Domain]) -> 
     for window in windows(config, stage)[1:]:
         for name in names:
             section, _, leaf = name.rpartition(".")
-            before, then = (getattr(getattr(each, section), leaf) for each in (config, window.config))
-            if section == stage and leaf != "changes" and before != then:
+            if section == stage and leaf in window.changed:
                 raise UserError(
-                    f"the search space draws {name}, but {stage}.changes sets it to {then} after evaluation {window.first}, "
-                    "whatever was drawn: leave out one of the two"
+                    f"the search space draws {name}, but {stage}.changes sets it to {window.changed[leaf]} after evaluation "
+                    f"{window.first}, whatever was drawn: leave out one of the two"
                 )
+
+
+def _folder(state: Place) -> str:
+    """The sweep's folder as Ray Tune takes it."""
+    return str(state.folder) if state.is_local else state.uri
+
+
+def _run_config(settings: Sweep, state: Place, callback: Any) -> Any:
+    from ray import tune
+
+    return tune.RunConfig(
+        name="tune",
+        storage_path=_folder(state),
+        failure_config=tune.FailureConfig(max_failures=settings.max_failures),
+        checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stage keeps its own
+        callbacks=[callback],
+        verbose=0,
+    )
 
 
 def _run_population(settings: Sweep, base: "Base", state: Place, console: Console) -> list[Row]:
@@ -269,8 +276,6 @@ def _run_population(settings: Sweep, base: "Base", state: Place, console: Consol
     from sellarec.tuning.population import POPULATION, Member, Part, run_population
     from sellarec.tuning.progress import MemberProgress
 
-    folder = str(state.folder) if state.is_local else state.uri
-
     def train(members: list[Member], places: Sequence[int], goal: int) -> Sequence[Any]:
         state.delete("tune", "trials")  # of an attempt that was cut off: its members go on from their own checkpoints
         trainable = tune.with_parameters(Part, base=base, members=members, goal=goal)
@@ -278,13 +283,8 @@ def _run_population(settings: Sweep, base: "Base", state: Place, console: Consol
             tune.with_resources(trainable, {"CPU": 0.01}),
             param_space={"member": tune.grid_search(list(places))},
             tune_config=tune.TuneConfig(max_concurrent_trials=settings.concurrent),
-            run_config=tune.RunConfig(
-                name="tune",
-                storage_path=folder,
-                failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the stage keeps its own
-                callbacks=[MemberProgress(console, members, settings.trials, state / "trials")],
-                verbose=0,
+            run_config=_run_config(
+                settings, state, MemberProgress(console, members, settings.trials, state / "trials")
             ),
         ).fit()
         found = {result.config["member"]: result for result in results}

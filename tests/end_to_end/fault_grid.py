@@ -3,7 +3,8 @@
     make test-all ARGS="tests/end_to_end/test_faults.py tests/end_to_end/test_recovery.py tests/cluster/test_nodes.py --junitxml=faults.xml"
     .venv/bin/python tests/end_to_end/fault_grid.py faults.xml
 
-Outcomes are kept in docs/faults.json with the commit that they are of, so the grid may be run some cells at a time.
+Outcomes are kept in docs/faults.json with the commit that is checked out while this runs, so run it before anything is
+committed; the grid may be run some cells at a time.
 """  # noqa: E501
 
 import json
@@ -75,7 +76,11 @@ def outcomes(report: Path) -> dict[str, dict[str, str]]:
 
 def table(record: dict[str, dict[str, str]]) -> str:
     cells = {cell: found for name, found in record.items() if (cell := cell_of(name)) is not None}
-    written = {cell for name in collected() if (cell := cell_of(name)) is not None}
+    names = collected()
+    missing = [name for name in names if cell_of(name) is None]
+    if missing:
+        raise SystemExit(f"FAULTS says nothing of {', '.join(missing)}")
+    written = {cell for name in names if (cell := cell_of(name)) is not None}
     lines = ["| fault | " + " | ".join(STAGES) + " |", "|---" * (len(STAGES) + 1) + "|"]
     for fault in FAULTS.values():
         row = []

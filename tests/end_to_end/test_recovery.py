@@ -162,7 +162,7 @@ def test_a_stage_whose_settings_change_goes_on_from_any_part(tmp_path: Path) -> 
     """Killed in its second part, stopped in its third: the result is that of an undisturbed run."""
     common = ["demo", main_job.write_recipe(tmp_path), *COLLAB, *CHANGES]
     printed = main_job.train(*common, "--workspace", tmp_path / "undisturbed", log=tmp_path / "undisturbed.log")
-    told = ["after evaluation 3: collab.table_learning_rate 0.05", "after evaluation 6: collab.table_learning_rate 0.3"]
+    told = ["after evaluation 3: table_learning_rate 0.05", "after evaluation 6: table_learning_rate 0.3, l2 0.01"]
     assert all(text in printed for text in told)
     for number, (reached, kill) in enumerate(zip(told, (signal.SIGKILL, signal.SIGTERM), strict=True)):
         log = tmp_path / f"{number}.log"
@@ -183,7 +183,7 @@ def test_a_stage_whose_settings_change_goes_on_from_any_part(tmp_path: Path) -> 
     assert "goes on from its checkpoint" in printed
     main_job.assert_same("collab", tmp_path / "undisturbed", tmp_path / "w")
     changed = main_job.read_json(main_job.artifact(tmp_path / "w", "run", "collab") / "manifest.json")
-    assert changed["facts"]["optimizers"]["changes"].startswith("after evaluation 3: collab.table_learning_rate 0.05;")
+    assert changed["facts"]["optimizers"]["changes"].startswith("after evaluation 3: table_learning_rate 0.05;")
 
     # a name belongs to its changes too
     refused = main_job.train(

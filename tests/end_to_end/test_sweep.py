@@ -130,20 +130,26 @@ def test_trials_that_all_fail_end_the_sweep_with_their_cause(tmp_path: Path, hel
     assert [row["status"] for row in rows] == ["failed", "failed"] and all(row["cause"] for row in rows)
 
 
+def killed_at(text: str, folder: Path, *flags: str) -> tuple[list[str], dict[str, str]]:
+    """Kill a sweep's job, driver and all, once it has printed a text; its command and environment."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, str(main_job.ROOT / "jobs/tune.py"), *arguments(folder, *flags)]
+    log = folder / "first.log"
+    with open(log, "w") as file:
+        job = subprocess.Popen(command, cwd=main_job.ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        main_job.wait_for(log, text, job)
+    finally:
+        main_job.end(job)
+    return command, environment
+
+
 @pytest.mark.parametrize("search", ["random", "optuna"])
 def test_a_sweep_goes_on_after_its_driver_was_killed(search: str, tmp_path: Path) -> None:
     flags = ("--search", search)
     if search == "optuna":
         pytest.importorskip("optuna")
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, str(main_job.ROOT / "jobs/tune.py"), *arguments(tmp_path, *flags)]
-    log = tmp_path / "first.log"
-    with open(log, "w") as file:
-        job = subprocess.Popen(command, cwd=main_job.ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    try:
-        main_job.wait_for(log, "trial 2/4  evaluation", job)
-    finally:
-        main_job.end(job)
+    command, environment = killed_at("trial 2/4  evaluation", tmp_path, *flags)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "w/artifacts").glob("collab-*/manifest.json")}
     assert before
     done = subprocess.run(command, cwd=main_job.ROOT, capture_output=True, text=True, env=environment, timeout=600)
@@ -204,19 +210,7 @@ def test_a_population_leaves_recipes_that_make_its_members_again(tmp_path: Path,
 
 
 def test_a_population_goes_on_after_its_driver_was_killed(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [
-        sys.executable,
-        str(main_job.ROOT / "jobs/tune.py"),
-        *arguments(tmp_path, *POPULATION, "--concurrent", "2"),
-    ]
-    log = tmp_path / "first.log"
-    with open(log, "w") as file:
-        job = subprocess.Popen(command, cwd=main_job.ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    try:
-        main_job.wait_for(log, "goes on from trial", job)
-    finally:
-        main_job.end(job)
+    command, environment = killed_at("goes on from trial", tmp_path, *POPULATION, "--concurrent", "2")
     done = subprocess.run(command, cwd=main_job.ROOT, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     check_population(tmp_path)

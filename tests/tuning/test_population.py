@@ -20,7 +20,7 @@ from sellarec.errors import UserError
 from sellarec.training.cluster import Cluster
 from sellarec.training.launch import CHECKPOINTS
 from sellarec.training.progress import Console
-from sellarec.tuning.population import Member, compare, neighbour, run_of, run_population
+from sellarec.tuning.population import Member, compare, mark_of, neighbour, run_of, run_population
 from sellarec.tuning.results import Row
 from sellarec.tuning.space import Domain, with_settings
 from sellarec.tuning.sweep import sweep
@@ -105,7 +105,8 @@ class Training:
         self.calls.append((list(places), goal))
         results = []
         for place in places:
-            this = run_of(self.base, members[place])
+            this = run_of(self.base)
+            this.marks["align"] = mark_of(this, self.base, members[place])
             folder = this.artifact("align") / CHECKPOINTS
             told = folder.read_json("told.json") or []
             assert len(told) == len(members[place].evaluations) or len(told) == goal, "from the checkpoint it was given"
