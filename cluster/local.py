@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import ipaddress
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -157,7 +158,7 @@ def up(
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": str(JOB_STOP_SECONDS),
-        "GLOO_SOCKET_IFNAME": "lo" if network == "loopback" else "eth0",
+        **dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo" if network == "loopback" else "eth0"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # what jobs call `python`
     }
     with open(state / "keeper.log", "w") as log:
@@ -227,10 +228,11 @@ def keep(state: Path) -> None:
     while True:
         time.sleep(0.2)
         for i, node in enumerate(_read(state)["nodes"][started:], started):
-            start(
-                i, node, wait=False
-            )  # a node that comes up late, or not at all, must not end the others: `add` waits for it
             started += 1
+            try:
+                start(i, node, wait=False)  # `add` waits for it
+            except Exception:  # must not end the others; `add` tells where to look
+                logging.exception("%s did not start", node["name"])
 
 
 def _wait_for_jobs_api(address: str) -> None:

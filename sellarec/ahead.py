@@ -125,7 +125,7 @@ def room_of(this: Run) -> tuple[int, str] | None:
     one with the least, where Ray, which looks at CPUs alone, places as many workers as find some there. None where no machines
     are known."""
     assert this.cluster is not None
-    at_once = this.config.workers * this.cluster.groups
+    at_once = this.config.least_workers * this.cluster.groups  # whose shards are the largest
     if this.gpus():
         return free_gpu_memory(this.cluster.share), "its share of a GPU"
     if this.cluster.local:

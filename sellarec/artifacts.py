@@ -167,8 +167,12 @@ class Store:
 
     workspace: Place
 
+    @property
+    def artifacts(self) -> Place:
+        return self.workspace / "artifacts"
+
     def place(self, stage: str, mark: str) -> Place:
-        return self.workspace / "artifacts" / f"{stage}-{mark}"
+        return self.artifacts / f"{stage}-{mark}"
 
     def manifest(self, stage: str, mark: str) -> dict[str, Any] | None:
         """The manifest of an artifact that stands; None where there is none."""
@@ -230,8 +234,9 @@ def lease(place: Place, waiting: Callable[[str], None]) -> Iterator[Callable[[],
     finally:
         ended.set()
         thread.join()
-        if is_held():
-            place.delete("lease.json")
+        with contextlib.suppress(OSError):  # storage that is away: what is left of a process that has ended is stale
+            if is_held():
+                place.delete("lease.json")
 
 
 def _is_stale(held: dict[str, Any]) -> bool:

@@ -626,7 +626,7 @@ class Config:
     stages: tuple[str, ...] = runtime(())
     """Stages to run, separated by commas (default: all); others must already stand in the workspace."""
     workspace: str = runtime("runs")
-    """Folder or URI (s3://, gs://) for artifacts and runs."""
+    """Folder for artifacts and runs; on one machine also a URI (s3://, gs://)."""
     name: str | None = runtime(None)
     """Name of the run (default: the names of the recipes)."""
     trackers: tuple[Literal["mlflow", "wandb"], ...] = runtime(())
@@ -780,7 +780,7 @@ class Preflight:
     share: float = 1.0
     """What each worker of a trial would take of a CPU, or of a GPU."""
     workspace: str = "runs"
-    """Folder or URI (s3://, gs://) that the run would write to."""
+    """Folder that the run would write to; on one machine also a URI (s3://, gs://)."""
 
 
 @dataclass(frozen=True, kw_only=True)

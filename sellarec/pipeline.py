@@ -31,7 +31,7 @@ from sellarec.language.templates import is_file, template_mark
 from sellarec.run import Run, facts_of, inputs_of, settings_of
 from sellarec.stages import carry_out, collab_beside_align
 from sellarec.tracking import open_trackers
-from sellarec.training.cluster import check_room, gpus_here, joins_cluster, takes_gpus
+from sellarec.training.cluster import check_given_cluster, check_room, gpus_here, joins_cluster, takes_gpus
 from sellarec.training.failures import keep_logs, last_line
 from sellarec.training.launch import CHECKPOINTS
 from sellarec.training.progress import duration
@@ -43,6 +43,9 @@ NO_ROOM = 1 << 20
 
 LOGS = "logs"
 """Folder of a run's, after a failure, for what its workers have printed."""
+
+BEGUN = "begun.json"
+"""File of a run's: the artifacts that its stages have begun to write, by stage."""
 
 COLLAB_ORIGINS = ("collab.init_from", "collab.init_users", "collab.init_items")
 """Settings that say what collab's rows start from: a run's name belongs to what they name, by content."""
@@ -77,6 +80,7 @@ def run(this: Run) -> None:
 
 def _run(this: Run) -> None:
     config, console = this.config, this.console
+    check_given_cluster(this.store.workspace)
     read = _closure(("evaluate",), config, set())
     wanted = config.stages or tuple(stage for stage in STAGES if stage in read)
     this.store.check_writable()
@@ -93,7 +97,7 @@ def _run(this: Run) -> None:
         if wanted != ("prepare",):
             check_room(config.workers)
             takes_gpus(gpus_here(config.device), config.workers, config.device, this.groups, this.share)
-    settings = _check_name(this, _origins(this, wanted))
+    settings = _check_name(this, origins_of(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
     recorded = this.place.read_json("artifacts.json") or {}
     needed = _closure(wanted, config, {name for name in recorded if _stands(this, name, recorded[name])})
@@ -110,6 +114,7 @@ def _run(this: Run) -> None:
         for stage in STAGES:
             if stage in needed:
                 if stage in wanted:
+                    _note_begun(this, stage)
                     _stage(this, stage)
                 else:
                     this.seconds[stage] = None
@@ -144,6 +149,14 @@ def _run(this: Run) -> None:
         _finish(this)
 
 
+def _note_begun(this: Run, stage: str) -> None:
+    """Note which artifact a stage is about to write, where it doesn't stand."""
+    artifact = f"{stage}-{this.marks[stage]}"
+    if not _stands(this, stage, artifact):
+        begun = {**(this.place.read_json(BEGUN) or {}), stage: artifact}
+        this.persist(f"writing {this.place}/{BEGUN}", partial(this.place.write_json, BEGUN, begun))
+
+
 def _keep_logs(this: Run) -> None:
     """Copy what the run's processes have printed on all nodes into its folder, in place of what an earlier failure left there."""
     if this.cluster is None:
@@ -160,8 +173,9 @@ def _keep_logs(this: Run) -> None:
         this.console.line(f"workers' logs that could not be copied, which Ray keeps in its session folder: {why}")
 
 
-def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """What --llm and --data stand for, by content: a wrong one is refused before any stage runs."""
+def origins_of(this: Run, wanted: Sequence[str]) -> dict[str, Any]:
+    """What --llm, --data and other files stand for that some stages read, by content: a wrong one is refused before any stage
+    runs."""
     origins: dict[str, Any] = {}
     template = this.config.prompt.template
     origins["prompt.template"] = f"file ({template_mark(template)})" if is_file(template) else template
@@ -180,11 +194,14 @@ def _origins(this: Run, wanted: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _check_name(this: Run, origins: dict[str, Any]) -> dict[str, Any]:
-    """A name belongs to one config: the same one resumes, another one is refused. Returns what to record of it."""
+    """A name belongs to one config: the same one resumes, another one is refused, also of a stage that has left a checkpoint.
+    Returns what to record of it."""
     mine = json.loads(json.dumps({**result_settings(this.config), **origins}))
     earlier = this.place.read_json("settings.json") or {}
-    # what only stages that haven't been run depend on may still change
-    stages = [stage for stage in STAGES if stage in (this.place.read_json("artifacts.json") or {})]
+    # what only stages that haven't been trained depend on may still change
+    done, begun = (this.place.read_json(name) or {} for name in ("artifacts.json", BEGUN))
+    trained = {stage for stage, artifact in begun.items() if (this.store.artifacts / artifact / CHECKPOINTS).names()}
+    stages = [stage for stage in STAGES if stage in trained or stage in done]
     fixed = {"llm", "data", *COLLAB_ORIGINS}.union(*(_settings_names(stage, this.config) for stage in stages))
     names = [name for name in mine if name in fixed and name in earlier and earlier[name] != mine[name]]
     if names:
@@ -301,7 +318,7 @@ def _stage(this: Run, stage: str) -> None:
         if stage != "prepare" and this.cluster is None:
             this.connect()
         found = carry_out(this, stage)
-        if not is_held():
+        if not this.persist(f"reading the lease of {place}", is_held):
             raise StageFailed(
                 f"stage {stage}: this process stood still for so long that another one took over {place}; run it again"
             )

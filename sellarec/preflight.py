@@ -103,9 +103,32 @@ class Machine:
     memory: int
 
 
+def free_memory(groups: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> tuple[int, str | None]:
+    """Bytes of memory that processes here may still take, and the control group (version 2) that allows no more, a container's
+    or a job step's; None where all of the machine's is free to them. What counts against a group's limit includes files that
+    were read: where those are given back as soon as memory is short, they count as free."""
+    from pathlib import Path
+
+    import psutil
+
+    free, limited = psutil.virtual_memory().available, None
+    entries = Path(own).read_text().splitlines() if Path(own).is_file() else []
+    name = next((entry.removeprefix("0::/") for entry in entries if entry.startswith("0::/")), "")
+    folder = Path(groups) / name
+    for group in (folder, *folder.parents):
+        limit = group / "memory.max"
+        if limit.is_file() and limit.read_text().strip() != "max":
+            counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            used = int((group / "memory.current").read_text()) - int(counts["inactive_file"])
+            left = max(0, int(limit.read_text()) - used)
+            if left < free:
+                free, limited = left, str(group)
+    return free, limited
+
+
 class Probe:
     """Runs on a node and looks around. Sent by value (`_probes`), as a node may lack this package: its methods know nothing of
-    this module.
+    this module but `free_memory`, which goes with them.
     """
 
     def versions(self, packages: Sequence[str]) -> dict[str, str | None]:
@@ -135,7 +158,6 @@ class Probe:
         import socket
         from pathlib import Path
 
-        import psutil
         import ray
         from pyarrow import fs
 
@@ -154,12 +176,10 @@ class Probe:
             except Exception as error:
                 writes = f"{type(error).__name__}: {error}"
 
-        memory = psutil.virtual_memory().available
+        memory, limited = free_memory()
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-        if limit.is_file() and limit.read_text().strip() != "max":  # a container has its own
-            memory = min(memory, int(limit.read_text()) - int(used.read_text()))
-            machine += socket.gethostname()
+        if limited is not None:
+            machine += f" {socket.gethostname()} {limited}"
         session = ray._private.worker._global_node.get_session_dir_path()
         return {
             "versions": self.versions(packages), "sees": sees, "writes": writes, "machine": machine, "memory": memory,
@@ -249,7 +269,7 @@ def check_workspace(workspace: Place) -> None:
     if workspace.is_local and "working_dir_files" in workspace.folder.resolve().parts:
         raise UserError(
             f"the workspace {workspace} lies where Ray has unpacked this job's files, which each node has for itself and deletes "
-            "after the job: give --workspace the absolute path of a folder that all nodes share, or a URI"
+            "after the job: give --workspace the absolute path of a folder that all nodes share"
         )
 
 
@@ -415,7 +435,8 @@ def check_versions(found: Sequence[tuple[str, dict[str, str | None]]]) -> None:
 
 
 def check_storage(found: Sequence[tuple[Node, Report]], workspace: Place) -> None:
-    """Raises UserError naming the nodes that don't see the workspace, or can't write to it."""
+    """Raises UserError naming the nodes that don't see the workspace, or can't write to it; for a URI, where there are several
+    machines."""
     for what, failures in (
         ("is not seen by", [(node, report.sees) for node, report in found if report.sees is not None]),
         ("can't be written to by", [(node, report.writes) for node, report in found if report.writes is not None]),
@@ -424,8 +445,13 @@ def check_storage(found: Sequence[tuple[Node, Report]], workspace: Place) -> Non
             listed = "; ".join(f"{node}: {why}" for node, why in failures)
             raise UserError(
                 f"preflight: the workspace {workspace} {what} {len(failures)} of {len(found)} nodes ({listed}): give --workspace "
-                "a folder that all nodes share under the same path, or a URI"
+                "a folder that all nodes share under the same path"
             )
+    if not workspace.is_local and len({report.machine for _, report in found}) > 1:
+        raise UserError(
+            f"preflight: the workspace is {workspace}, of which a run reads copies that its driver makes on its own machine, "
+            "where other machines don't find them: mount that storage on all nodes, and give --workspace the folder"
+        )
 
 
 def check_clocks(found: Sequence[tuple[Node, Report]]) -> None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sellarec.artifacts import Place, Store, fingerprint, persist
+from sellarec.artifacts import Done, Place, Store, fingerprint, persist
 from sellarec.checks import check_same_model
 from sellarec.config import Config, Dense, Selection, Sparse, Steps, result_settings
 from sellarec.data.files import file_hash, file_hashes
@@ -33,6 +33,12 @@ VERSIONS = {
     "evaluate": 3,
 }
 """Raised by hand when a stage's code gives other results than before."""
+
+
+def version_of(stage: str, config: Config) -> int:
+    """As VERSIONS has it; what align made of models that represent items by other vectors than their rows is of a time when it
+    projected the rows."""
+    return VERSIONS[stage] + (stage == "align" and config.collab.model in ("fism", "binary_mf"))
 
 
 def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
@@ -243,9 +249,9 @@ class Run:
             grow_every=config.grow_every,
         )
 
-    def persist(self, what: str, act: Callable[[], None]) -> None:
-        """Write something, and again while storage fails."""
-        persist(what, act, self.config.storage_timeout, self.console.line)
+    def persist(self, what: str, act: Callable[[], Done]) -> Done:
+        """Write or read something, and again while storage fails."""
+        return persist(what, act, self.config.storage_timeout, self.console.line)
 
 
 def facts_of(this: Run, stage: str) -> dict[str, Any]:
@@ -253,7 +259,7 @@ def facts_of(this: Run, stage: str) -> dict[str, Any]:
     config = this.config
     facts: dict[str, Any] = {
         "stage": stage,
-        "version": VERSIONS[stage],
+        "version": version_of(stage, config),
         "settings": settings_of(stage, config),
         "inputs": {name: this.marks[name] for name in inputs_of(stage, config)},
     }

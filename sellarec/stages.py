@@ -417,7 +417,7 @@ def _evaluate(this: Run) -> dict[str, Any]:
     )  # fmt: skip
     where = this.artifact("evaluate")
     this.persist(f"writing {where}/results.json", partial(where.write_json, "results.json", records))
-    found = this.artifact("evaluate").read_json("scoring.json")
+    found = this.persist(f"reading {where}/scoring.json", partial(where.read_json, "scoring.json"))
     assert found is not None
     _tell_shortened(this, "evaluate", found["histories"])
     return {"rows": len(test), **found}
@@ -465,8 +465,9 @@ def _train(
         raise
     if paused is not None:
         raise TrainingPaused(paused)
-    this.artifact(stage).delete(WORK)
-    found = this.artifact(stage).read_json("training.json")
+    where = this.artifact(stage)
+    this.persist(f"deleting {where / WORK}", partial(where.delete, WORK))
+    found = this.persist(f"reading {where}/training.json", partial(where.read_json, "training.json"))
     assert found is not None
     _tell_shortened(this, stage, found.get("histories", {}))
     return found

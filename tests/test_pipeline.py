@@ -9,7 +9,7 @@ import pytest
 from sellarec import pipeline
 from sellarec.command_line import parse
 from sellarec.config import Align, Collab, Config
-from sellarec.errors import StageFailed, exit_status
+from sellarec.errors import StageFailed, UserError, exit_status
 from sellarec.run import Run
 from sellarec.training.cluster import Cluster
 
@@ -90,3 +90,22 @@ def test_the_report_names_collab_beside_what_was_aligned_from_scratch(tmp_path, 
     pipeline._finish(this)
     (align,) = (found["manifest"]["facts"]["alignment"] for found in shown if found["stage"] == "align")
     assert align["valid"] == {"align": {"auc": 0.71, "uauc": 0.6}, "collab": beside}
+
+
+def test_a_name_belongs_to_the_settings_of_a_stage_that_has_left_a_checkpoint(tmp_path: Path) -> None:
+    """One that was begun and refused has none, and may get other settings."""
+
+    def of(*flags: str) -> Run:
+        return Run.of(parse(["demo", "--name", "one", "--workspace", str(tmp_path / "w"), *flags]))
+
+    this = of()
+    this.marks = {"collab": "0" * 16}
+    this.place.write_json("settings.json", pipeline._check_name(this, {}))
+    pipeline._note_begun(this, "collab")
+    other = of("--collab.dim", "8")
+    pipeline._check_name(other, {})
+    (this.artifact("collab").folder / "checkpoints/step-00000004").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"collab\.dim \d+ then, 8 now"):
+        pipeline._check_name(other, {})
+    pipeline._check_name(this, {})
+    pipeline._check_name(of("--fuse.learning-rate", "0.5"), {})  # a later stage's

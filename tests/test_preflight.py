@@ -59,6 +59,9 @@ def test_storage() -> None:
     preflight.check_storage(cluster(), place)
     with refused("/shared/runs is not seen by 1 of 3 nodes .worker-2 .10.0.0.2.: No such file"):
         preflight.check_storage(cluster(sees="No such file"), place)
+    with refused("s3://bucket/runs, of which", "mount that storage on all nodes"):
+        preflight.check_storage(cluster(), Place("s3://bucket/runs"))
+    preflight.check_storage([(node, FINE) for node in NODES], Place("s3://bucket/runs"))  # nodes of one machine
     with refused("/shared/runs can't be written to by 1 of 3 nodes .worker-2 .10.0.0.2.: Read-only"):
         preflight.check_storage(cluster(writes="Read-only"), place)
 
@@ -177,3 +180,37 @@ def test_what_the_job_refuses() -> None:
     ):
         with refused(words):
             parse_preflight(flags)
+
+
+def test_free_memory_is_what_the_control_groups_leave(tmp_path: Path) -> None:
+    """Files that were read and can be given back don't count as taken; the tightest of the nested groups tells."""
+    groups, own = tmp_path / "groups", tmp_path / "own"
+
+    def group(name: str, limit: str, current: int, files: int) -> None:
+        (groups / name).mkdir(parents=True, exist_ok=True)
+        for file, text in (
+            ("memory.max", limit),
+            ("memory.current", str(current)),
+            ("memory.stat", f"anon 1\ninactive_file {files}"),
+        ):
+            (groups / name / file).write_text(f"{text}\n")
+
+    def free() -> tuple[int, str | None]:
+        return preflight.free_memory(str(groups), str(own))
+
+    own.write_text("0::/job/step\n")
+    assert free()[1] is None, "there are no such groups"
+    group("job", "max", 1 << 60, 0)
+    group("job/step", "max", 1 << 60, 0)
+    assert free()[1] is None, "none is limited"
+    group("job", "1000000", 900_000, 700_000)
+    assert free() == (800_000, str(groups / "job"))
+    group("job/step", "500000", 100_000, 0)
+    assert free() == (400_000, str(groups / "job/step"))
+    group("job/step", "500000", 600_000, 0)
+    assert free() == (0, str(groups / "job/step"))
+    own.write_text("4:memory:/old\n")
+    assert free()[1] is None, "version 1"
+    group("", "300000", 100_000, 0)  # a container sees its own group as the root
+    own.write_text("0::/\n")
+    assert free() == (200_000, str(groups))

@@ -44,7 +44,7 @@ DRAWN = "drawn "
 
 
 class Aligned(nn.Module):
-    """The collaborative model, and what brings its items' rows and its users' vectors together with distilled vectors: a
+    """The collaborative model, and what brings its items and users, as it represents them, together with distilled vectors: a
     projection D -> hidden -> H of the former (of which fusion also makes tokens), with rlmrec-con one H -> hidden -> D of the
     latter, with darec a shared and a specific part of either."""
 
@@ -61,8 +61,10 @@ class Aligned(nn.Module):
             semantic: by side (items, users) the semantic vectors [b, H] of the rows; none to score.
         """
         users, scores = self.network(batch, vectors, *candidates)
-        rows = {"items": vectors["item"], "users": users}
-        found = {side: views(self.projection, self._contrastive, rows[side], semantic[side]) for side in semantic}
+        rows, found = {"items": vectors["item"], "users": users}, {}
+        for side in semantic:
+            represented = self.network.as_represented(side, rows[side])
+            found[side] = views(self.projection, self._contrastive, represented, semantic[side])
         return users, scores, found
 
 
@@ -210,7 +212,8 @@ class AlignTask(Task):
         with torch.device("meta"):
             projection = self._make_projection()
         projection.load_state_dict(part, assign=True)
-        found = views(projection, self._settings.contrastive, vectors["item"], vectors["semantic"])
+        items = self._collab.network.as_represented("items", vectors["item"])
+        found = views(projection, self._settings.contrastive, items, vectors["semantic"])
         return compare_views(*found[:2])
 
     def facts(self) -> dict[str, Any]:

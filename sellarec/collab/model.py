@@ -147,6 +147,11 @@ class CollabModel(nn.Module):
         """A row's item as a vector, [b, D], of the feature `item` alone."""
         return self.item(batch, vectors)
 
+    def as_represented(self, side: str, rows: Tensor) -> Tensor:
+        """Rows of seen items, or the vectors of `users` that `forward` gives, [n, D], as `represent_item` and `represent_user`
+        give them, but with gradients to all that they are made of: what align projects."""
+        return rows
+
     def keep(self, represented: Sequence[str]) -> None:
         """Leave out the tables, and features of tables, that representing these (of user and item) doesn't read. Those of a
         graph stay together, as each row is smoothed with others of both."""

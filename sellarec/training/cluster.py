@@ -10,7 +10,7 @@ import time
 from sellarec.artifacts import Place
 from sellarec.config import GROW_EVERY, NODE_TIMEOUT, STORAGE_TIMEOUT, WORKER_TIMEOUT
 from sellarec.errors import StageFailed, UserError
-from sellarec.preflight import Machine, check_address, check_workspace, in_words, machines_of, preflight
+from sellarec.preflight import Machine, check_address, check_workspace, free_memory, in_words, machines_of, preflight
 from sellarec.training.progress import Console
 
 WORKER_MEMORY = 800 << 20
@@ -133,8 +133,7 @@ def connect(
             ) from error
     else:
         console.line(f"joining the Ray cluster at {address}")
-        check_address(str(address))
-        check_workspace(workspace)
+        check_given_cluster(workspace)
         try:
             joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
@@ -176,6 +175,17 @@ def _loopback() -> str:
 def joins_cluster() -> bool:
     """Whether this job joins a cluster instead of starting Ray on this machine."""
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def check_given_cluster(workspace: Place) -> None:
+    """Before anything is read, refuse a cluster that doesn't answer, or a workspace that its nodes can't share.
+
+    Raises:
+        UserError: as `check_address` and `check_workspace`.
+    """
+    if joins_cluster():
+        check_address(os.environ["RAY_ADDRESS"])
+        check_workspace(workspace)
 
 
 def gpus_here(device: str) -> int:
@@ -224,9 +234,7 @@ def room_of_worker(workers: int, memory: int | None = None) -> int:
     Args:
         memory: that is free there; None asks this machine.
     """
-    import psutil
-
-    free = psutil.virtual_memory().available if memory is None else memory
+    free = free_memory()[0] if memory is None else memory
     return max(0, free // workers - WORKER_MEMORY)
 
 
@@ -257,9 +265,7 @@ def free_gpu_memory(share: float) -> int:
 
 def check_room(workers: int) -> None:
     """Raises UserError where this machine's memory can't hold so many workers."""
-    import psutil
-
-    available = psutil.virtual_memory().available
+    available = free_memory()[0]
     needed = RAY_MEMORY + workers * WORKER_MEMORY
     if needed > available:
         room = (available - RAY_MEMORY) // WORKER_MEMORY

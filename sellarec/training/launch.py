@@ -29,6 +29,10 @@ CHECKPOINTS = "checkpoints"
 RETRIES = 3
 """How often in a row a stage is taken up again after workers were lost, where it left no new checkpoint in between."""
 
+RETRY_PAUSE = 20.0
+"""Seconds before the second time in a row that it is taken up again, twice as many before the third: storage from which rows or
+weights can't be read for a minute is so outlived."""
+
 CAUSE_CHARACTERS = 240
 """Of the cause for which a stage is taken up again, what is printed; Ray adds advice to it."""
 
@@ -138,7 +142,13 @@ def run_workers(
                     f"stage {stage} failed, also when it was taken up again ({RETRIES} times without a new checkpoint): {cause}"
                 ) from ended.failure
             short = textwrap.shorten(cause, CAUSE_CHARACTERS, placeholder=" ...")
-            console.line(f"{stage:<9} was cut off ({short}): is taken up again")
+            pause = RETRY_PAUSE * (lost - 1)
+            later = f" in {pause:g} s" if pause else ""
+            console.line(f"{stage:<9} was cut off ({short}): is taken up again{later}")
+            if stop is None:
+                time.sleep(pause)
+            else:
+                stop.wait(pause)
             workers = find_room(stage, group, console, stop)
         elif ended.paused:
             return ended.paused[0]

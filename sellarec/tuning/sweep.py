@@ -14,19 +14,16 @@ from sellarec.artifacts import Place, lease
 from sellarec.changes import windows
 from sellarec.config import CHANGEABLE, EMBEDDED, STAGES, Config, Sweep, result_settings, to_yaml
 from sellarec.errors import StageFailed, UserError
-from sellarec.pipeline import check_stage, marks_of, run
+from sellarec.pipeline import check_stage, marks_of, origins_of, run
 from sellarec.run import Run
-from sellarec.training.cluster import check_room, connect, joins_cluster
+from sellarec.training.cluster import check_given_cluster, check_room, connect, joins_cluster
 from sellarec.training.failures import last_line
 from sellarec.training.progress import Console
 from sellarec.tuning.results import Row, format_rows, write_results
-from sellarec.tuning.space import EVALUATION, VALUE, Domain, check_space, read_space, with_settings
+from sellarec.tuning.space import VALUE, Domain, check_space, read_space, with_settings
 
 if TYPE_CHECKING:
     from sellarec.tuning.trial import Base
-
-REDUCTION = 3
-"""Of the trials that come as far, asha lets one of so many go on; the next decision is after so many times the evaluations."""
 
 KEPT = ("stage", "trials", "search", "concurrent", "max_failures", "perturb_every")
 """Settings that Ray Tune goes on with as the sweep was begun."""
@@ -43,6 +40,7 @@ def sweep(settings: Sweep) -> None:
         StageFailed: a stage before the trials failed, or all trials did.
     """
     config, stage, console = _absolute(settings.base()), settings.stage, Console()
+    check_given_cluster(Place.of(config.workspace))
     if settings.min_workers is not None:
         raise UserError(
             f"min_workers is {settings.min_workers}, but a sweep's trials have {settings.workers} workers each (workers): leave "
@@ -61,7 +59,7 @@ def sweep(settings: Sweep) -> None:
     check_stage(this, stage)
     place = this.place
     state = place / STATE
-    identity = _check_name(state, settings, config, space)
+    identity = _check_name(state, settings, config, space, origins_of(this, tuple(marks_of(this, stage))))
     with lease(state, console.line):
         marks = _run_stages_before(config, stage, reads, settings)
         state.write_json("sweep.json", identity)
@@ -107,12 +105,15 @@ def _marks(this: Run, stage: str, config: Config) -> dict[str, str]:
     return marks_of(this, stage)
 
 
-def _check_name(state: Place, settings: Sweep, config: Config, space: Sequence[Domain]) -> dict[str, Any]:
+def _check_name(
+    state: Place, settings: Sweep, config: Config, space: Sequence[Domain], origins: Mapping[str, Any]
+) -> dict[str, Any]:
     """A name belongs to one sweep: the same one resumes, another one is refused. Returns what to record of it."""
     mine = {
         **{name: getattr(settings, name) for name in KEPT},
         "space": {domain.name: {domain.kind: domain.values} for domain in space},
         **result_settings(config),
+        **origins,
     }
     mine = json.loads(json.dumps(mine))
     earlier = state.read_json("sweep.json") or mine
@@ -161,7 +162,7 @@ def _run_trials(
     from sellarec.tuning.trial import Base, Trial
 
     base = Base(config, space, settings.stage, marks, cluster, state / "trials")
-    trainable = tune.with_resources(tune.with_parameters(Trial, base=base), {"CPU": 0.01})
+    trainable = tune.with_resources(tune.with_parameters(Trial, base=base), _taken())
     folder = _folder(state)
     try:
         if settings.search == "pbt":
@@ -177,7 +178,7 @@ def _run_trials(
                     num_samples=settings.trials,
                     max_concurrent_trials=settings.concurrent,
                     search_alg=_searcher(settings),
-                    scheduler=_scheduler(settings),
+                    scheduler=_scheduler(settings, config),
                 ),
                 run_config=_run_config(settings, state, Progress(console, space, settings.trials, state / "trials")),
             )
@@ -218,13 +219,20 @@ def _searcher(settings: Sweep) -> Any:
     return OptunaSearch(metric=VALUE, mode="max", seed=settings.seed)
 
 
-def _scheduler(settings: Sweep) -> Any:
-    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+def _scheduler(settings: Sweep, config: Config) -> Any:
+    from ray.tune.schedulers import FIFOScheduler
 
-    if settings.search != "asha":
-        return FIFOScheduler()
-    # no trial comes to max_t: the end of a trial is its own
-    return ASHAScheduler(time_attr=EVALUATION, metric=VALUE, mode="max", max_t=10**6, reduction_factor=REDUCTION)
+    from sellarec.tuning.halving import Halving
+
+    return Halving(getattr(config, settings.stage).select_on) if settings.search == "asha" else FIFOScheduler()
+
+
+def _taken() -> Any:
+    """What a trial's own process takes of Ray's resources. Tune asks for something, and of CPUs any share would leave its node
+    one worker fewer than preflight counts."""
+    from ray import tune
+
+    return tune.PlacementGroupFactory([{"memory": 1 << 20}])
 
 
 def _check_changes(settings: Sweep, config: Config, space: Sequence[Domain]) -> None:
@@ -280,7 +288,7 @@ def _run_population(settings: Sweep, base: "Base", state: Place, console: Consol
         state.delete("tune", "trials")  # of an attempt that was cut off: its members go on from their own checkpoints
         trainable = tune.with_parameters(Part, base=base, members=members, goal=goal)
         results = tune.Tuner(
-            tune.with_resources(trainable, {"CPU": 0.01}),
+            tune.with_resources(trainable, _taken()),
             param_space={"member": tune.grid_search(list(places))},
             tune_config=tune.TuneConfig(max_concurrent_trials=settings.concurrent),
             run_config=_run_config(

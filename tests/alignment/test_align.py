@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import ITEMS, USERS, batch_of, leaves, make, prepared, some_rows, together, vectors_of
+from small import ITEMS, USERS, batch_of, leaves, make, prepared, represent, some_rows, together, vectors_of
 from torch import Tensor
 
 from sellarec.alignment.align import PROJECTION, AlignTask, build_align
@@ -66,7 +66,7 @@ def test_the_loss_is_the_collaborative_one_and_the_contrastive_one_of_the_same_r
     collab = make(tmp_path, model=name, loss=loss)
     collab.network.load_state_dict(task.model.network.state_dict())
     weights = collab.row_weights(batch)
-    views = task.model.projection(vectors["item"]), vectors["semantic"]
+    views = task.model.projection(represent(collab, batch, without)[1]), vectors["semantic"]
     each = contrastive_loss(Views(*views, batch["item"], *views, batch["item"], weights), SETTINGS, Alone())
     expected = collab.loss(None, batch, without, Alone()) + 0.4 * (each * weights).sum()
     found = task.loss(task.model, batch, vectors, Alone())
@@ -78,6 +78,25 @@ def test_the_loss_is_the_collaborative_one_and_the_contrastive_one_of_the_same_r
     assert ((gradient.abs().sum(1) > 0) >= of_positives).all(), "both views are drawn"
     for weight in task.model.projection.parameters():
         assert weight.grad is not None and weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", [*MODELS, "binary_mf"])
+def test_what_is_projected_is_what_fuse_projects(name, tmp_path):
+    """Of users and items, in training and to be measured: fuse starts from this projection. All that it is made of is drawn."""
+    task = aligned(tmp_path, replace(SETTINGS, side="both"), model=name)
+    batch = batch_of(task, train_rows())
+    vectors = vectors_of(task, batch)
+    projected: list[Tensor] = []
+    task.model.projection.register_forward_pre_hook(lambda module, given: projected.append(given[0]))
+    task.loss(task.model, batch, vectors, Alone()).backward()
+    users, items = represent(make(tmp_path, model=name), batch, vectors)
+    torch.testing.assert_close(projected, [items, users])
+    assert (leaves(vectors)["item"].grad.abs().sum(0)[:-2] > 0).all()
+
+    measured = vectors_of(task, dict.fromkeys(task.measured_features, batch["item"]))
+    expected = compare_views(task.model.projection(items), measured["semantic"])
+    weights = {name: weight.detach().clone() for name, weight in task.model.named_parameters()}
+    assert task.measure(weights, measured) == expected
 
 
 SIDES = [("mf", "bce"), ("mf", "bpr"), ("svdpp", "softmax"), ("lightgcn", "bce"), ("sasrec", "bpr"), ("din", "bce")]

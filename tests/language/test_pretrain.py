@@ -17,7 +17,7 @@ from sellarec.config import DECODER_LINEAR, Config, Llm, Pretrain
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.pretrain import build_pretrain
-from sellarec.pipeline import _check_name, _origins
+from sellarec.pipeline import _check_name, origins_of
 from sellarec.run import Run, facts_of, inputs_of
 
 torch.set_num_threads(1)
@@ -101,12 +101,12 @@ def test_later_stages_take_the_model_that_was_pretrained_further(run, models):
 
 
 def test_a_runs_name_belongs_to_whether_its_model_was_pretrained_further(run):
-    run.place.write_json("settings.json", _check_name(run, _origins(run, LATER)))
+    run.place.write_json("settings.json", _check_name(run, origins_of(run, LATER)))
     run.place.write_json("artifacts.json", {"adapt": "adapt-x"})
-    _check_name(run, _origins(run, LATER))
+    _check_name(run, origins_of(run, LATER))
     other = Run.of(replace(run.config, pretrain=Pretrain()))
     with pytest.raises(UserError, match=r"llm .*, pre-trained further then"):
-        _check_name(other, _origins(other, LATER))
+        _check_name(other, origins_of(other, LATER))
 
 
 def test_prompts_that_the_given_model_has_no_room_for_are_refused_before_it_is_trained(run, copied):

@@ -119,3 +119,30 @@ def test_nodes_that_are_lost_while_others_are_waited_for(
     printed = capsys.readouterr().out
     assert printed.count("waits for what other jobs hold of 3 workers of 1 CPU each") == 5
     assert "waits 30 s at most for room" in printed and "cut off" not in printed
+
+
+@pytest.mark.parametrize("new_checkpoints", [False, True])
+def test_a_stage_that_is_cut_off_again_and_again(
+    new_checkpoints: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It fails after RETRIES attempts without a new checkpoint, over a minute; what gets on goes on at once."""
+    cluster, runs = use(Cluster([(8, 0)]), monkeypatch), 10
+    monkeypatch.setattr(launch, "time", cluster)
+    started: list[float] = []
+
+    def run(self: object, workers: int, first: bool, grow_every: float) -> launch._Ended:
+        started.append(cluster.seconds)
+        failure = None if len(started) == runs else ControllerError(OSError(f"storage is away, {len(started)}"))
+        return launch._Ended(failure, [], [], [10 * len(started) if new_checkpoints else 0], [], False)
+
+    monkeypatch.setattr(launch._Launch, "run", run)
+    if new_checkpoints:
+        assert run_workers(lambda config: None, {}, "align", group(3), Console(), lambda record: None) is None
+        assert started == [0] * runs
+        return
+    with pytest.raises(StageFailed, match=r"3 times without a new checkpoint\): .*storage is away, 4"):
+        run_workers(lambda config: None, {}, "align", group(3), Console(), lambda record: None)
+    assert started == [0, 0, 20, 60]
+    printed = capsys.readouterr().out
+    assert "storage is away, 1): is taken up again\n" in printed
+    assert "storage is away, 3): is taken up again in 40 s\n" in printed

@@ -28,6 +28,9 @@ class Model(CollabModel):
     def represent_item(self, batch: Batch, vectors: Vectors) -> Tensor:
         return _signs(super().represent_item(batch, vectors))
 
+    def as_represented(self, side: str, rows: Tensor) -> Tensor:
+        return _signs(rows)
+
     def _parts(self, rows: Tensor, plain: bool) -> tuple[Tensor, Tensor]:
         # all have one length, by which they are divided as a number: it has no part in the gradient
         scale = 1.0 if self._scale is None else self._scale / self.dim**0.5

@@ -57,6 +57,9 @@ class Model(CollabModel):
     def represent_item(self, batch: Batch, vectors: Vectors) -> Tensor:
         return _of_score(super().represent_item(batch, vectors))
 
+    def as_represented(self, side: str, rows: Tensor) -> Tensor:
+        return _as_scored(rows, rows[..., :-2]) if side == "items" else rows
+
     def auxiliary_loss(self, batch: Batch, vectors: Vectors, log_counts: Tensor, peers: Peers) -> Tensor:
         """float [b]: the cross-entropy of the row's item among all, given the history."""
         history, catalog, item = vectors["history"], vectors[WHOLE + "item"], values(vectors["item"])
@@ -80,7 +83,10 @@ USER_COLUMNS = 4
 
 
 def _of_score(items: Tensor) -> Tensor:
-    """Items' rows [..., D] as the score takes them."""
-    return torch.cat(
-        [F.normalize(items[..., :-2].detach(), dim=-1), torch.zeros_like(items[..., :1]), items[..., -1:]], dim=-1
-    )
+    """Items' rows [..., D] as the score takes them, which has no part in their vectors' gradients."""
+    return _as_scored(items, items[..., :-2].detach())
+
+
+def _as_scored(items: Tensor, vectors: Tensor) -> Tensor:
+    """Rows [..., D] of these vectors [..., D - 2], brought to one length, and of the items' biases in the score."""
+    return torch.cat([F.normalize(vectors, dim=-1), torch.zeros_like(items[..., :1]), items[..., -1:]], dim=-1)
