@@ -15,10 +15,11 @@ def main(arguments: list[str]) -> None:
     from sellarec.command_line import parse_evaluation  # after the check: these import what it looks for
 
     settings = parse_evaluation(arguments)
+    from sellarec.artifacts import check_output
     from sellarec.evaluation.artifact import evaluate_artifact
 
+    check_output(settings.out, "--out")
     records = evaluate_artifact(settings)
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(records, indent=1) + "\n")
     print()
     for record in records:

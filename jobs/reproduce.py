@@ -201,6 +201,8 @@ def main(arguments: list[str]) -> None:
     from sellarec.pipeline import run
     from sellarec.run import Run
 
+    if into is not None:
+        around(into, name)
     sections, records = [], []
     for seed in table.seeds:
         standing: dict[str, str] = {}
@@ -285,8 +287,13 @@ def markdown(records: list[dict], published: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put_between(file: Path, name: str, text: str) -> None:
-    """Put a table between its two lines of a Markdown file; where the file doesn't have them, at its end."""
+def around(file: Path, name: str) -> tuple[str, str]:
+    """What a Markdown file has before a table and after it, with the two lines that the table is put between; where the file
+    doesn't have them, the table's place is at its end.
+
+    Raises:
+        UserError: it has one of the lines alone, or both the wrong way round.
+    """
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     if (begin in before) != (end in before) or (begin in before and before.index(end) < before.index(begin)):
@@ -295,8 +302,13 @@ def put_between(file: Path, name: str, text: str) -> None:
         )
     if begin not in before:
         before += f"\n{begin}{end}"
-    head, tail = before[: before.index(begin)], before[before.index(end) :]
-    file.write_text(f"{head}{begin}\n{text}\n{tail}", encoding="utf-8")
+    return before[: before.index(end)].partition(begin)[0] + begin, before[before.index(end) :]
+
+
+def put_between(file: Path, name: str, text: str) -> None:
+    """Put a table between its two lines of a Markdown file, see `around`."""
+    head, tail = around(file, name)
+    file.write_text(f"{head}\n{text}\n{tail}", encoding="utf-8")
 
 
 def evaluated(this: Any, evaluation: dict[str, Any]) -> list[dict]:

@@ -289,6 +289,22 @@ def persist(what: str, act: Callable[[], Done], seconds: float, tell: Callable[[
         ) from error
 
 
+def check_output(file: Path, flag: str) -> None:
+    """Before the work whose outcome a file is to take, refuse one that can't be written. Its folder is made.
+
+    Raises:
+        UserError: naming the flag and the reason.
+    """
+    try:
+        if file.is_dir():
+            raise IsADirectoryError("it is a folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab") if file.exists() else tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} is '{file}', which can't be written ({error}): give another file") from error
+
+
 def free_bytes(place: Place) -> int | None:
     """Free bytes of the disk behind a local place; None where there is no such number."""
     if not place.is_local:

@@ -40,7 +40,6 @@ from sellarec.errors import UserError
 from sellarec.language.llm import check_targets
 from sellarec.language.prompts import CODE_BITS
 from sellarec.language.templates import read_templates
-from sellarec.tracking import check_trackers
 
 MAX_INTEGER = 2**31 - 1
 """No count is above it."""
@@ -87,7 +86,6 @@ def check(config: Config) -> None:
             f"profile.first is {config.profile.first} and profile.steps {config.profile.steps}: the first step that can be "
             "profiled is the second, and one step the least"
         )
-    check_trackers(config.trackers)
     _check_pretrain(config)
     _check_attention(config)
     if config.llm.revision is not None and (config.llm.model == EMBEDDED or Path(config.llm.model).exists()):

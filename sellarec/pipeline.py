@@ -30,7 +30,7 @@ from sellarec.errors import StageFailed, UserError
 from sellarec.language.templates import is_file, template_mark
 from sellarec.run import Run, facts_of, inputs_of, settings_of
 from sellarec.stages import carry_out, collab_beside_align
-from sellarec.tracking import open_trackers
+from sellarec.tracking import check_trackers, open_trackers
 from sellarec.training.cluster import check_given_cluster, check_room, gpus_here, joins_cluster, takes_gpus
 from sellarec.training.failures import keep_logs, last_line
 from sellarec.training.launch import CHECKPOINTS
@@ -80,6 +80,7 @@ def run(this: Run) -> None:
 
 def _run(this: Run) -> None:
     config, console = this.config, this.console
+    check_trackers(config.trackers)
     check_given_cluster(this.store.workspace)
     read = _closure(("evaluate",), config, set())
     wanted = config.stages or tuple(stage for stage in STAGES if stage in read)
@@ -385,18 +386,26 @@ def _check_sharding(this: Run, wanted: Sequence[str]) -> None:
 
 def _check_language_model(this: Run, wanted: Sequence[str], draws: bool = False) -> None:
     """Raises UserError where --llm names no causal language model, one whose embeddings are of another width than its hidden
-    states, or one that has no layers of adapt.targets.
+    states, one whose decoder layers can't be told, or one that has no layers of adapt.targets.
 
     Args:
         draws: the settings are those that a sweep's trials are laid over, which may have other targets: stage adapt looks.
     """
-    from sellarec.language.llm import causal_config, check_embeddings, check_targets, linear_layers, without_weights
+    from sellarec.language.llm import (
+        causal_config,
+        check_embeddings,
+        check_layers,
+        check_targets,
+        linear_layers,
+        without_weights,
+    )
 
     config = this.config
     if config.llm.model == EMBEDDED or not any(isinstance(getattr(config, stage, None), Language) for stage in wanted):
         return
     model = without_weights(causal_config(this.given_llm.name, this.given_llm.revision))
     check_embeddings(model, config.llm.model)
+    check_layers(model, config.llm.model)
     if "adapt" in wanted and config.adapt.method == "lora" and not draws:
         check_targets(config.adapt.targets, linear_layers(model), config.llm.model)
 

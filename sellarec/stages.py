@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from sellarec.ahead import check_model, check_prompts, check_tables, room_of
@@ -23,6 +24,9 @@ from sellarec.training.room import first_workers
 
 WORK = "work"
 """Folder in an unfinished artifact for what its training reads beside its inputs."""
+
+COUNTED_TEXTS = 20_000
+"""Items by whose texts it is told how many lines are cut in pretrain."""
 
 MODELS = ("collab", "text-only", "sella-rec")
 
@@ -65,7 +69,7 @@ def _prepare(this: Run) -> dict[str, Any]:
 
 def _pretrain(this: Run) -> dict[str, Any]:
     from sellarec.language.llm import LlmSource
-    from sellarec.language.pretrain import build_decoder
+    from sellarec.language.pretrain import build_decoder, make_lines
     from sellarec.training.stream import Order, row_groups
 
     log = this.log()
@@ -82,8 +86,15 @@ def _pretrain(this: Run) -> dict[str, Any]:
         check_prompts(this, start())
     order = Order(tuple(row_groups([str(path) for path in log.paths("items")])), settings.batch, this.config.seed)
     source = LlmSource(str(start()), None, "initial")
+    texts = pyarrow.dataset.dataset([str(path) for path in log.paths("items")]).head(COUNTED_TEXTS, columns=["text"])
+    lines, cut = make_lines(start(), settings)[0].cut(texts["text"].to_pylist())
+    if cut:
+        this.console.line(
+            f"pretrain  of the first {lines:,} lines of text {cut:,} are longer than {settings.context} tokens "
+            "(pretrain.context), or than the model's context: what is beyond is not read"
+        )
     build = partial(_build_pretrain, start, settings, this.config.llm.attention)
-    return _train(this, "pretrain", build, order, source=source)
+    return {**_train(this, "pretrain", build, order, source=source), "lines": {"counted": lines, "cut": cut}}
 
 
 def _build_pretrain(start: Callable[[], Path], settings: Any, attention: str) -> Any:
@@ -98,7 +109,17 @@ def _adapt(this: Run) -> dict[str, Any]:
     log, config = this.log(), this.config
     given = config.prompt, log.facts["noun"], config.adapt, config.fuse.loss
     build = partial(build_adapt, this.llm(), _titles(log), *given)
-    return _train(this, "adapt", build, _order(this, "train", config.adapt.batch, config.seed))
+    facts = _train(this, "adapt", build, _order(this, "train", config.adapt.batch, config.seed))
+    return facts | (_adapter_of(this, "adapt") if config.adapt.method == "lora" else {})
+
+
+def _adapter_of(this: Run, stage: str) -> dict[str, str]:
+    """The hash of the adapter that a stage has left, and compared: what is exported later is that."""
+    from sellarec.data.files import file_hash
+    from sellarec.language.llm import ADAPTER, ADAPTER_WEIGHTS
+
+    with (this.artifact(stage) / ADAPTER).reading() as folder:
+        return {"adapter_sha256": file_hash(str(folder / ADAPTER_WEIGHTS))}
 
 
 def _collab(this: Run) -> dict[str, Any]:
@@ -274,6 +295,8 @@ def _fuse(this: Run) -> dict[str, Any]:
     this.console.line(f"fuse      {f'{what} of {tokens}' if tokens else 'no tokens'}; trains {trained}")
     order = _order(this, "train", config.fuse.batch, config.seed)
     facts = _train(this, "fuse", _fuse_builder(this, "align"), order, _tables_of_fuse(this))
+    if "adapter" in config.fuse.train:
+        facts |= _adapter_of(this, "fuse")
     return {**facts, **_weigh_language(this)}
 
 

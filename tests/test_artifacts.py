@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sellarec import artifacts
-from sellarec.artifacts import Place, Store, fingerprint, free_bytes
+from sellarec.artifacts import Place, Store, check_output, fingerprint, free_bytes
 from sellarec.errors import StageFailed, UserError
 
 PLAIN = st.recursive(
@@ -321,3 +321,14 @@ def test_free_bytes_are_told_of_a_place_that_is_not_there_yet(tmp_path):
 def test_a_workspace_of_no_known_kind_is_refused():
     with pytest.raises(UserError, match="foo://bar can't be written to"):
         Store(Place.of("foo://bar")).check_writable()
+
+
+def test_a_file_that_cannot_take_an_outcome_is_refused_before_the_work(tmp_path):
+    check_output(tmp_path / "new/folder/results.json", "--out")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new", tmp_path / "new/folder"]
+    (tmp_path / "old.json").write_text("what it holds")
+    check_output(tmp_path / "old.json", "--out")
+    assert (tmp_path / "old.json").read_text() == "what it holds"
+    for path in (tmp_path / "new", tmp_path / "old.json" / "results.json", Path("/proc/results.json")):
+        with pytest.raises(UserError, match=f"--out is '{path}', which can't be written"):
+            check_output(path, "--out")

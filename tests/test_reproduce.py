@@ -124,6 +124,15 @@ def test_a_file_that_lost_one_of_a_tables_lines_is_left_as_it_is(tmp_path: Path)
         assert file.read_text() == text
 
 
+def test_a_file_with_one_of_the_lines_is_refused_before_the_grid(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("<!-- world -->\n")
+    flags = ["world", "--into", tmp_path / "page.md", "--workspace", tmp_path / "w"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "reproduce.py", *flags], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "only one of the lines" in done.stderr and not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

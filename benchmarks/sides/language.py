@@ -29,20 +29,23 @@ def titles(number: int) -> list[str]:
 
 
 def write_model(work: dict[str, Any], folder: Path) -> None:
-    """A Llama of random weights in `folder`/model, where `work.llm` names no other."""
+    """A model of random weights in `folder`/model, where `work.llm` names no other."""
     if work["llm"]:
         return
-    from transformers import LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     words = list(read_template(work["template"]).words())
-    shape = {"hidden": work["hidden"], "layers": work["layers"], "heads": work["heads"]}
     # its tokenizer is small; of the vocabulary of a real model only the size counts, as that of its logits
-    decoder = Pretrain(vocabulary=2048, context=work["max_tokens"], **shape)
-    build_decoder(titles(work["items"]), words, decoder, 0, folder / "model")
-    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    small = Pretrain(vocabulary=2048, context=work["max_tokens"], hidden=16, layers=1, heads=1)
+    build_decoder(titles(work["items"]), words, small, 0, folder / "model")
     torch.manual_seed(0)
-    model.resize_token_embeddings(max(work["vocabulary"], model.config.vocab_size))
-    model.save_pretrained(folder / "model")
+    config = AutoConfig.for_model(
+        work["family"], vocab_size=max(work["vocabulary"], small.vocabulary), hidden_size=work["hidden"],
+        num_hidden_layers=work["layers"], intermediate_size=work["intermediate"], num_attention_heads=work["heads"],
+        num_key_value_heads=work["key_value_heads"], max_position_embeddings=work["max_tokens"],
+        tie_word_embeddings=work["tied"], initializer_range=work["hidden"] ** -0.5, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
 
 
 def model_folder(work: dict[str, Any], folder: Path) -> str:

@@ -115,6 +115,8 @@ def cost_of(stage: str, config: Config, shape: Shape, context: int, rows: Mappin
     if stage != "pretrain":
         every = max(1, round(settings.validate_every * per_epoch))
         scored = math.ceil(steps / every) * min(rows["valid"], settings.valid_rows)
+        if stage == "fuse" and len(config.fuse.language_weights) > 1:  # to choose among them
+            scored += min(rows["valid"], settings.valid_rows)
     found = training_operations(shape, trained, use.tokens, logits, use.trains, use.checkpoints)
     found += operations(shape, scored, use.tokens, 1)
     return Cost(stage, steps, trained, scored, use.tokens, found, use.dtype)

@@ -27,6 +27,7 @@ from sellarec.config import Distil
 from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
+from sellarec.language.prompts import SegmentTokenizer
 from sellarec.language.scorer import base_model
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import RowReader
@@ -72,7 +73,7 @@ class ItemEncoder:
         llms.compute_in(model, torch.float32)
         self._device = torch.device(device)
         self._model = model.to(self._device).eval()
-        self._tokenizer = llms.load_tokenizer(folder)
+        self._segmenter = SegmentTokenizer(llms.load_tokenizer(folder))
         self._noun, self._settings = noun, settings
         self._limit = min(settings.max_tokens, llms.context_length(model.config))
 
@@ -84,7 +85,9 @@ class ItemEncoder:
         """Token ids of texts in their prompts, as many as are read, and bool [b], which were cut for that."""
         form, noun = self._settings.prompt, self._noun
         read = [form.format(noun=noun, Noun=noun.capitalize(), text=text) for text in texts]
-        whole = self._tokenizer(read)["input_ids"]
+        whole = self._segmenter.openings(
+            read
+        )  # what a tokenizer may put behind a text would be the last token of some alone
         return [tokens[: self._limit] for tokens in whole], np.array([len(tokens) > self._limit for tokens in whole])
 
     def vectors(self, ids: list[list[int]]) -> np.ndarray:
@@ -112,7 +115,7 @@ class ItemEncoder:
         tokens, mask = tokens.to(self._device), mask.to(self._device)
         layer = self._settings.layer
         decoder = base_model(self._model).base_model
-        output = decoder(input_ids=tokens, attention_mask=mask, output_hidden_states=layer != -1)
+        output = decoder(input_ids=tokens, attention_mask=mask, output_hidden_states=layer != -1, use_cache=False)
         states = (output.last_hidden_state if layer == -1 else output.hidden_states[layer]).float()
         return pool(states, mask, self._settings.pooling).cpu().numpy()
 

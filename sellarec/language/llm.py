@@ -1,6 +1,7 @@
 """Causal language models: finding, checking, loading, and the adapters on them."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -348,16 +349,39 @@ def check_output_layer(model: Any) -> None:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The model's decoder layers: what FSDP2 gathers one at a time."""
+    """The model's decoder layers, which are gathered, checkpointed and computed one at a time: as its class names them, or else
+    the one list of so many modules that its config tells of. None where there is no such list; see `check_layers`."""
+    from torch import nn
+
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
+    return layers or (list(lists[0]) if len(lists) == 1 else [])
+
+
+def check_layers(model: Any, name: str) -> None:
+    """Raises UserError where a model's decoder layers can't be told: it couldn't be sharded, checkpointed or computed by them.
+
+    Args:
+        model: on any device, the device meta too.
+        name: what to call it.
+    """
+    if not decoder_layers(model):
+        raise UserError(
+            f"the decoder layers of {name} ({type(model).__name__}) can't be told: its class names none, and it has no single "
+            "list of modules for them; take another model"
+        )
 
 
 def has_full_attention(model: Any) -> bool:
-    """Whether each layer reads all keys and values before a position, so that those of a prefix can be computed apart."""
+    """Whether each layer reads all keys and values before a position, and takes them from a cache, so that those of a prefix can
+    be computed apart."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return False
     if "local" in getattr(model.config, "attention_layers", ()):  # GPT-Neo's windows, of which its cache says nothing
         return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)

@@ -69,11 +69,11 @@ class PretrainTask(Task):
 
     columns = ("text",)
 
-    def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, lines: Lines) -> None:
         self.model = PromptScorer(model)
         self.blocks = self.model.blocks
         self._tokenizer = tokenizer
-        self.prepare = Lines(tokenizer.backend_tokenizer, tokenizer.eos_token, context).prepare
+        self.prepare = lines.prepare
 
     def collate(self, rows: pa.Table, step: int | None) -> Batch:
         batch = left_padded(rows)
@@ -97,6 +97,24 @@ class PretrainTask(Task):
         return {"weights": sum(weight.numel() for weight in self.model.parameters())}
 
 
+def make_lines(folder: Path, settings: Pretrain) -> tuple[Lines, Any]:
+    """What makes lines of texts for the model of a folder, and its tokenizer.
+
+    Raises:
+        UserError: its tokenizer can't make lines.
+    """
+    tokenizer = llms.load_tokenizer(folder)
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        lacking = "no end token" if tokenizer.is_fast else "no form for the tokenizers library (tokenizer.json)"
+        raise UserError(
+            f"the tokenizer in {folder} has {lacking}, which lines of the catalog's texts take: leave out pretrain.continued"
+        )
+    tokenizer.backend_tokenizer.no_padding()  # what it was saved with says nothing of lines
+    tokenizer.backend_tokenizer.no_truncation()
+    context = min(settings.context, llms.context_length(llms.read_config(folder)))
+    return Lines(tokenizer.backend_tokenizer, tokenizer.eos_token, context), tokenizer
+
+
 def build_pretrain(folder: Path, settings: Pretrain, attention: str = "auto") -> PretrainTask:
     """The task of pre-training the model of a folder, from the weights that it has.
 
@@ -107,13 +125,7 @@ def build_pretrain(folder: Path, settings: Pretrain, attention: str = "auto") ->
         UserError: texts can't be made into lines by its tokenizer, its logits don't go with a loss over tokens, or it can't be
             loaded.
     """
-    model, tokenizer = llms.load_model(folder, attention=attention), llms.load_tokenizer(folder)
+    lines, tokenizer = make_lines(folder, settings)
+    model = llms.load_model(folder, attention=attention)
     llms.check_output_layer(model)
-    if not tokenizer.is_fast or tokenizer.eos_token is None:
-        lacking = "no end token" if tokenizer.is_fast else "no form for the tokenizers library (tokenizer.json)"
-        raise UserError(
-            f"the tokenizer in {folder} has {lacking}, which lines of the catalog's texts take: leave out pretrain.continued"
-        )
-    tokenizer.backend_tokenizer.no_padding()  # what it was saved with says nothing of lines
-    tokenizer.backend_tokenizer.no_truncation()
-    return PretrainTask(model, tokenizer, min(settings.context, llms.context_length(model.config)))
+    return PretrainTask(model, tokenizer, lines)

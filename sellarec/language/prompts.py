@@ -160,6 +160,12 @@ class SegmentTokenizer:
         """Token ids of a text that begins a prompt, with the start token where the tokenizer has one."""
         return (*self._start, *self._ids(text))
 
+    def openings(self, texts: list[str]) -> list[list[int]]:
+        """The same of many texts."""
+        return [
+            [*self._start, *ids] for ids in self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        ]
+
     def segment(self, text: str) -> tuple[int, ...]:
         """Token ids of a text in the middle of a prompt: a leading space is not doubled, and none is put where none is."""
         if not self._adds_space:
@@ -350,10 +356,14 @@ class Prompts:
         # Both kinds of a template, with all soft tokens, decide alike, so that adapt and fuse use the same one.
         widest = {name: max(segments.fixed for segments in kinds.values()) for name, kinds in choice.items()}
         catalogs: dict[Written, Catalog] = {}
-        for segments in (kinds[kind] for kinds in choice.values()):
+
+        def add_catalogs(segments: Segments) -> None:
             for written in (segments.title, segments.first, segments.others):
                 if written not in catalogs:
                     catalogs[written] = Catalog(segmenter, titles, settings.title_tokens, written)
+
+        for kinds in choice.values():
+            add_catalogs(kinds[kind])
         longest = {name: catalogs[kinds[kind].title].longest for name, kinds in choice.items()}
         self.template = next(iter(choice))
         if settings.template == "auto":
@@ -362,10 +372,14 @@ class Prompts:
         self.segments = compile_template(
             segmenter, templates[self.template], kind, noun, settings.chat, soft, self._coded
         )
+        add_catalogs(
+            self.segments
+        )  # a template may be worded otherwise for some of the soft tokens than for all of them
         if answers:
             self._limit = min(self._limit, context - max(map(len, self.segments.answers)))
         groups: list[list[tuple[int, ...]]] = []
-        needed, title, advice = widest[self.template] + len(self.segments.none), longest[self.template], ""
+        needed = max(widest[self.template], self.segments.fixed) + len(self.segments.none)
+        title, advice = max(longest[self.template], catalogs[self.segments.title].longest), ""
         if coded is not None and self._coded:
             groups = _code_tokens(segmenter, coded)
             # instead of one for the slot

@@ -29,9 +29,17 @@ class Lines:
 
     def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray) -> pa.Table:
         """A column `tokens` (list<int32>) instead of `text`."""
-        lines = [_line(text, int(at)) + self._end for text, at in zip(rows["text"].to_pylist(), step, strict=True)]
-        tokens = [encoding.ids[: self._context] for encoding in self._tokenizer.encode_batch(lines)]
+        lines = [_line(text, int(at)) for text, at in zip(rows["text"].to_pylist(), step, strict=True)]
+        tokens = [ids[: self._context] for ids in self._whole(lines)]
         return rows.drop_columns(["text"]).append_column("tokens", pa.array(tokens, pa.list_(pa.int32())))
+
+    def cut(self, texts: list[str]) -> tuple[int, int]:
+        """How many lines some texts have, and how many of them are longer than the context."""
+        found = self._whole([line for text in texts for line in text.split("\n")])
+        return len(found), sum(len(ids) > self._context for ids in found)
+
+    def _whole(self, lines: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch([line + self._end for line in lines])]
 
 
 def _line(text: str, step: int) -> str:

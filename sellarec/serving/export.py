@@ -123,7 +123,7 @@ def export_run(run: str, out: Path, histories: bool, with_model: bool) -> None:
 
     Raises:
         UserError: `out` is there or can't be written, the run isn't finished, its base model isn't found or has changed, or its
-            adapter isn't whole.
+            adapter isn't whole, or has changed.
     """
     out = out.expanduser().absolute()
     if out.exists():
@@ -159,10 +159,16 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
     of = {part: finished.folder(stage) for part, stage in made_by(config.fuse).items()}
     adapter = None
     if not is_tuned:
-        # whole, and of this model; that it gives the trained model's logits its stage has seen to
+        # whole, of this model, and the one of which its stage has seen that it gives the trained model's logits
         check_adapter(without_weights(causal_config(source.folder())), of["adapter"] / ADAPTER)
         shutil.copytree(of["adapter"] / ADAPTER, out / ADAPTER)
-        adapter = file_hash(str(out / ADAPTER / ADAPTER_WEIGHTS))
+        adapter, stage = file_hash(str(out / ADAPTER / ADAPTER_WEIGHTS)), made_by(config.fuse)["adapter"]
+        left = finished.manifests[stage]["facts"].get("adapter_sha256", adapter)  # none before it was recorded
+        if adapter != left:
+            raise UserError(
+                f"the adapter in {of['adapter'] / ADAPTER} isn't the one that stage {stage} left (SHA-256 {adapter[:12]} now, "
+                f"{left[:12]} then): bring that back, or delete {of['adapter']} and run the stage again"
+            )
     if "projections" in of:
         _copy(of["projections"], out, [PROJECTION])
     if is_file(config.prompt.template):

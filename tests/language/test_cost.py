@@ -73,6 +73,12 @@ def test_a_recipes_costs_by_hand():
     sequence = dataclasses.replace(config, adapt=dataclasses.replace(config.adapt, loss="sequence"))
     more = cost.cost_of("adapt", sequence, SHAPE, 128, ROWS).operations - found.operations
     assert more == pytest.approx(2500 * logits * (3 * 128 - 2))
+    chosen = dataclasses.replace(config, fuse=dataclasses.replace(config.fuse, valid_rows=60))
+    among = dataclasses.replace(chosen, fuse=dataclasses.replace(chosen.fuse, language_weights=(0.0, 1.0)))
+    assert (
+        cost.cost_of("fuse", among, SHAPE, 128, ROWS).scored
+        == cost.cost_of("fuse", chosen, SHAPE, 128, ROWS).scored + 60
+    )
     distil, evaluate = (cost.cost_of(stage, config, SHAPE, 128, ROWS) for stage in ("distil", "evaluate"))
     assert (distil.scored, distil.tokens, distil.dtype) == (50, 64, "float32")
     profiles = parse(

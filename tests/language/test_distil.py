@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from sellarec import stages
 from sellarec.artifacts import Place
@@ -73,6 +74,19 @@ def test_the_default_is_the_last_state_of_noun_and_title(decoder, adapter, title
     found = ItemEncoder(llms.find_llm(str(decoder), None), adapter, "movie", Distil()).encode(titles)
     for title, vector in zip(titles, found, strict=True):
         np.testing.assert_allclose(vector, alone(decoder, adapter, f"Movie: {title}", -1)[-1], atol=1e-5)
+
+
+def test_what_a_tokenizer_puts_behind_texts_is_not_read(decoder, adapter, titles, monkeypatch):
+    """It would be the last token of those texts that aren't cut."""
+    expected = ItemEncoder(llms.find_llm(str(decoder), None), adapter, "movie", Distil()).encode(titles)
+    tokenizer = llms.load_tokenizer(decoder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert tokenizer("a")["input_ids"][-1] == 1
+    monkeypatch.setattr(llms, "load_tokenizer", lambda folder: tokenizer)
+    found = ItemEncoder(llms.find_llm(str(decoder), None), adapter, "movie", Distil()).encode(titles)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("limit", [3, 6])

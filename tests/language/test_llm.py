@@ -25,6 +25,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     OPTConfig,
     OPTForCausalLM,
     T5Config,
@@ -372,15 +374,43 @@ def test_padding_does_not_touch_a_rows_logits(folder, titles, kind):
             torch.testing.assert_close(single[0], model(alone["tokens"]).logits[0, -1], rtol=0, atol=1e-5)
 
 
+def oldest() -> OpenAIGPTLMHeadModel:
+    """A model whose class names no layers, and without a cache of keys and values."""
+    return OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=50, n_embd=16, n_layer=2, n_head=2)).eval()
+
+
+@pytest.mark.parametrize(
+    "make", [oldest, lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)).eval()]
+)
 @torch.no_grad()
-def test_padding_does_not_move_the_positions_of_a_model_that_learns_them():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)).eval()
+def test_padding_does_not_move_the_positions_of_a_model_that_learns_them(make):
+    model = make()
     tokens = torch.randint(50, (2, 7))
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[0, :3] = False
     together = PromptScorer(model)(tokens, mask, {}, {})
     for row, prompt in enumerate((tokens[:1, 3:], tokens[1:])):
         torch.testing.assert_close(together[row], model(prompt).logits[0, -1], rtol=0, atol=1e-5)
+
+
+def test_a_model_that_names_no_layers_and_has_no_cache():
+    """Its layers are the one list that has their number; what prompts begin with can't be read once for all."""
+    model = oldest()
+    assert not model._no_split_modules and list(llms.decoder_layers(model)) == list(model.transformer.h)
+    assert not PromptScorer(model).shares
+    llms.check_layers(model, "it")
+
+
+def test_layers_that_cannot_be_told_are_refused_before_any_stage(decoder, tmp_path, monkeypatch):
+    model = oldest()
+    model.also = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(2))
+    assert llms.decoder_layers(model) == [], "either list might be that of the layers"
+    monkeypatch.setattr(LlamaForCausalLM, "_no_split_modules", None)
+    this = Run.of(parse(["--llm", str(decoder), "--workspace", str(tmp_path)]))
+    pipeline.check_stage(this, "fuse")
+    monkeypatch.setattr(llms, "decoder_layers", lambda model: [])
+    with pytest.raises(UserError, match=r"the decoder layers of .* \(LlamaForCausalLM\) can't be told"):
+        pipeline.check_stage(this, "fuse")
 
 
 def test_trim_cuts_what_is_padding_in_every_row():

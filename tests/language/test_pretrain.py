@@ -16,7 +16,7 @@ from sellarec.ahead import check_prompts
 from sellarec.config import DECODER_LINEAR, Config, Llm, Pretrain
 from sellarec.errors import UserError
 from sellarec.language import llm as llms
-from sellarec.language.pretrain import build_pretrain
+from sellarec.language.pretrain import build_pretrain, make_lines
 from sellarec.pipeline import _check_name, origins_of
 from sellarec.run import Run, facts_of, inputs_of
 
@@ -44,6 +44,9 @@ def test_lines_end_with_the_models_own_token_and_are_cut_to_the_shorter_context(
     config = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 7}))
     assert tokens_of(copied, Pretrain(), titles) == [tokens[:7] for tokens in whole]
+    longer = sum(len(tokens) > 7 for tokens in whole)
+    texts = ["\n".join(titles[:3]), *titles[3:]]
+    assert make_lines(copied, Pretrain())[0].cut(texts) == (len(titles), longer) and 0 < longer < len(titles)
 
 
 def test_padding_and_truncation_that_a_tokenizer_was_saved_with_are_none_of_the_lines(copied, titles):

@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -601,3 +602,26 @@ def test_the_context_holds_the_answer_too(embedded, titles):
         whole = prompts.build(items, histories, labels=np.array([0]))
         assert len(whole["tokens"][0]) <= context
         assert whole["shown"][0].as_py() <= bare.build(items, histories)["shown"][0].as_py()
+
+
+def test_a_template_that_says_more_of_some_tokens_than_of_all(embedded, titles, tmp_path):
+    """By its own file: what is measured is what is read, and titles are made as they are written there."""
+    words = "whose vector follows and tells of many things " * 20
+    all_of_them = {"user item semantic": " {user} {item} {semantic}:{title}"}
+    fused = ["Liked {history}.", {**all_of_them, "item": f" {words} {{item}}: {{title}}"}, " Good?"]
+    own = {"text": "Liked {history}. {title} Good?", "fused": fused, "separator": "; ", "none": "none"}
+    own["answers"] = [" Yes.", " No."]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own, sort_keys=False))
+
+    def of(context: int, soft: tuple[str, ...]) -> Prompts:
+        return make(embedded, titles, "fused", context, soft, template=str(tmp_path / "own.yaml"))
+
+    histories = pa.array([[0, 1]], pa.list_(pa.int64()))
+    found = of(PLENTY, ("item",)).build(np.array([2]), histories)
+    assert f"{titles[2]} Good?" in embedded.decode(found["tokens"][0].as_py())
+    without = pa.array([[]] * len(titles), pa.list_(pa.int64()))
+    longest = max(map(len, of(PLENTY, ("item",)).build(np.arange(len(titles)), without)["tokens"].to_pylist()))
+    of(longest, ("item",))
+    with pytest.raises(UserError, match=r"own.yaml prompt needs"):
+        of(longest - 1, ("item",))
+    assert len(of(longest - 1, SOFT).build(np.array([2]), histories)) == 1

@@ -20,6 +20,7 @@ import sellarec
 from sellarec.artifacts import Place, Store, fingerprint
 from sellarec.collab.task import build_collab
 from sellarec.config import Adapt, Align, Collab, Config, Data, Evaluate, Fuse, Llm, Prompt, to_yaml
+from sellarec.data.files import file_hash
 from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.evaluation.artifact import evaluate_artifact
@@ -98,7 +99,9 @@ def make_workspace(
         return found
 
     def finish(stage: str, facts: dict[str, Any], **more: Any) -> None:
-        manifest = {"fingerprint": marks[stage], "inputs": {}, "versions": {}, "facts": facts, **more}
+        weights = store.place(stage, marks[stage]).folder / "adapter/adapter_model.safetensors"
+        of_adapter = {"adapter_sha256": file_hash(str(weights))} if weights.exists() else {}
+        manifest = {"fingerprint": marks[stage], "inputs": {}, "versions": {}, "facts": facts | of_adapter, **more}
         store.place(stage, marks[stage]).write_json("manifest.json", manifest)
 
     log = prepared.prepare_into(
@@ -639,8 +642,9 @@ def test_another_adapter_is_refused(made, tmp_path):
         (lambda folder: shutil.rmtree(folder), "isn't one of this model"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "can't be read"),
         (lambda folder: drop_tensor(folder / "adapter_model.safetensors"), "has shape None in the file"),
+        (lambda folder: change_tensor(folder / "adapter_model.safetensors"), "isn't the one that stage adapt left"),
     ],
-    ids=["no folder", "no weights", "a tensor is missing"],
+    ids=["no folder", "no weights", "a tensor is missing", "a tensor has changed"],
 )
 def test_a_run_without_its_whole_adapter_is_not_exported(made, tmp_path, damage, words):
     workspace, _ = made()
@@ -654,6 +658,12 @@ def test_a_run_without_its_whole_adapter_is_not_exported(made, tmp_path, damage,
 def drop_tensor(file: Path) -> None:
     weights = load_file(file)
     weights.pop(min(weights))
+    save_file(weights, file, {"format": "pt"})
+
+
+def change_tensor(file: Path) -> None:
+    weights = load_file(file)
+    weights[min(weights)] += 1e-3
     save_file(weights, file, {"format": "pt"})
 
 
