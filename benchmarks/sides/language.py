@@ -43,7 +43,8 @@ def write_model(work: dict[str, Any], folder: Path) -> None:
         work["family"], vocab_size=max(work["vocabulary"], small.vocabulary), hidden_size=work["hidden"],
         num_hidden_layers=work["layers"], intermediate_size=work["intermediate"] or 3 * work["hidden"],
         num_attention_heads=work["heads"], num_key_value_heads=work["key_value_heads"] or work["heads"],
-        max_position_embeddings=work["max_tokens"], tie_word_embeddings=work["tied"], initializer_range=work["hidden"] ** -0.5, bos_token_id=0, eos_token_id=1,
+        max_position_embeddings=work["max_tokens"], tie_word_embeddings=work["tied"],
+        initializer_range=work["hidden"] ** -0.5, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
 

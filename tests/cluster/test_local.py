@@ -11,6 +11,7 @@ from pathlib import Path
 
 import main_job
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from cluster_jobs import CLEAN, ROOT, exported, local
 
@@ -89,6 +90,24 @@ def test_a_run_is_submitted_and_spreads_over_the_nodes(
     status, printed = submit(*command)
     assert status == 0 and printed.count("stands already") == 8, printed
     assert "head       127.0.0.1       2 CPUs  raylet" in local("status", state)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_is_submitted(submit: Submit, tmp_path: Path) -> None:
+    """Two trials at a time, of two workers each, which with the CPU to read data take all six CPUs; one more is refused at once."""
+    (tmp_path / "space.yaml").write_text("collab.l2: {choice: [0.01, 0.1, 0.2]}\n")
+    command = ["python", "jobs/tune.py", main_job.write_recipe(tmp_path), "--space", tmp_path / "space.yaml"]
+    command += ["--stage", "collab", "--search", "random", "--trials", "3", "--collab.epochs", "2"]
+    command += ["--workers", "2", "--workspace", tmp_path / "w", "--name", "sweep"]
+    status, printed = submit(*command, "--concurrent", "2")
+    assert status == 0, printed
+    rows = pq.read_table(tmp_path / "w/runs/sweep/trials.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["finished"] * 3
+    for row in rows:
+        assert main_job.read_json(tmp_path / "w/artifacts" / row["artifact"] / "training.json")["workers"] == 2
+    status, printed = submit(*command, "--concurrent", "3", "--name", "larger")
+    assert status == 2 and "need 9 CPUs; the cluster has 6" in printed and "trial 1/3" not in printed
 
 
 @pytest.mark.ray

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import main_job
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -144,9 +145,16 @@ def killed_at(text: str, folder: Path, *flags: str) -> tuple[list[str], dict[str
     return command, environment
 
 
-@pytest.mark.parametrize("search", ["random", "optuna"])
+@pytest.mark.parametrize("search", ["random", "optuna", "asha"])
 def test_a_sweep_goes_on_after_its_driver_was_killed(search: str, tmp_path: Path) -> None:
+    """Under asha it stops the trials that a sweep stops which was not killed."""
     flags = ("--search", search)
+    statuses = ["finished"] * 4
+    if search == "asha":
+        (tmp_path / "whole").mkdir()
+        sweep(parse_sweep(arguments(tmp_path / "whole", *flags)))
+        statuses = [row["status"] for row in table(tmp_path / "whole")]
+        assert set(statuses) == {"finished", "stopped"}
     if search == "optuna":
         pytest.importorskip("optuna")
     command, environment = killed_at("trial 2/4  evaluation", tmp_path, *flags)
@@ -156,8 +164,15 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(search: str, tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the sweep goes on" in done.stdout
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "w/artifacts").glob("collab-*/manifest.json")}
-    assert before.items() <= after.items() and len(after) == 4, "what was finished was not trained again"
-    assert [row["status"] for row in table(tmp_path)] == ["finished"] * 4
+    assert before.items() <= after.items(), "what was finished was not trained again"
+    assert len(after) == statuses.count("finished")
+    assert sorted(row["status"] for row in table(tmp_path)) == sorted(statuses)
+    if search == "asha":
+        of_whole, of_killed = (
+            {tuple(row[name] for name in SPACE): (row["status"], row["evaluations"]) for row in table(folder)}
+            for folder in (tmp_path / "whole", tmp_path)
+        )
+        assert of_killed == of_whole
 
     # and what is finished stands
     done = subprocess.run(command, cwd=main_job.ROOT, capture_output=True, text=True, env=environment, timeout=600)
@@ -166,6 +181,21 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(search: str, tmp_path: Path
         [*command, "--trials", "5"], cwd=main_job.ROOT, capture_output=True, text=True, env=environment
     )
     assert refused.returncode == 2 and "trials 4 then, 5 now" in refused.stderr
+
+
+def test_trials_of_several_workers_that_share_cpus(tmp_path: Path, held: list) -> None:
+    """Two trials at a time, of two workers each that take half a CPU: they come to what one worker comes to."""
+    space = {"collab.l2": {"choice": [0.01, 0.1]}}
+    flags = ("--search", "random", "--trials", "2", "--collab.epochs", "2")
+    for name, workers in (("two", ("--workers", "2", "--share", "0.5", "--concurrent", "2")), ("one", ())):
+        (tmp_path / name).mkdir()
+        sweep(parse_sweep([*arguments(tmp_path / name, space=space), *flags, *workers]))
+        assert held[-1] == 0
+    two, one = (sorted(table(tmp_path / name), key=lambda row: row["collab.l2"]) for name in ("two", "one"))
+    assert [row["status"] for row in two] == ["finished"] * 2
+    for row in two:
+        assert main_job.read_json(tmp_path / "two/w/artifacts" / row["artifact"] / "training.json")["workers"] == 2
+    np.testing.assert_allclose([row["value"] for row in two], [row["value"] for row in one], atol=1e-4)
 
 
 POPULATION = ("--search", "pbt", "--trials", "4", "--perturb-every", "2", "--collab.epochs", "6")
