@@ -95,7 +95,7 @@ def test_a_run_is_submitted_and_spreads_over_the_nodes(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_sweep_is_submitted(submit: Submit, tmp_path: Path) -> None:
-    """Two trials at a time, of two workers each, which with the CPU to read data take all six CPUs; one more is refused at once."""
+    """Two trials at a time, of two workers each, which with the CPU to read data take all six CPUs; one more is refused."""
     (tmp_path / "space.yaml").write_text("collab.l2: {choice: [0.01, 0.1, 0.2]}\n")
     command = ["python", "jobs/tune.py", main_job.write_recipe(tmp_path), "--space", tmp_path / "space.yaml"]
     command += ["--stage", "collab", "--search", "random", "--trials", "3", "--collab.epochs", "2"]
