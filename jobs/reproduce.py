@@ -187,9 +187,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{(own or flags)[0]} is given, but a table sets its recipes, seeds, names and stages itself")
     table, into = TABLES[name], None
     for flag in [flag for flag in flags if flag == "--into" or flag.startswith("--into=")]:
-        place = flags.index(flag)
-        into = Path(flag.partition("=")[2] or "".join(flags[place + 1 : place + 2]))
-        del flags[place : place + (1 if "=" in flag else 2)]
+        at = flags.index(flag)
+        into = Path(flag.partition("=")[2] or "".join(flags[at + 1 : at + 2]))
+        del flags[at : at + (1 if "=" in flag else 2)]
         if not into.parent.is_dir() or into.is_dir():
             raise UserError(
                 f"--into is '{into}', where no file can be written: give a Markdown file in a folder that exists"
