@@ -215,11 +215,14 @@ def test_a_node_that_is_about_to_be_taken_away_is_left_in_time(
     assert_alike(stage, expected, workspace)
 
 
-def test_nodes_that_do_not_come_back_and_a_head_that_is_lost(nodes: Nodes, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["collab", "adapt"])
+def test_nodes_that_do_not_come_back_and_a_head_that_is_lost(
+    stage: str, nodes: Nodes, folder: Path, tmp_path: Path
+) -> None:
     """A clear message in the stated time. The job goes on when it is submitted again; then the head is lost, and the job with it;
     it goes on in a cluster that takes the former's place."""
     nodes.have(3)
-    expected, workspace, flags = prepared("collab", nodes, folder, tmp_path)
+    expected, workspace, flags = prepared(stage, nodes, folder, tmp_path)
     log = tmp_path / "log"
     job = nodes.start(*flags, "--workers", "2", "--node-timeout", "5", log=log)
     try:
@@ -232,7 +235,7 @@ def test_nodes_that_do_not_come_back_and_a_head_that_is_lost(nodes: Nodes, folde
     nodes.have(3)
     job = nodes.start(*flags, "--workers", "2", log=log)
     try:
-        main_job.wait_for(log, "collab    goes on from its checkpoint at step", job)
+        main_job.wait_for(log, f"{stage:<9} goes on from its checkpoint at step", job)
         nodes.kill("head")
         assert job.wait(300) != 0, log.read_text()
     finally:
@@ -244,5 +247,5 @@ def test_nodes_that_do_not_come_back_and_a_head_that_is_lost(nodes: Nodes, folde
         assert job.wait(600) == 0, log.read_text()
     finally:
         main_job.end(job)
-    assert "collab    goes on from its checkpoint at step" in log.read_text()
-    assert_alike("collab", expected, workspace)
+    assert f"{stage:<9} goes on from its checkpoint at step" in log.read_text()
+    assert_alike(stage, expected, workspace)

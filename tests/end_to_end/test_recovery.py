@@ -39,6 +39,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "w"
 
 
+def prepared(stage: str, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, list[str | Path]]:
+    """A workspace in which a stage was trained undisturbed, and the flags by which it is to be trained in `tmp_path`/w, where
+    what it reads stands."""
+    recipe, workspace = main_job.write_recipe(tmp_path), tmp_path / "w"
+    if stage == "collab":
+        return request.getfixturevalue("undisturbed"), ["demo", recipe, *COLLAB, "--workspace", workspace]
+    undisturbed = tmp_path / "undisturbed"
+    for copy in (undisturbed, workspace):
+        shutil.copytree(request.getfixturevalue("inputs") / "w", copy)
+    common = ["demo", recipe, "--name", "run", *main_job.LONGER[stage], "--stages", stage]
+    main_job.train(*common, "--workspace", undisturbed, log=tmp_path / "log")
+    return undisturbed, [*common, "--workspace", workspace]
+
+
 @pytest.mark.slow
 def test_interrupted_job(inputs: Path, tmp_path: Path) -> None:
     """Ctrl-C in a stage with workers, and in one without after it: a word of it, its exit status, and the job goes on later."""
@@ -63,19 +77,9 @@ def test_interrupted_job(inputs: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["collab", "pretrain", "adapt", "align", "fuse"])
 def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if stage == "collab":
-        undisturbed = request.getfixturevalue("undisturbed")
-        common = ["demo", main_job.write_recipe(tmp_path), *COLLAB]
-    else:
-        undisturbed = tmp_path / "undisturbed"
-        common = ["demo", main_job.write_recipe(tmp_path), "--name", "run", *main_job.LONGER[stage], "--stages", stage]
-        for workspace in ("undisturbed", "killed"):
-            shutil.copytree(request.getfixturevalue("inputs") / "w", tmp_path / workspace)
-        main_job.train(*common, "--workspace", undisturbed, log=tmp_path / "log")
-
+    undisturbed, common = prepared(stage, tmp_path, request)
     log = tmp_path / "killed.log"
-    flags = [f"--{stage}.checkpoint-every", "0.5"]
-    job = main_job.start(*common, *flags, "--workspace", tmp_path / "killed", log=log)
+    job = main_job.start(*common, f"--{stage}.checkpoint-every", "0.5", log=log)
     try:
         main_job.wait_for(log, f"{stage:<9} step" if stage == "pretrain" else "valid AUC", job)
         workers = main_job.training_workers(job)
@@ -88,7 +92,7 @@ def test_killed_worker(stage: str, tmp_path: Path, request: pytest.FixtureReques
         main_job.end(job)
 
     assert f"{stage:<9} goes on from its checkpoint at step" in log.read_text()
-    main_job.assert_same(stage, undisturbed, tmp_path / "killed")
+    main_job.assert_same(stage, undisturbed, tmp_path / "w")
 
 
 @pytest.mark.slow
@@ -97,24 +101,9 @@ def test_a_worker_that_hangs_is_lost_in_the_stated_time(
     stage: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Stopped, not killed: it holds its connections, and the others wait for it."""
-    common = ["demo", main_job.write_recipe(tmp_path), *COLLAB]
-    undisturbed = request.getfixturevalue("undisturbed")
-    if stage == "fuse":
-        undisturbed = tmp_path / "undisturbed"
-        common = [
-            "demo",
-            main_job.write_recipe(tmp_path),
-            "--name",
-            "run",
-            *main_job.LONGER["fuse"],
-            "--stages",
-            "fuse",
-        ]
-        for workspace in (undisturbed, tmp_path / "w"):
-            shutil.copytree(request.getfixturevalue("inputs") / "w", workspace)
-        main_job.train(*common, "--workspace", undisturbed, log=tmp_path / "log")
+    undisturbed, common = prepared(stage, tmp_path, request)
     log, timeout = tmp_path / "hanging.log", 20
-    flags = ["--worker-timeout", str(timeout), f"--{stage}.checkpoint-every", "0.5", "--workspace", tmp_path / "w"]
+    flags = ["--worker-timeout", str(timeout), f"--{stage}.checkpoint-every", "0.5"]
     job = main_job.start(*common, *flags, log=log)
     try:
         main_job.wait_for(log, "valid AUC", job)
@@ -134,13 +123,16 @@ def test_a_worker_that_hangs_is_lost_in_the_stated_time(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(number: int, undisturbed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["collab", "adapt"])
+def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(
+    stage: str, number: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """And the same command goes on from there, to the result of an undisturbed run."""
-    common = ["demo", main_job.write_recipe(tmp_path), *COLLAB, "--workspace", tmp_path / "w"]
+    undisturbed, common = prepared(stage, tmp_path, request)
     log = tmp_path / "stopped.log"
-    job = main_job.start(*common, "--collab.checkpoint-every", "9999", log=log)
+    job = main_job.start(*common, f"--{stage}.checkpoint-every", "9999", log=log)
     try:
-        main_job.wait_for(log, "collab    step", job)
+        main_job.wait_for(log, f"{stage:<9} step", job)
         os.kill(job.pid, number)
         assert job.wait(120) == 130, log.read_text()
     finally:
@@ -151,7 +143,7 @@ def test_a_stage_that_is_told_to_stop_leaves_a_checkpoint(number: int, undisturb
     main_job.train(*common, log=tmp_path / "last.log")
     (resumed,) = re.findall(r"goes on from its checkpoint at step (\d+)", (tmp_path / "last.log").read_text())
     assert resumed == re.findall(r"step (\d+)/", log.read_text())[-1], "the stop left it, not an earlier improvement"
-    main_job.assert_same("collab", undisturbed, tmp_path / "w")
+    main_job.assert_same(stage, undisturbed, tmp_path / "w")
 
 
 CHANGES = ["--collab.changes", "3 table_learning_rate=0.05", "6 table_learning_rate=0.3 l2=0.01"]
