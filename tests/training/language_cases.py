@@ -22,6 +22,7 @@ from sellarec.language.adapt import TextTask, build_adapt
 from sellarec.language.pretrain import build_pretrain
 from sellarec.training import dense
 from sellarec.training.engine import Engine
+from sellarec.training.loop import seed_everything
 from sellarec.training.table import Table
 from sellarec.training.task import Task
 
@@ -196,6 +197,22 @@ def train(case: Case, log: Log | None = None) -> dict[str, Any]:
         dist.barrier(group=workers.control)
         found["spoilt"] = check(engine, task, output)
     return found
+
+
+def draw_dropout(case: Case, number: int) -> dict[str, np.ndarray]:
+    """Of a batch of BATCH times the same row, and so many draws of dropout masks, by which the weights don't move: losses [n], and
+    gradients [n, weights]."""
+    workers, task = workers_of(), adapt_task(case)
+    engine = Engine(task, workers, SEED, case.settings, Tables(), case.dtype)
+    rows, gradients, losses = prepared(task, 0).take([0] * (BATCH // workers.world_size)), [], []
+    trained = [weight for weight in task.model.parameters() if weight.requires_grad]
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(torch.cat([weight.grad.full_tensor().flatten() for weight in trained]).numpy())
+    )
+    for draw in range(number):
+        seed_everything(SEED, "adapt", draw, workers.rank)
+        losses.append(engine.step(rows, 0, 0.0))
+    return {"losses": np.array(losses), "gradients": np.stack(gradients)}
 
 
 def check(engine: Engine, task: Task, output: Place) -> str | None:

@@ -205,6 +205,22 @@ def test_a_layer_that_is_computed_again_draws_the_same_dropout(gloo, models, tit
 
 
 @pytest.mark.distributed
+def test_dropout_is_the_same_in_distribution_on_any_number_of_workers(gloo, models, titles):
+    """Masks differ, but losses and gradients have the mean and the variance that one process gives them; were masks alike on all
+    workers, their variance would be two or three times as large."""
+    case, number = Case(models["llama"], titles, adapt(dropout=0.4)), 150
+    of_one, *others = (gloo.call(workers, language_cases.draw_dropout, case, number)[0] for workers in (1, 2, 3))
+    assert of_one["losses"].std() > 0.01 and not np.array_equal(of_one["losses"], others[0]["losses"])
+    for found in others:
+        for name in ("losses", "gradients"):
+            one, other = of_one[name], found[name]
+            deviation = np.sqrt((one.var(0) + other.var(0)) / number)
+            apart = np.abs(one.mean(0) - other.mean(0)) / np.maximum(deviation, 1e-12)
+            assert apart.max() < 5, "standard deviations of the difference of means"
+            assert other.var(0).sum() == pytest.approx(one.var(0).sum(), rel=0.5)
+
+
+@pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "workers", "changes"), [("llama", 2, {}), ("gpt2", 1, {"checkpoint_activations": True})]
