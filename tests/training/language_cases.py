@@ -200,8 +200,8 @@ def train(case: Case, log: Log | None = None) -> dict[str, Any]:
 
 
 def draw_dropout(case: Case, number: int) -> dict[str, np.ndarray]:
-    """Of a batch of BATCH times the same row, and so many draws of dropout masks, by which the weights don't move: losses [n], and
-    gradients [n, weights]."""
+    """Of a batch of BATCH times the same row, and so many draws of dropout masks, by which the weights don't move: losses [n],
+    and gradients [n, weights]."""
     workers, task = workers_of(), adapt_task(case)
     engine = Engine(task, workers, SEED, case.settings, Tables(), case.dtype)
     rows, gradients, losses = prepared(task, 0).take([0] * (BATCH // workers.world_size)), [], []

@@ -1,16 +1,19 @@
 """What of a sweep is refused before any work."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from sellarec.command_line import parse, parse_sweep
-from sellarec.config import to_yaml
+from sellarec.config import Config, Sweep, to_yaml
 from sellarec.errors import UserError
+from sellarec.pipeline import origins_of
+from sellarec.run import Run
 from sellarec.tuning.space import with_settings
-from sellarec.tuning.sweep import sweep
+from sellarec.tuning.sweep import _check_name, sweep
 
 
 def test_the_metric_is_what_each_trial_keeps_its_state_by() -> None:
@@ -74,3 +77,23 @@ def test_the_config_of_a_trial_comes_back_from_its_recipe(tmp_path: Path) -> Non
     path.write_text(f"# a trial\n{to_yaml(config)}")
     assert yaml.safe_load(path.read_text())["align"]["temperature"] == 0.0001234
     assert parse([str(path)]) == config
+
+
+def test_a_name_belongs_to_what_a_sweep_reads_too(models: dict[str, Path], tmp_path: Path) -> None:
+    """Which language model and which rows a path stands for is no setting of a result, but what they hold is."""
+
+    def of(*flags: str) -> tuple[Sweep, Config, Run, dict]:
+        settings = parse_sweep(["demo", "--stage", "adapt", "--workspace", str(tmp_path / "w"), *flags])
+        this = Run.of(settings.base())
+        return settings, this.config, this, origins_of(this, ("prepare", "adapt"))
+
+    def check(*flags: str) -> None:
+        settings, config, this, origins = of(*flags)
+        place = this.place / "sweep"
+        place.write_json("sweep.json", _check_name(place, settings, config, [], origins))
+
+    check("--llm", str(models["llama"]))
+    shutil.copytree(models["llama"], tmp_path / "elsewhere")
+    check("--llm", str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match=r"llm .* then, .* now"):
+        check("--llm", str(models["gpt2"]))
