@@ -1,7 +1,7 @@
 """A case over a grid of settings: `python benchmarks/sweep.py CASE work.batch=1024,4096 [KEY=V1,V2 ...] [--dry-run]`.
 
-Each cell is a run of run.py's with its own file, `CASE.KEY=VALUE.KEY=VALUE.json` in `--out-dir`. A cell that has no memory
-left is a result. One that fails otherwise doesn't end the grid, but the command ends with status 1.
+Each cell is a run of run.py's with its own file, `CASE.KEY=VALUE.KEY=VALUE.json` in `--out-dir`, of the settings that vary. A
+cell that has no memory left is a result. One that fails otherwise doesn't end the grid, but the command ends with status 1.
 """
 
 import argparse
@@ -21,15 +21,16 @@ def cells(axes: dict[str, str]) -> list[dict[str, str]]:
     return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*values)]
 
 
-def cell_name(case: str, cell: dict[str, str]) -> str:
-    """Of its file, without the ending: no two cells of a grid have the same."""
-    settings = (f"{key.replace('/', '_')}={value.replace('/', '_')}" for key, value in cell.items())
+def cell_name(case: str, cell: dict[str, str], grid: list[dict[str, str]]) -> str:
+    """Of its file, without the ending: no two cells of a grid have the same. Settings that are one for all are left out."""
+    named = {key: value for key, value in cell.items() if any(other[key] != value for other in grid)} or cell
+    settings = (f"{key.replace('/', '_')}={value.replace('/', '_')}" for key, value in named.items())
     return ".".join([Path(case).stem, *settings])
 
 
 def values_of(case: Case, cell: dict[str, str]) -> dict[str, Any]:
     """A cell's settings as the case has them."""
-    settings = {"work": case.work, "run": asdict(case.run)}
+    settings = {"work": case.work, "run": asdict(case.run), "same": case.same}
     return {key: settings[section][name] for key in cell for section, _, name in [key.partition(".")]}
 
 
@@ -52,7 +53,7 @@ def main() -> int:
         grid = cells(settings_of(arguments.axes))
         # all are resolved before any is run: a mistake in the last one costs nothing
         resolved = {
-            cell_name(arguments.case, cell): resolve(arguments.case, cell, arguments.quick, arguments.device)
+            cell_name(arguments.case, cell, grid): resolve(arguments.case, cell, arguments.quick, arguments.device)
             for cell in grid
         }
         if len(resolved) < len(grid):

@@ -59,14 +59,17 @@ def check_prompts(this: Run, folder: Path) -> None:
 
 
 def check_start(this: Run, stages: Sequence[str]) -> None:
-    """Once the log is there, refuse to train rows of `collab.init_from` on as other users' or items'.
+    """Once the log is there, refuse to train rows of `collab.init_from` on as other users' or items', or without it rows that the
+    log takes for trained.
 
     Raises:
-        UserError: the first id, with what both logs mean by it.
+        UserError: the first id, with what both logs mean by it; how many rows nothing would train.
     """
     from sellarec.data.log import first_other_id, read_log
 
     start = this.config.collab.init_from
+    if start is None and {"collab", "align"} & set(stages):
+        _check_untrained(this)
     if start is None or "collab" not in stages:
         return
     beside = this.log_of_start
@@ -84,6 +87,24 @@ def check_start(this: Run, stages: Sequence[str]) -> None:
                 f"{'not there' if mine is None else repr(mine)} in the log of this run: its rows would become others'. Prepare "
                 "the data with --init-from that log (jobs/prepare.py), or leave collab.init_from out"
             )
+
+
+def _check_untrained(this: Run) -> None:
+    """Refuse a log that goes on from another one, where rows start afresh: users and items that the other one's train rows alone
+    had would count as trained, with rows that no step has reached."""
+    extends = this.log().facts.get("extends")
+    if extends is None:
+        return
+    config = this.config.collab
+    given = {"user": config.init_users, "item": config.init_items}
+    kinds = [t.name for t in _tables_ahead(this, "collab") if t.name in given and given[t.name] is None]
+    alone = {kind: extends.get(f"{kind}s seen there alone", 0) for kind in kinds}
+    if any(alone.values()):
+        found = " and ".join(f"{count:,} of its {kind}s" for kind, count in alone.items())
+        raise UserError(
+            f"the log goes on from {extends['log']}, but {found} have no train row here, and so rows that nothing would train: "
+            "name the model that was trained on that log in collab.init_from, or prepare the data without --init-from"
+        )
 
 
 def _tables_ahead(this: Run, stage: str) -> tuple[Any, ...]:
@@ -230,6 +251,13 @@ def check_labels(this: Run, stages: Sequence[str]) -> None:
     facts = this.log().facts
     for stage in stages:
         settings = getattr(this.config, stage, None)
+        collab = this.config.collab
+        if stage in ("collab", "align") and collab.loss != "bce" and facts["positives"]["train"] == 0:
+            raise UserError(
+                f"none of the {facts['rows']['train']} rows of the train split is a positive ({facts['label_rule']}): stage "
+                f"{stage} ranks positives (collab.loss {collab.loss}), so it has nothing to learn from; mend the label rule or "
+                "the split"
+            )
         if not isinstance(settings, Selection) or settings.select_on not in ("auc", "uauc"):
             continue
         for split in ("train", "valid"):

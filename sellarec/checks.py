@@ -215,11 +215,6 @@ def _check_align(config: Config) -> None:
             f"align.rince_q is {align.rince_q} and align.temperature {align.temperature}: exp(q / temperature) overflows; raise "
             "the temperature or lower q"
         )
-    if reads_histories and config.data.split_by == "random":
-        raise UserError(
-            f"align.side is {align.side}, but data.split_by is random: histories of train rows then hold positives of valid and "
-            "test, to which users would be drawn; take align.side items, or another split"
-        )
     if reads_histories and config.data.source != "log" and align.history > config.data.history_cap:
         raise UserError(
             f"align.history is {align.history}, but data.history_cap keeps only {config.data.history_cap} items a row: raise "
@@ -573,7 +568,7 @@ def check_same_model(collab: Collab, earlier: dict[str, Any]) -> None:
     """
     of_training = ("dropout", *DENSE_SETTINGS)
     shaping = [name for name in _model(collab).reads if name not in of_training]
-    for name in ("model", "dim", "biases", *shaping):
+    for name in ("model", "dim", "biases", "temperature", "plain_score", "global_mean", *shaping):
         mine, theirs = getattr(collab, name), earlier[name]
         if isinstance(mine, tuple):
             mine, theirs = (" ".join(map(str, value)) for value in (mine, theirs))

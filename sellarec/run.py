@@ -23,22 +23,16 @@ from sellarec.training.cluster import Cluster, Group, connect
 from sellarec.training.progress import Console
 
 VERSIONS = {
-    "prepare": 2,
+    "prepare": 3,
     "pretrain": 2,
     "adapt": 3,
-    "collab": 3,
+    "collab": 4,
     "distil": 1,
-    "align": 3,
+    "align": 4,
     "fuse": 6,
     "evaluate": 3,
 }
 """Raised by hand when a stage's code gives other results than before."""
-
-
-def version_of(stage: str, config: Config) -> int:
-    """As VERSIONS has it; what align made of models that represent items by other vectors than their rows is of a time when it
-    projected the rows."""
-    return VERSIONS[stage] + (stage == "align" and config.collab.model in ("fism", "binary_mf"))
 
 
 def inputs_of(stage: str, config: Config) -> tuple[str, ...]:
@@ -259,7 +253,7 @@ def facts_of(this: Run, stage: str) -> dict[str, Any]:
     config = this.config
     facts: dict[str, Any] = {
         "stage": stage,
-        "version": version_of(stage, config),
+        "version": VERSIONS[stage],
         "settings": settings_of(stage, config),
         "inputs": {name: this.marks[name] for name in inputs_of(stage, config)},
     }

@@ -171,7 +171,6 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_flag(capsys, recipe):
             "--align.contrastive rince --align.rince-q 1 --align.temperature 0.01",
             ["rince_q is 1", "temperature 0.01"],
         ),
-        ("--align.side users --data.split-by random", ["align.side is users", "data.split_by is random"]),
         ("--align.mask-share 0.2", ["align.mask_share is 0.2", "align.contrastive is info-nce"]),
         ("--align.weight 0", ["align.weight is 0", "align.semantic is trained", "--align.semantic frozen"]),
         (

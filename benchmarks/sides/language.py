@@ -30,7 +30,7 @@ def titles(number: int) -> list[str]:
 
 def write_model(work: dict[str, Any], folder: Path) -> None:
     """A model of random weights in `folder`/model, where `work.llm` names no other."""
-    if work["llm"]:
+    if work.get("llm"):
         return
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -50,7 +50,7 @@ def write_model(work: dict[str, Any], folder: Path) -> None:
 
 
 def model_folder(work: dict[str, Any], folder: Path) -> str:
-    return work["llm"] or str(folder / "model")
+    return work.get("llm") or str(folder / "model")
 
 
 def model_flops(work: dict[str, Any], folder: Path, settings: Adapt, batches: Sequence[pa.Table]) -> dict[str, float]:

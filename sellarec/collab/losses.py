@@ -28,24 +28,26 @@ def bpr(positive: Tensor, negative: Tensor, counts: Tensor) -> Tensor:
 
 
 def sampled_softmax(
-    positive: Tensor, negative: Tensor, counts: Tensor, positive_log_q: Tensor, negative_log_q: Tensor
+    positive: Tensor, negative: Tensor, counts: Tensor, log_rest: Tensor, negative_log_q: Tensor
 ) -> Tensor:
-    """Cross-entropy of the target in the whole catalog, for which drawn negatives stand (Bengio & Senécal, 2008).
+    """Cross-entropy of the target among all items but others that are left out, for which drawn negatives stand (Bengio &
+    Senécal, 2008).
 
-    Of N negatives that count, drawn among the items other than the target, one of probability q is expected
-    N q / (1 - q_target) times. The logarithm of that is taken off its score, so that frequent items aren't pushed down for
-    being frequent (logQ correction; Yi et al., 2019, for negatives of the batch).
+    Left out are the target and whatever else is none of its negatives, as what its user is known to like. Of N negatives that
+    count, drawn among the rest, one of probability q is expected N q / (1 - Q) times, where Q is how likely a draw is one that is
+    left out. The logarithm of that is taken off its score, so that frequent items aren't pushed down for being frequent (logQ
+    correction; Yi et al., 2019, for negatives of the batch).
 
     Args:
-        positive, positive_log_q: float [n], scores of the targets, and the logarithm of how likely each is drawn.
-        negative, negative_log_q: float [n, N], the same of negatives.
+        positive, log_rest: float [n], scores of the targets, and log(1 - Q).
+        negative, negative_log_q: float [n, N], scores of negatives, and the logarithm of how likely each is drawn.
         counts: bool [n, N], which negatives count.
 
     Returns:
         float [n].
     """
     corrected = (negative - negative_log_q).masked_fill(~counts, -torch.inf)
-    others = corrected.logsumexp(1) + _share(positive_log_q, counts.sum(1))
+    others = corrected.logsumexp(1) + log_rest - counts.sum(1).clamp(min=1).log()
     return torch.logaddexp(positive, others) - positive
 
 
@@ -84,13 +86,11 @@ def shared_softmax(
         of_targets, of_negatives = log_q
         corrected = torch.cat([negatives, -of_negatives[:, None]], dim=1)
         others = log_sum_exp(torch.cat([users, torch.ones_like(users[:, :1])], dim=1), corrected, alike)
-        others = others + _share(of_targets, left(users, negatives, alike))
+        log_rest = torch.log1p(
+            -of_targets.exp().clamp(max=1 - 1e-6)
+        )  # negatives are drawn for all: a target leaves out itself
+        others = others + log_rest - left(users, negatives, alike).clamp(min=1).log()
     return torch.logaddexp(positive, others) - positive
-
-
-def _share(positive_log_q: Tensor, number: Tensor) -> Tensor:
-    """log((1 - q_target) / N), float [n], for N negatives."""
-    return torch.log1p(-positive_log_q.exp().clamp(max=1 - 1e-6)) - number.clamp(min=1).log()
 
 
 def full_softmax(users: Tensor, positive: Tensor, catalog: Tensor, peers: Peers) -> Tensor:

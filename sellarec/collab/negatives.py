@@ -79,6 +79,15 @@ class Negatives:
         log_q[waiting] = np.inf
         return negatives, log_q
 
+    def log_rest(self, liked: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """float32 [b]: the logarithm of how likely an item that is drawn is none of those that each row's user likes (as of
+        `draw`)."""
+        values, lengths = liked
+        size = len(self.log_q)
+        distinct = np.unique(np.repeat(np.arange(len(lengths)), lengths) * size + values)
+        q = np.bincount(distinct // size, weights=np.exp(self.log_q[distinct % size]), minlength=len(lengths))
+        return np.log1p(-np.minimum(q, 1 - 1e-6)).astype(np.float32)
+
     def _draw(self, u: np.ndarray) -> np.ndarray:
         """Items by numbers drawn from [0, 1)."""
         return self._items[np.searchsorted(self._ends, u * self._ends[-1], side="right")]

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from sellarec.collab.negatives import Negatives
+from sellarec.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Rows:
         seen: bool [I], which items the train split has: others are left out of histories (sequences are of the train split).
         sequences: rows are sequences, in which every item after the first is a target.
         negatives: what draws them; None draws none.
+        corrects: whether a loss corrects for how likely each row's own were drawn.
     """
 
     history: int
     seen: np.ndarray
     sequences: bool = False
     negatives: Negatives | None = None
+    corrects: bool = False
 
     def prepare(self, rows: pa.Table, epoch: int, step: np.ndarray) -> pa.Table:
         """Rows with `row`, `item` and, where they are read, `history` -> the same with
@@ -34,7 +37,12 @@ class Rows:
         targets: list<int64>, for sequences: the item that follows each of the history's.
         log_q: the logarithm of how likely a target is drawn as a negative; float32, for sequences list<float32>.
         negative, negative_log_q: list<int64> and list<float32>, N for each target (`Negatives.draw`).
+        log_rest: where they are corrected for, `Negatives.log_rest` for each target; float32, for sequences list<float32>.
+
+        Raises:
+            UserError: an item, or one of a history, that the catalog doesn't have.
         """
+        self._check(rows)
         values, lengths = np.zeros(0, np.int64), np.zeros(len(rows), np.int64)
         if "history" in rows.column_names:
             values, lengths = flat(rows["history"])
@@ -64,7 +72,21 @@ class Rows:
             if drawn is not None:
                 for name, found in zip(("negative", "negative_log_q"), drawn, strict=True):
                     rows = rows.append_column(name, lists(found, number * self.negatives.number))
+                if self.corrects:
+                    rest = np.repeat(self.negatives.log_rest((liked, lengths + 1)), number)
+                    rows = rows.append_column("log_rest", lists(rest, number) if self.sequences else pa.array(rest))
         return rows
+
+    def _check(self, rows: pa.Table) -> None:
+        for name in {"item", "history"} & set(rows.column_names):
+            values, lengths = flat(rows[name]) if name == "history" else (rows[name].to_numpy(), None)
+            bad = np.flatnonzero((values < 0) | (values >= len(self.seen)))
+            if len(bad):
+                place = bad[0] if lengths is None else np.searchsorted(np.cumsum(lengths), bad[0], side="right")
+                raise UserError(
+                    f"{name} is {values[bad[0]]} in row {rows['row'][int(place)]} of the log, but table item has the ids 0 to "
+                    f"{len(self.seen) - 1}: prepare the data again"
+                )
 
 
 def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -62,6 +62,7 @@ class CollabTask(Task):
         self._has_negatives = negatives is not None
         self._draws = negatives is not None and settings.negatives != "in-batch"
         self._draws_own = self._draws and not settings.shared_negatives
+        self._corrects = self._draws_own and settings.loss == "softmax" and settings.log_q
         self._seen = torch.from_numpy(seen)
         self._log_counts = torch.zeros(0) if counts is None else torch.from_numpy(counts).float().log()
         self.whole = ("item",) if settings.loss == "full-softmax" or network.reads_catalog else ()
@@ -71,7 +72,7 @@ class CollabTask(Task):
             for table in network.tables
         )
         self.graph = graph
-        to_train = Rows(network.history, seen, self._sequences, negatives)
+        to_train = Rows(network.history, seen, self._sequences, negatives, self._corrects)
         to_score = Rows(network.history, seen)
         self.prepare = to_train.prepare if self._sequences or negatives or network.history else None
         self._prepare_to_score = to_score.prepare if network.history or self._draws else None
@@ -97,6 +98,8 @@ class CollabTask(Task):
             batch["item"] = Jagged.of(rows["targets"])
         if training and self._draws:
             batch |= {name: Jagged.of(rows[name]) for name in ("negative", "negative_log_q")}
+        if training and self._corrects:
+            batch["log_rest"] = Jagged.of(rows["log_rest"]) if self._sequences else _float(rows["log_rest"])
         if training and self._has_negatives:
             batch["log_q"] = Jagged.of(rows["log_q"]) if self._sequences else _float(rows["log_q"])
         return batch
@@ -135,8 +138,8 @@ class CollabTask(Task):
             counts = log_q.isfinite()
             if settings.loss == "bpr":
                 losses = bpr(score, of_own[0], counts)
-            elif settings.log_q:
-                losses = sampled_softmax(score, of_own[0], counts, values(batch["log_q"]), log_q)
+            elif self._corrects:
+                losses = sampled_softmax(score, of_own[0], counts, values(batch["log_rest"]), log_q)
             else:
                 losses = softmax_among(score, of_own[0], counts)
         else:

@@ -148,11 +148,21 @@ def _external_ids(log: Log, kind: str) -> Iterator[pa.Array]:
 
 
 def item_counts(log: Log) -> np.ndarray:
-    """int64 [2, items]: how many train rows each item has, and how many positive ones."""
+    """int64 [2, items]: how many train rows each item has, and how many positive ones.
+
+    Raises:
+        UserError: a row has an item that the log's catalog doesn't have.
+    """
     counts = np.zeros((2, log.facts["items"]), np.int64)
     for path in log.split_paths("train"):
-        for rows in pq.ParquetFile(path).iter_batches(columns=["item", "label"]):
+        for rows in pq.ParquetFile(path).iter_batches(columns=["row", "item", "label"]):
             item, label = rows["item"].to_numpy(), rows["label"].to_numpy()
+            bad = np.flatnonzero((item < 0) | (item >= counts.shape[1]))
+            if len(bad):
+                raise UserError(
+                    f"item is {item[bad[0]]} in row {rows['row'][int(bad[0])]} of {path}, but table item has the ids 0 to "
+                    f"{counts.shape[1] - 1}: prepare the data again"
+                )
             np.add.at(counts[0], item, 1)
             np.add.at(counts[1], item[label == 1], 1)
     return counts

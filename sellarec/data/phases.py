@@ -364,7 +364,8 @@ def build_histories(partition: int, rules: Rules, buckets: Buckets, log: Path, w
 
     Also writes the partition's users as one row each, with all that they did in time order:
     sequences/part-PARTITION.parquet of the log. A row's history is the user's positives before it, by time and then by
-    position, whatever split they lie in. Where the source gives histories, those are kept.
+    position, whatever split they lie in; where splits are drawn at random, those of train, as a train row would else tell of
+    what lies in test. Where the source gives histories, those are kept.
     """
     rows = _sorted_rows(partition, rules, buckets, work)
     if rows.is_empty():
@@ -382,11 +383,12 @@ def build_histories(partition: int, rules: Rules, buckets: Buckets, log: Path, w
         offsets = offsets - offsets[0]
     else:
         first, _ = _users(rows)
-        before = np.cumsum(label) - label
+        shown = label * (rows["split"].to_numpy() == 0) if rules.split == "random" else label
+        before = np.cumsum(shown) - shown
         lengths = before - before[first]
         kept = np.minimum(lengths, rules.history_cap)
         offsets = np.concatenate([[0], np.cumsum(kept)])
-        entries = item[label == 1][ranges(before - kept, kept)]
+        entries = item[shown == 1][ranges(before - kept, kept)]
     history = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(entries))
     rows = rows.drop("user_key", "item_key").with_columns(
         pl.Series("history", history), pl.Series("history_length", lengths.astype(np.int32))
@@ -658,25 +660,29 @@ RANGE_ROWS = 1 << 20
 """Users or items of one file of the log."""
 
 
-def number(kind: str, train_rows: int, previous: Path | None, id_type: str, work: Path) -> int:
-    """Number the users or items by their first row, after those of a previous log; returns how many there are.
+def number(kind: str, train_rows: int, previous: Path | None, id_type: str, work: Path) -> tuple[int, int]:
+    """Number the users or items by their first row, after those of a previous log; returns how many there are, and how many of
+    them the previous log's train split alone has.
 
     Writes numbers/KIND (key -> dense id) and numbers/KIND.seen.npy (whether each occurs in train, here or there).
     """
     firsts = pl.scan_ipc(work / "firsts" / kind / "*.arrow").group_by("key").agg(pl.col("row").min())
     found = firsts.collect(engine="streaming").sort("row", "key")
     keys, seen = found["key"].to_numpy(), found["row"].to_numpy() < train_rows
+    there_alone = 0
     if previous is not None:
         old = _previous(previous, kind, id_type)
         old_keys, old_seen = old["key"].to_numpy(), old["seen"].to_numpy().copy()
         order = np.argsort(old_keys)
         again = _contains(old_keys[order], keys)
-        old_seen[order[np.searchsorted(old_keys[order], keys[again])]] |= seen[again]
+        place = order[np.searchsorted(old_keys[order], keys[again])]
+        there_alone = int(old_seen.sum()) - int((old_seen[place] & seen[again]).sum())
+        old_seen[place] |= seen[again]
         keys, seen = np.concatenate([old_keys, keys[~again]]), np.concatenate([old_seen, seen[~again]])
     (work / "numbers").mkdir(exist_ok=True)
     write_numbering(keys, np.arange(len(keys)), work / "numbers" / kind)
     np.save(work / "numbers" / f"{kind}.seen.npy", seen)
-    return len(keys)
+    return len(keys), there_alone
 
 
 def _previous(log: Path, kind: str, id_type: str) -> pl.DataFrame:

@@ -200,7 +200,8 @@ def prepare(
         "k_core_rule": _core_rule(rules),
         "history_rule": "as the source publishes it"
         if given_histories
-        else "the user's positives before the row, by time and then in the source's order, whatever split they lie in",
+        else "the user's positives before the row, by time and then in the source's order, "
+        + ("of the train split" if rules.split == "random" else "whatever split they lie in"),
         "history_cap": rules.history_cap,
         "dates": {name: [_date(min(t)), _date(max(t))] if t else [None, None] for name, t in times.items()},
         "dropped": {reason: count for reason, count in sorted(dropped.items()) if count},
@@ -212,7 +213,12 @@ def prepare(
         "noun": source.noun,
         "extends": None
         if old is None
-        else {"log": str(previous), "users": old.facts["users"], "items": old.facts["items"]},
+        else {
+            "log": str(previous),
+            "users": old.facts["users"],
+            "items": old.facts["items"],
+            **{name: counts[name] for name in ("users seen there alone", "items seen there alone")},
+        },
     }
     return facts
 
@@ -363,7 +369,11 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _number_all(train_rows: int, previous: Path | None, types: dict[str, str], work: Path) -> dict[str, int]:
-    return {kind: phases.number(kind, train_rows, previous, types[kind], work) for kind in ("user", "item")}
+    numbers = {kind: phases.number(kind, train_rows, previous, types[kind], work) for kind in ("user", "item")}
+    return {
+        **{kind: count for kind, (count, _) in numbers.items()},
+        **{f"{kind}s seen there alone": alone for kind, (_, alone) in numbers.items()},
+    }
 
 
 def _sum(counts: Iterable[dict[Any, int]]) -> Counter:

@@ -134,6 +134,10 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
     place = beside / work
     name = collab.model if trained.stage == "collab" else f"{collab.model}, aligned"
     cluster = connect(settings.workers, console, beside, device=settings.device)
+    # rows are only read: any machine holds them, whatever GPUs they were trained on
+    storage = dataclasses.replace(trained.config.tables, placement="device")
+    if storage.dtype == "bfloat16" and not cluster.gpus:
+        storage = dataclasses.replace(storage, dtype="float32")
     try:
         with place.writing() as folder:
             paths = [str(path) for path in log.split_paths(settings.split)]
@@ -148,7 +152,7 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
             def scored(rows: list[str], where: Place) -> np.ndarray:
                 order = Order(tuple(row_groups(rows)), settings.batch, None)
                 scoring = Scoring(
-                    "evaluate", {name: build}, settings, order, where, storage=trained.config.tables,
+                    "evaluate", {name: build}, settings, order, where, storage=storage,
                     queries=queries if where is place else None, cutoffs=settings.cutoffs,
                 )  # fmt: skip
                 run_workers(

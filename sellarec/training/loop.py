@@ -297,8 +297,8 @@ class _Valid:
         """The first rows of this worker's."""
         return self._rows[0].slice(0, CHECKED_ROWS)
 
-    def _score(self, engine: Engine) -> dict[str, float]:
-        """The metrics, on worker 0."""
+    def _score(self, engine: Engine) -> dict[str, float] | str:
+        """The metrics, on worker 0; in words what is wrong with a score that isn't finite."""
         if self._ranks:
             cutoff = int(self._settings.select_on.partition("@")[2])
             ranked = rank_queries(engine, self._rows, (cutoff,), self._report)
@@ -306,6 +306,10 @@ class _Valid:
         scored = engine.score(self._rows, self._report)
         if scored is None or self._truth is None:
             return {}
+        bad = np.flatnonzero(~np.isfinite(scored["score"]))
+        if len(bad):
+            row, number = scored["row"][bad[0]], len(scored["score"])
+            return f"{len(bad)} of {number} scores of the valid split are not finite, first that of row {row}"
         _, users, labels, _ = self._truth
         return {"auc": auc(labels, scored["score"]), "uauc": uauc(users, labels, scored["score"]).value}
 
@@ -314,6 +318,8 @@ class _Valid:
         metrics = [self._score(engine)]
         dist.broadcast_object_list(metrics, src=0, group=self._workers.control)
         (found,) = metrics
+        if isinstance(found, str):
+            raise FloatingPointError(f"stage {self._stage}, step {position.step}: {found}")
         name = self._settings.select_on
         value = found[name]
         if math.isnan(value):

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sellarec.errors import UserError
 from sellarec.ranges import ranges
 
 WINDOW_ROWS = 1 << 18
@@ -315,22 +316,35 @@ def _blocks(
     handout = _handout(rank) if ray.train.get_context().get_world_size() > 1 else None
     references = _pipeline(order, columns, prepare, first, last) if rank == 0 else None
     for number in itertools.count():
-        reference, ticket = None, 0
+        reference, ticket, mistake = None, 0, None
         if references is not None:
             try:
                 reference = next(references)
             except Exception as error:
-                # A worker that ends with a UserError of a reading task's would leave the others waiting here.
-                raise RuntimeError(f"rows could not be read: {error}") from error
+                mistake = _mistake(error)
+                if mistake is None:
+                    raise RuntimeError(f"rows could not be read: {error}") from error
         if handout is not None:
             if reference is not None:
                 ticket = ray.get(handout.put.remote([reference]))
-            theirs, ticket = broadcast_from_rank_zero((number, ticket))
+            theirs, ticket, mistake = broadcast_from_rank_zero((number, ticket, mistake))
             if theirs != number:
                 raise RuntimeError(f"worker {rank} asks for block {number} of the rows, worker 0 hands on {theirs}")
-            if reference is None:
+            if reference is None and mistake is None:
                 (reference,) = ray.get(handout.get.remote(ticket))
+        if mistake is not None:  # on all workers: a worker that ended alone would leave the others waiting
+            raise UserError(mistake)
         yield ray.get(reference)
+
+
+def _mistake(error: BaseException | None) -> str | None:
+    """What a UserError of a reading task's says, whatever Ray has wrapped it in; None where there is none."""
+    found = None
+    while error is not None:
+        if isinstance(error, UserError):
+            found = str(error)
+        error = getattr(error, "cause", None) or error.__cause__
+    return found  # the innermost: Ray's own have a traceback in them
 
 
 class Handout:

@@ -352,6 +352,10 @@ class ShardedTables:
         """Take over what was read into the tensors of `state()`: rows and moments lie there already."""
         if self._dense:
             self._steps = int(state["steps"])
+        for collection in self._collections.values():
+            for kernel in (module for lookup in collection._lookups for module in lookup.modules()):
+                if hasattr(kernel, "reset_cache_states"):  # a GPU's cache of rows (uvm-caching) holds those from before
+                    kernel.reset_cache_states()
         for found in self._adam.state.values() if self._adam is not None else ():
             found["step"].fill_(self._steps)
 

@@ -76,6 +76,9 @@ def test_a_dry_run_names_the_cells_of_a_sweep():
         for batch in (512, 1024)
         for temperature in (0.1, 0.2)
     ]
+    same = ("work.dtype=bfloat16", "same.losses=0.05")
+    found = command("sweep", "adapt", *same, "work.micro_batch=4,8", "--dry-run")
+    assert found.stdout.splitlines() == ["adapt.work.micro_batch=4", "adapt.work.micro_batch=8"]
 
 
 def test_a_sweep_with_a_wrong_cell_is_refused():
@@ -113,7 +116,7 @@ def test_results_are_collected_into_a_page(tmp_path):
     results, page = tmp_path / "results", tmp_path / "page.md"
     for arguments in (
         ("run", "infonce", "--quick", "--out", results / "infonce.json"),
-        ("sweep", "infonce", "work.batch=64,128", "work.temperature=0.2", "--quick", "--out-dir", results),
+        ("sweep", "infonce", "work.batch=64,128", "same.loss=0.001", "--quick", "--out-dir", results),
     ):
         found = command(*arguments)
         assert found.returncode == 0, found.stderr

@@ -47,7 +47,7 @@ def test_softmax_is_the_cross_entropy_of_corrected_scores(case):
     found = sampled_softmax(*(torch.from_numpy(x) for x in case))
     for row, loss in enumerate(found.tolist()):
         others = np.exp(negative[row] - log_q[row])[counts[row]] / max(1, counts[row].sum())
-        others = others * (1 - min(math.exp(own[row]), 1 - 1e-6))
+        others = others * math.exp(own[row])
         assert loss == pytest.approx(
             math.log(math.exp(positive[row]) + others.sum()) - positive[row], rel=1e-5, abs=1e-6
         )
@@ -63,21 +63,26 @@ def test_softmax_among_is_the_cross_entropy_of_the_target_and_the_negatives_that
 
 
 @pytest.mark.parametrize("kind", ["uniform", "popularity"])
-@pytest.mark.parametrize("item", [0, 2, 5])
-def test_drawn_negatives_stand_for_the_whole_catalog(kind, item):
-    """With many of them, the gradient is that of the softmax over all items, be the row's item popular or rare."""
+@pytest.mark.parametrize(("item", "liked"), [(0, ()), (2, ()), (5, ()), (1, (0,)), (5, (1, 3, 1))])
+def test_drawn_negatives_stand_for_the_whole_catalog(kind, item, liked):
+    """With many of them, the gradient is that of the softmax over all items but what else is liked, be the row's item popular or
+    rare."""
     counts = np.array([[40, 25, 20, 10, 4, 1]] * 2)
     n, each = 300, 500
     negatives = Negatives(kind, counts, each, seed=3)
     ones = np.ones(n, np.int64)
-    found = negatives.draw(np.arange(n), ones, (np.full(n, item), ones), 0)
+    lists = np.tile([*liked, item], n), ones * (len(liked) + 1)
+    found = negatives.draw(np.arange(n), ones, lists, 0)
     assert found is not None
     negative, log_q = (torch.from_numpy(part.reshape(n, each)) for part in found)
-    own = torch.full((n,), float(negatives.log_q[item]))
+    rest = torch.from_numpy(negatives.log_rest(lists))
     scores = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    loss = sampled_softmax(scores[item].expand(n), scores[negative], log_q.isfinite(), own, log_q)
+    loss = sampled_softmax(scores[item].expand(n), scores[negative], log_q.isfinite(), rest, log_q)
     (sampled,) = torch.autograd.grad(loss.mean(), scores)
-    (whole,) = torch.autograd.grad(-torch.log_softmax(scores, 0)[item], scores)
+    left_out = torch.tensor([other in liked for other in range(6)])
+    expected = -torch.log_softmax(scores.masked_fill(left_out, -torch.inf), 0)[item]
+    (whole,) = torch.autograd.grad(expected, scores)
+    assert loss.mean().item() == pytest.approx(expected.item(), rel=0.02)
     torch.testing.assert_close(sampled, whole, rtol=0.03, atol=0.003)
 
 
@@ -104,10 +109,10 @@ def test_with_all_other_items_as_negatives_the_sampled_softmax_is_the_full_one(s
     positive = scores.gather(1, target[:, None])[:, 0]
     found = sampled_softmax(
         positive, scores.gather(1, others), torch.ones_like(others, dtype=torch.bool),
-        torch.full((n,), -math.log(items), dtype=torch.float64), log_q,
+        torch.full((n,), math.log(max(items - 1, 1e-9) / items), dtype=torch.float64), log_q,
     )  # fmt: skip
     expected = F.cross_entropy(scores, target, reduction="none")
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)  # the likelihood of the target is kept below 1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(full_softmax(users, positive, rows, Alone()), expected)
 
 
@@ -184,7 +189,8 @@ def test_shared_negatives_are_those_of_each_target(seed, n, number, corrected, o
     log_q = [-torch.rand(size, generator=generator, dtype=torch.float64) - 0.1 for size in (n, number)]
     scores = users @ rows.T
     if corrected:
-        expected = sampled_softmax(positive, scores, counts, log_q[0], log_q[1].expand_as(scores))
+        log_rest = torch.log1p(-log_q[0].exp())
+        expected = sampled_softmax(positive, scores, counts, log_rest, log_q[1].expand_as(scores))
     else:
         expected = softmax_among(positive, scores, counts)
     found = shared_softmax(positive, users, rows, alike, tuple(log_q) if corrected else None)

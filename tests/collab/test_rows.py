@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sellarec.collab.negatives import Negatives
 from sellarec.collab.rows import Rows
+from sellarec.errors import UserError
 
 COUNTS = np.array([[10, 0, 5, 40, 1, 20, 3, 7], [8, 0, 1, 30, 1, 10, 3, 2]])
 SEEN = COUNTS[0] > 0
@@ -75,6 +76,21 @@ def test_what_rows_become(case, sequences, most, kind, number, epoch, data):
     edges = [0, *cut, len(case)]
     parts = [prepare(made_by, table(case).slice(a, b - a), epoch) for a, b in itertools.pairwise(edges) if b > a]
     assert pa.concat_tables(parts).to_pylist() == found.to_pylist()
+
+
+@pytest.mark.parametrize(
+    "made_by", [Rows(2, SEEN), Rows(0, SEEN, negatives=Negatives("popularity", COUNTS, 2, 0)), Rows(3, SEEN, True)]
+)
+@pytest.mark.parametrize("bad", [-1, len(SEEN), 1 << 40])
+def test_an_id_that_the_catalog_does_not_have_is_refused(made_by, bad):
+    """Negative ones too, which would count from the end; with the column and the row."""
+    last = len(SEEN) - 1
+    for rows, words in (
+        ([(0, [1]), (bad, [1])], f"item is {bad} in row 101 of the log, but table item has the ids 0 to {last}"),
+        ([(0, []), (1, [2, 3]), (1, [0, bad])], f"history is {bad} in row 102 of the log"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare(made_by, table(rows))
 
 
 @pytest.mark.parametrize("sequences", [False, True])

@@ -332,7 +332,8 @@ def test_in_batch_negatives_are_other_users_other_positives(tmp_path):
     user, item = vectors["user"].detach(), vectors["item"].detach()
     scores = task.network.products(user, item)
     counts = torch.tensor([[False, False, True], [False, False, False], [True, False, False]])
-    expected = sampled_softmax(scores.diagonal(), scores, counts, batch["log_q"], batch["log_q"].expand(3, 3)).sum()
+    log_rest = torch.log1p(-batch["log_q"].exp())
+    expected = sampled_softmax(scores.diagonal(), scores, counts, log_rest, batch["log_q"].expand(3, 3)).sum()
     assert task.loss(None, batch, vectors, Alone()).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -370,7 +371,7 @@ def test_drawn_negatives_are_scored_for_their_own_user(loss, tmp_path):
     log_q = batch["negative_log_q"].values.view(3, 3)
     losses = bpr(positive, negative, log_q.isfinite())
     if loss == "softmax":
-        losses = sampled_softmax(positive, negative, log_q.isfinite(), batch["log_q"], log_q)
+        losses = sampled_softmax(positive, negative, log_q.isfinite(), batch["log_rest"], log_q)
     assert task.loss(None, batch, vectors, Alone()).item() == pytest.approx(losses.sum().item(), rel=1e-5)
 
 
@@ -418,6 +419,8 @@ def test_a_sequence_has_the_losses_of_the_rows_that_it_stands_for(loss, tmp_path
         two = torch.full((8,), 2)
         each |= {name: Jagged(batch[name].values, two) for name in ("negative", "negative_log_q")}
         each["log_q"] = batch["log_q"].values
+    if loss == "softmax":
+        each["log_rest"] = batch["log_rest"].values
     expected = rows.loss(None, each, vectors_of(rows, each), Alone())
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 

@@ -197,10 +197,15 @@ def expected_log(case: Case, drawn: dict[float, str]) -> dict[str, Any]:
     counted = Counter(row.get("domain") for row in case.good)
     domains = sorted((value for value in counted if value is not None), key=lambda value: (-counted[value], value))
     before: dict[float, list[int]] = {}
+    of_train = {row["expected"] for row in splits["train"]}
     sequences: dict[int, list[dict]] = {user: [] for user in range(len(users))}
     for row in sorted(rows, key=in_time):
         sequence = sequences[users.index(row["user"])]
-        before[row["expected"]] = [items.index(r["item"]) for r in sequence if label(r, case.rules)]
+        before[row["expected"]] = [
+            items.index(r["item"])
+            for r in sequence
+            if label(r, case.rules) and (case.rules.split != "random" or r["expected"] in of_train)
+        ]
         sequence.append(row)
     tables: dict[str, list[dict]] = {}
     for name in SPLITS:

@@ -110,6 +110,9 @@ def test_rows_start_from_vectors_of_a_file_and_another_file_is_another_run(grown
     vectors = np.arange(len(ids) * (DIM - 1), dtype=np.float32).reshape(len(ids), -1) / 1000
     pq.write_table(pa.table({"id": ids[::-1], "vector": list(vectors[::-1])}), folder / "items.parquet")
     pq.write_table(pa.table({"id": ids, "vector": list(vectors + 1)}), folder / "others.parquet")
+    users = log.users(["external_id"])["external_id"].to_pylist()
+    of_users = np.ones((len(users), DIM - 1), np.float32)
+    pq.write_table(pa.table({"id": users, "vector": list(of_users)}), folder / "users.parquet")
     common = [
         "log",
         "--data",
@@ -121,6 +124,7 @@ def test_rows_start_from_vectors_of_a_file_and_another_file_is_another_run(grown
         "--name",
         "given",
     ]
+    common += ["--collab.init-users", folder / "users.parquet"]  # some have no train row in this log
     common += ["--workers", "2", "--collab.dim", str(DIM), "--collab.batch", "4", "--collab.max-steps", "1"]
     printed = main_job.train(*common, "--collab.init-items", folder / "items.parquet", log=folder / "given.log")
     assert f"{len(ids)} of {len(ids)} items start from {folder / 'items.parquet'}" in printed

@@ -30,6 +30,8 @@ class Target:
     negatives: tuple[int, ...] = ()
     log_q: tuple[float, ...] = ()
     """Of the negatives; inf for one that doesn't count."""
+    liked: tuple[int, ...] = ()
+    """What was left out when they were drawn."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +250,8 @@ class PlainCollab:
     def _expected(self, target: Target, others: list[int]) -> Tensor:
         """How often each of some negatives is expected among them."""
         q = torch.from_numpy(self.world.q)
-        return len(others) * q[others] / (1 - q[target.item])
+        left_out = {*target.liked} if target.liked and not self.settings.shared_negatives else {target.item}
+        return len(others) * q[others] / (1 - q[sorted(left_out)].sum())
 
     def _of_scores(self, label: int, score: Tensor, others: Tensor, expected: Tensor) -> Tensor:
         match self.settings.loss:

@@ -196,6 +196,7 @@ def targets_of(log: Path, settings: Collab, world: World, rows: pa.Table) -> lis
             ][-settings.history - 1 :]
             assert sequence[-1] == row["item"]
             steps = [(sequence[:at], sequence[at]) for at in range(1, len(sequence))]
+        liked = tuple(sequence) if settings.train_on == "sequences" else (*row["history"], row["item"])
         number = settings.negatives_per_row if "negative" in prepared else 0
         assert len(prepared.get("negative", ())) == number * len(steps)
         for place, (before, item) in enumerate(steps):
@@ -210,6 +211,7 @@ def targets_of(log: Path, settings: Collab, world: World, rows: pa.Table) -> lis
                     row["item_seen"],
                     tuple(prepared.get("negative", ())[drawn]),
                     tuple(prepared.get("negative_log_q", ())[drawn]),
+                    liked if number else (),
                 )
             )
     return out

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sellarec.errors import UserError
 from sellarec.training import stream
 from sellarec.training.stream import (
     LEFT_OUT,
@@ -29,6 +30,18 @@ from sellarec.training.stream import (
 )
 
 COLUMNS = ("row", "twice")
+
+
+def test_a_users_mistake_is_found_in_whatever_wraps_it() -> None:
+    class OfRay(UserError):
+        """As Ray makes one: an instance of what it was, with the traceback in its words."""
+
+        cause = UserError("item is 9 in row 3")
+
+    wrapped = RuntimeError("a task failed")
+    wrapped.__cause__ = OfRay("Traceback (most recent call last): ...")
+    assert stream._mistake(wrapped) == "item is 9 in row 3"
+    assert stream._mistake(RuntimeError("another")) is None
 
 
 @pytest.fixture(scope="module")
