@@ -15,8 +15,9 @@ from small import small_log
 from transformers import LlamaConfig
 
 from sellarec import ahead, pipeline
-from sellarec.ahead import check_ahead
-from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Tables
+from sellarec.ahead import check_ahead, check_labels, check_start
+from sellarec.checks import check_same_model
+from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Tables, result_settings
 from sellarec.data.log import FACTS_FILE, Log
 from sellarec.errors import UserError
 from sellarec.language.llm import LlmSource
@@ -321,3 +322,45 @@ def test_without_the_log_of_the_start_it_is_told_that_ids_are_not_compared(of, m
     (start.parent / "prepare-1" / FACTS_FILE).unlink()
     check_ahead(this, ("collab",))
     assert "isn't compared whether ids still mean the same" in capsys.readouterr().out
+
+
+def with_facts(this: Run, monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
+    log = this.log()
+    monkeypatch.setattr(Run, "log", lambda self: replace(log, facts=log.facts | facts))
+
+
+@pytest.mark.parametrize("stage", ["collab", "align"])
+def test_rows_that_only_an_earlier_log_trains_are_not_taken_for_trained(of, monkeypatch, stage):
+    this = of(stages=("prepare", stage))
+    before = {"log": "earlier", "users": 2, "items": 3}
+    for alone in ({}, {"users seen there alone": 0, "items seen there alone": 0}):
+        with_facts(this, monkeypatch, extends=before | alone)
+        check_start(this, (stage,))
+    with_facts(this, monkeypatch, extends=before | {"users seen there alone": 0, "items seen there alone": 7})
+    check_start(this, ("distil",))
+    with pytest.raises(
+        UserError, match="goes on from earlier, but 0 of its users and 7 of its items have no train row"
+    ):
+        check_start(this, (stage,))
+    given = replace(this.config, collab=replace(this.config.collab, init_items="vectors.parquet"))
+    this.config = given
+    check_start(this, (stage,))
+
+
+def test_a_ranking_without_a_positive_to_learn_from_is_refused(of, monkeypatch):
+    this = of(stages=("prepare", "collab"))
+    collab = replace(this.config.collab, loss="bpr", select_on="ndcg@10")
+    this.config = replace(this.config, collab=collab)
+    check_labels(this, ("collab",))
+    facts = this.log().facts
+    with_facts(this, monkeypatch, positives=facts["positives"] | {"train": 0}, label_rule="rating >= 9")
+    with pytest.raises(UserError, match=r"none of the .* rows of the train split is a positive \(rating >= 9\)"):
+        check_labels(this, ("collab",))
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.2), ("plain_score", True), ("global_mean", False)])
+def test_a_model_that_scores_otherwise_does_not_go_on_from_rows(name, value):
+    earlier = result_settings(Collab(dim=8))
+    check_same_model(Collab(dim=8, init_from="a"), earlier)
+    with pytest.raises(UserError, match=rf"collab\.{name} is {value}, but the model of collab.init_from a"):
+        check_same_model(Collab(dim=8, init_from="a", **{name: value}), earlier)

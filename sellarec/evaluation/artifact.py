@@ -134,10 +134,10 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
     place = beside / work
     name = collab.model if trained.stage == "collab" else f"{collab.model}, aligned"
     cluster = connect(settings.workers, console, beside, device=settings.device)
-    # rows are only read: any machine holds them, whatever GPUs they were trained on
-    storage = dataclasses.replace(trained.config.tables, placement="device")
-    if storage.dtype == "bfloat16" and not cluster.gpus:
-        storage = dataclasses.replace(storage, dtype="float32")
+    storage = trained.config.tables
+    if not cluster.gpus:  # CPUs read rows whatever GPUs they were trained on, and hold those in bfloat16 as float32
+        held = "float32" if storage.dtype == "bfloat16" else storage.dtype
+        storage = dataclasses.replace(storage, placement="device", dtype=held)
     try:
         with place.writing() as folder:
             paths = [str(path) for path in log.split_paths(settings.split)]
