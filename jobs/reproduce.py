@@ -136,6 +136,11 @@ TABLES = {
         },
         published={"text-only": TALLREC, MAIN: ".7606 / .7464 (Qwen2-7B)"},
     ),
+    "sella-robust-ml-1m": Table(
+        recipes=("collm-ml-1m", "sella-robust"),
+        seeds=(1, 2, 3),
+        published={"text-only": TALLREC, MAIN: ".7606 / .7464 (Qwen2-7B)"},
+    ),
     "small-ml-1m": Table(
         recipes=("collm-ml-1m",),
         seeds=(1, 2, 3),
