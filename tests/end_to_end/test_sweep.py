@@ -157,7 +157,8 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(search: str, tmp_path: Path
         assert set(statuses) == {"finished", "stopped"}
     if search == "optuna":
         pytest.importorskip("optuna")
-    command, environment = killed_at("trial 2/4  evaluation", tmp_path, *flags)
+    reached = "trial 3/4  collab" if search == "asha" else "trial 2/4  evaluation"
+    command, environment = killed_at(reached, tmp_path, *flags)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "w/artifacts").glob("collab-*/manifest.json")}
     assert before
     done = subprocess.run(command, cwd=main_job.ROOT, capture_output=True, text=True, env=environment, timeout=600)
