@@ -358,7 +358,7 @@ def test_a_ranking_without_a_positive_to_learn_from_is_refused(of, monkeypatch):
         check_labels(this, ("collab",))
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", 0.2), ("plain_score", True), ("global_mean", False)])
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.2), ("plain_score", True)])
 def test_a_model_that_scores_otherwise_does_not_go_on_from_rows(name, value):
     earlier = result_settings(Collab(dim=8))
     check_same_model(Collab(dim=8, init_from="a"), earlier)

@@ -73,7 +73,8 @@ def test_another_model_to_start_from_is_refused_naming_both_values(earlier, now,
 @pytest.mark.parametrize(
     ("earlier", "now"),
     [
-        ({}, {"loss": "bpr", "l2": 0.0, "temperature": 0.1, "global_mean": False, "table_learning_rate": 0.1}),
+        ({}, {"loss": "bpr", "l2": 0.0, "global_mean": False, "table_learning_rate": 0.1}),
+        ({"temperature": 0.2}, {"temperature": 0.1}),
         ({"model": "mf", "layers": 3}, {"model": "mf", "hidden": (8,)}),
         ({"model": "sasrec"}, {"model": "sasrec", "dropout": 0.2, "learning_rate": 0.1, "batch": 7}),
         ({"model": "din", "hidden": (8, 4)}, {"model": "din", "hidden": (8, 4)}),
