@@ -107,7 +107,7 @@ def test_a_sweep_is_submitted(submit: Submit, tmp_path: Path) -> None:
     for row in rows:
         assert main_job.read_json(tmp_path / "w/artifacts" / row["artifact"] / "training.json")["workers"] == 2
     status, printed = submit(*command, "--concurrent", "3", "--name", "larger")
-    assert status == 2 and "need 9 CPUs; the cluster has 6" in printed and "trial 1/3" not in printed
+    assert status != 0 and "need 9 CPUs; the cluster has 6" in printed and "trial 1/3" not in printed
 
 
 @pytest.mark.ray
