@@ -42,10 +42,11 @@ class Rows:
         Raises:
             UserError: an item, or one of a history, that the catalog doesn't have.
         """
-        self._check(rows)
         values, lengths = np.zeros(0, np.int64), np.zeros(len(rows), np.int64)
+        self._check(rows, "item", rows["item"].to_numpy(), np.ones(len(rows), np.int64))
         if "history" in rows.column_names:
             values, lengths = flat(rows["history"])
+            self._check(rows, "history", values, lengths)
             rows = rows.drop_columns(["history"])
         targets, number = rows["item"].to_numpy(), np.ones(len(rows), np.int64)
         liked = with_item(values, lengths, targets)
@@ -77,16 +78,15 @@ class Rows:
                     rows = rows.append_column("log_rest", lists(rest, number) if self.sequences else pa.array(rest))
         return rows
 
-    def _check(self, rows: pa.Table) -> None:
-        for name in {"item", "history"} & set(rows.column_names):
-            values, lengths = flat(rows[name]) if name == "history" else (rows[name].to_numpy(), None)
-            bad = np.flatnonzero((values < 0) | (values >= len(self.seen)))
-            if len(bad):
-                place = bad[0] if lengths is None else np.searchsorted(np.cumsum(lengths), bad[0], side="right")
-                raise UserError(
-                    f"{name} is {values[bad[0]]} in row {rows['row'][int(place)]} of the log, but table item has the ids 0 to "
-                    f"{len(self.seen) - 1}: prepare the data again"
-                )
+    def _check(self, rows: pa.Table, name: str, items: np.ndarray, lengths: np.ndarray) -> None:
+        """Refuse items of rows, as many of each as `lengths` says, that the catalog doesn't have."""
+        bad = np.flatnonzero((items < 0) | (items >= len(self.seen)))
+        if len(bad):
+            row = rows["row"][int(np.searchsorted(np.cumsum(lengths), bad[0], side="right"))]
+            raise UserError(
+                f"{name} is {items[bad[0]]} in row {row} of the log, but table item has the ids 0 to {len(self.seen) - 1}: "
+                "prepare the data again"
+            )
 
 
 def flat(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

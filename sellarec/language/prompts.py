@@ -372,9 +372,8 @@ class Prompts:
         self.segments = compile_template(
             segmenter, templates[self.template], kind, noun, settings.chat, soft, self._coded
         )
-        add_catalogs(
-            self.segments
-        )  # a template may be worded otherwise for some of the soft tokens than for all of them
+        # a template may be worded otherwise for some of the soft tokens than for all of them
+        add_catalogs(self.segments)
         if answers:
             self._limit = min(self._limit, context - max(map(len, self.segments.answers)))
         groups: list[list[tuple[int, ...]]] = []
