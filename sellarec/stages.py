@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -249,26 +250,39 @@ def _align(this: Run) -> dict[str, Any]:
     profiles = read_profiles(distilled, mark) if config.reads_profiles else None
     origin = this.artifact("collab") if config.align.init == "collab" else None
     collab = _collab_builder(this, origin, trains="align")
+    order = _order(this, "train", config.align.batch, config.seed)
     measured = draw_items(log.items(["seen"])["seen"].to_numpy(), config.seed)
-    build = partial(
-        _build_align,
-        collab,
-        vectors.width,
-        vectors.read,
-        config.collab.dim,
-        config.align,
-        measured,
-        config.seed,
-        profiles,
-    )
-    facts = _train(this, "align", build, _order(this, "train", config.align.batch, config.seed), build().tables)
+    arguments = (vectors.width, vectors.read, config.collab.dim, config.align, measured, config.seed, profiles)
+    task = _build_align(collab, *arguments)
+    users, path = _users_of_align(this, task.columns, order) if config.align.side != "items" else (0, None)
+    facts = _train(this, "align", partial(_build_align, collab, *arguments, path), order, task.tables)
     # from scratch it is made without stage collab, whose artifact may not be there
     valid = {"align": kept_metrics(facts), "collab": collab_beside_align(this) if origin is not None else None}
-    found = {"items": len(measured), **facts.pop("measured"), "valid": valid}
+    counts = {"items": len(measured)} | ({"users": users} if users else {})
+    found = {**counts, **facts.pop("measured"), "valid": valid}
     where = this.artifact("align")
     this.persist(f"writing {where}/alignment.json", partial(where.write_json, "alignment.json", found))
     this.console.line(f"align     {summary(found)}")
     return {**facts, "alignment": found}
+
+
+def _users_of_align(this: Run, columns: Sequence[str], order: Any) -> tuple[int, Path]:
+    """Write the rows by whose users the two spaces are compared, beside the artifact while it is made: how many, and where."""
+    from sellarec.alignment.measures import draw_rows_of_users
+    from sellarec.language.distil import users_with_profiles
+
+    known = users_with_profiles(this.artifact("distil").local()) if this.config.reads_profiles else None
+
+    def has_vector(rows: pa.Table) -> np.ndarray:
+        if known is None:
+            return pc.list_value_length(rows["history"]).to_numpy() > 0
+        return np.isin(rows["user"].to_numpy(), known)
+
+    place = this.artifact("align") / WORK / "users"
+    with place.writing() as folder:
+        rows = draw_rows_of_users(order, columns, has_vector)
+        pq.write_table(rows, folder / "rows.parquet")
+    return len(rows), place.local() / "rows.parquet"
 
 
 def collab_beside_align(this: Run) -> dict[str, float | None] | None:

@@ -10,20 +10,21 @@ Shapes: b rows of one worker, D columns of a collaborative row, H columns of a d
 projected to the width of the other.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
 from sellarec.alignment.contrastive import Views, contrastive_loss
 from sellarec.alignment.disentangled import Disentangling, Parts, disentangled_loss
 from sellarec.alignment.measures import compare_views
-from sellarec.alignment.rows import LIKED, prepare
+from sellarec.alignment.rows import LIKED, last_liked, prepare
 from sellarec.collab.model import CollabModel
 from sellarec.collab.task import WEIGHTS, CollabTask, save_parts
 from sellarec.config import Align
@@ -100,8 +101,10 @@ class AlignTask(Task):
         measured: np.ndarray,
         seed: int,
         profiles: Table | None = None,
+        measured_rows: pa.Table | None = None,
     ) -> None:
         self._collab, self.measured, self._seed = collab, measured, seed
+        self.measured_rows = measured_rows
         self._sides = ("items", "users") if settings.side == "both" else (settings.side,)
         self._has_profiles = profiles is not None
         self.columns, self.prepare = collab.columns, collab.prepare
@@ -161,13 +164,8 @@ class AlignTask(Task):
         semantic: dict[str, Tensor] = {}
         if "items" in self._sides:
             semantic["items"] = vectors["semantic"]
-        if self._has_profiles:
-            semantic["users"] = vectors["profile"]
-            has_vector = (vectors["profile"].detach() != 0).any(1)  # a user without a profile has zeros
-        elif "users" in self._sides:
-            liked = vectors[LIKED]
-            semantic["users"] = liked.sum() / liked.lengths.clamp(min=1)[:, None]
-            has_vector = liked.lengths > 0
+        if "users" in self._sides:
+            semantic["users"], has_vector = self._semantic_of_users(vectors)
         aligned: dict[str, tuple[Tensor, ...]] = {}
 
         def network(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -196,14 +194,41 @@ class AlignTask(Task):
             total = total + scale * (losses * weights).sum()
         return total
 
+    def _semantic_of_users(self, vectors: Vectors) -> tuple[Tensor, Tensor]:
+        """[b, H], what the rows' users are drawn to, and bool [b], whether there is something."""
+        if self._has_profiles:
+            profile = vectors["profile"]
+            return profile, (profile.detach() != 0).any(1)  # a user without a profile has zeros
+        liked = vectors[LIKED]
+        return liked.sum() / liked.lengths.clamp(min=1)[:, None], liked.lengths > 0
+
     def score(self, model: nn.Module, batch: Batch, vectors: Vectors) -> Tensor:
         return self._collab.score(lambda *arguments: model({}, *arguments)[:2], batch, vectors)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         save_parts(weights, {"projection.": folder / PROJECTION, "network.": folder / WEIGHTS})
 
-    def measure(self, weights: dict[str, Tensor], vectors: dict[str, Tensor]) -> dict[str, Any]:
-        """How the items' rows and distilled vectors lie to each other, as they are aligned."""
+    def collate_measured(self, rows: pa.Table) -> Batch:
+        prepare = self.prepare_to_score
+        prepared = rows if prepare is None else prepare(rows, 0, np.zeros(len(rows), np.int64))
+        batch = self._collab.collate(prepared.append_column("weight", pa.array(np.ones(len(rows), np.float32))), None)
+        if self._has_profiles:
+            batch["profile"] = batch["user"]
+        else:
+            batch[LIKED] = Jagged.of(last_liked(rows, self._settings.history))
+        return batch
+
+    def views_of_users(self, model: nn.Module, batch: Batch, vectors: Vectors) -> tuple[Tensor, ...]:
+        semantic, _ = self._semantic_of_users(vectors)
+        item = self._collab.network.item(batch, vectors)[:, None]
+        _, _, found = model({"users": semantic}, batch, vectors, item)
+        return found["users"][:2]  # with darec the shared parts
+
+    def measure(
+        self, weights: dict[str, Tensor], vectors: dict[str, Tensor], users: Sequence[Tensor] | None
+    ) -> dict[str, Any]:
+        """How the items' rows and distilled vectors lie to each other, as they are aligned; and under `users`, where those are
+        aligned, how their vectors and what these are drawn to do."""
         part = {
             name.removeprefix("projection."): value.to(vectors["item"].device)
             for name, value in weights.items()
@@ -213,8 +238,12 @@ class AlignTask(Task):
             projection = self._make_projection()
         projection.load_state_dict(part, assign=True)
         items = self._collab.network.as_represented("items", vectors["item"])
-        found = views(projection, self._settings.contrastive, items, vectors["semantic"])
-        return compare_views(*found[:2])
+        found: dict[str, Any] = compare_views(
+            *views(projection, self._settings.contrastive, items, vectors["semantic"])[:2]
+        )
+        if users is None:
+            return found
+        return found | {"users": compare_views(*users)}
 
     def facts(self) -> dict[str, Any]:
         return self._collab.facts()
@@ -229,6 +258,7 @@ def build_align(
     measured: np.ndarray,
     seed: int,
     profiles: RowReader | None = None,
+    measured_rows: Path | None = None,
 ) -> AlignTask:
     """The task for a collaborative model.
 
@@ -239,6 +269,7 @@ def build_align(
         measured: int64 [n], the items by which the two spaces are compared before and after training.
         seed: of the masked users and items, and of those that centres start as.
         profiles: reads the vectors of users' profiles; None where users, if any, are aligned to what they liked.
+        measured_rows: Parquet file of the rows by whose users the two spaces are compared too; None where users aren't aligned.
     """
     rows = {table.name: table.rows for table in collab.tables}
     features = ("semantic",) if settings.side == "items" or profiles is not None else ("semantic", LIKED)
@@ -250,4 +281,5 @@ def build_align(
     ends = (width, dim) if settings.contrastive == "rlmrec-con" else (dim, width)
     kind = Disentangling if settings.contrastive == "darec" else Projection
     make = partial(kind, ends[0], settings.hidden, ends[1], settings.layers)
-    return AlignTask(collab, semantic, make, settings, measured, seed, of_users)
+    rows_of_users = None if measured_rows is None else pq.read_table(measured_rows)
+    return AlignTask(collab, semantic, make, settings, measured, seed, of_users, rows_of_users)

@@ -1,19 +1,22 @@
-"""How well two views of the same items lie over each other: alignment, uniformity, retrieval.
+"""How well two views of the same items, or users, lie over each other: alignment, uniformity, retrieval.
 
 Shapes: n items, m of them that are gone through at once, H columns.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MOST_ITEMS = 10_000
-"""Items that are measured at most: all pairs of them are compared."""
+from sellarec.training.stream import Order
+
+MOST_ITEMS = MOST_USERS = 10_000
+"""Items, and users, that are measured at most: all pairs of them are compared."""
 
 BLOCK = 1024
 """Items that are compared with all others at once."""
@@ -28,8 +31,28 @@ def draw_items(seen: np.ndarray, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(items, min(len(items), MOST_ITEMS), replace=False))
 
 
+def draw_rows_of_users(order: Order, columns: Sequence[str], has_vector: Callable[[pa.Table], np.ndarray]) -> pa.Table:
+    """One row each of MOST_USERS users, or of all: the first in the order's first epoch that is theirs.
+
+    Args:
+        columns: `user` and others, which the rows are to have.
+        has_vector: bool [b], of which rows the user has a semantic vector; others are left out.
+    """
+    found, known = [order.read(next(order.pieces(0, 1)), columns).slice(0, 0)], np.zeros(0, np.int64)
+    for piece in order.pieces(0, order.steps_per_epoch):
+        rows = order.read(piece, columns)
+        rows = rows.take(np.flatnonzero(has_vector(rows)))
+        users, first = np.unique(rows["user"].to_numpy(), return_index=True)
+        new = np.sort(first[~np.isin(users, known)])[: MOST_USERS - len(known)]
+        found.append(rows.take(new))
+        known = np.concatenate([known, found[-1]["user"].to_numpy()])
+        if len(known) == MOST_USERS:
+            break
+    return pa.concat_tables(found)
+
+
 def compare_views(collab: Tensor, semantic: Tensor) -> dict[str, float | None]:
-    """Measures of two views of n items, float [n, H] each, whose lengths don't count.
+    """Measures of two views of n items, or users, float [n, H] each, whose lengths don't count.
 
     alignment: mean squared distance of an item's two unit vectors; uniformity_*: log mean exp(-2 d^2) over all pairs of
     different items of one view, with their distance d (both Wang & Isola, 2020), None for a single item; VIEW_to_VIEW@k: share of
@@ -76,18 +99,22 @@ def _ranks(scores: Tensor, own: Tensor) -> Tensor:
 def summary(found: Mapping[str, Any]) -> str:
     """One line of what alignment.json holds."""
     before, after = found["before"], found["after"]
+    parts = _changes(before, after, f"{found['items']:,} items")
+    if "users" in found:
+        parts += _changes(before["users"], after["users"], f"{found['users']:,} users")
+    return "; ".join([*parts, *(_price(metric, found["valid"]) for metric in found["valid"]["align"])])
 
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any], of: str) -> list[str]:
     def change(name: str, form: str) -> str:
         return " to ".join("-" if at[name] is None else format(at[name], form) for at in (before, after))
 
-    parts = [
+    return [
         f"alignment {change('alignment', '.3f')}",
         f"uniformity of rows {change('uniformity_collab', '.2f')}, of vectors {change('uniformity_semantic', '.2f')}",
-        f"of {found['items']:,} items find their vector first {change('collab_to_semantic@1', '.1%')}, "
+        f"of {of} find their vector first {change('collab_to_semantic@1', '.1%')}, "
         f"their row {change('semantic_to_collab@1', '.1%')}",
-        *(_price(metric, found["valid"]) for metric in found["valid"]["align"]),
     ]
-    return "; ".join(parts)
 
 
 def _price(metric: str, valid: Mapping[str, Any]) -> str:

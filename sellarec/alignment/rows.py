@@ -20,7 +20,12 @@ def prepare(
         history: items that are kept.
         is_read: whether the collaborative model takes `history`, which is left out otherwise.
     """
-    liked = lists(*last(*flat(rows["history"]), history))
+    liked = last_liked(rows, history)
     if not is_read:
         rows = rows.drop_columns(["history"])
     return (rows if collab is None else collab(rows, epoch, step)).append_column(LIKED, liked)
+
+
+def last_liked(rows: pa.Table, history: int) -> pa.ChunkedArray:
+    """list<int64>: the last items of each row's `history`, so many at most."""
+    return pa.chunked_array([lists(*last(*flat(rows["history"]), history))])

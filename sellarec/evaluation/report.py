@@ -18,7 +18,7 @@ BEST_ATTAINABLE = "best attainable"
 """The name, among the models, of the scores that no model can beat: those of a generated world's own probabilities."""
 
 ALIGNMENT_MEASURES = {
-    "alignment": "mean squared distance of an item's projected row and distilled vector",
+    "alignment": "mean squared distance of projected row and distilled vector",
     "uniformity_collab": "uniformity of projected rows",
     "uniformity_semantic": "uniformity of distilled vectors",
     "collab_to_semantic@1": "rows that find their vector first",
@@ -178,7 +178,7 @@ def _curves(stage: Mapping[str, Any]) -> dict[str, Any]:
     facts.pop("histories", None)  # a table of its own
     steps, workers, device = facts.pop("steps"), facts.pop("workers"), facts.pop("device")
     optimizers, _ = facts.pop("optimizers"), facts.pop("sharding")
-    alignment = facts.pop("alignment", None)
+    alignment = _alignment(facts.pop("alignment", None))
 
     def draw_losses(axes: Axes) -> None:
         _curve(axes, losses, 1, color=ACCENT, label="loss")
@@ -203,6 +203,16 @@ def _curves(stage: Mapping[str, Any]) -> dict[str, Any]:
             **facts,
         },
     }
+
+
+def _alignment(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What stage align measured, with the `views` that were compared: of items, and of users where those were aligned."""
+    if found is None:
+        return None
+    views = {"items": {when: found[when] for when in ("before", "after")}}
+    if "users" in found:
+        views["users"] = {when: found[when]["users"] for when in ("before", "after")}
+    return {**found, "views": views}
 
 
 def _curve(axes: Axes, points: Sequence[Sequence[float | None]], column: int, *, color: str, label: str) -> None:

@@ -256,8 +256,12 @@ def read_profiles(folder: Path, mark: str) -> RowReader:
         UserError: as SavedVectors.
     """
     vectors = SavedVectors(folder / PROFILES, mark)
-    known = pq.read_table(folder / PROFILES / "users.parquet")["user"].to_numpy()
-    return partial(_rows_of_users, vectors, known)
+    return partial(_rows_of_users, vectors, users_with_profiles(folder))
+
+
+def users_with_profiles(folder: Path) -> np.ndarray:
+    """int64, sorted: the users whose profiles' vectors a stage's artifact has."""
+    return pq.read_table(folder / PROFILES / "users.parquet")["user"].to_numpy()
 
 
 def _rows_of_users(vectors: "SavedVectors", known: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -54,7 +54,7 @@ KINDS: tuple[Kind, ...] = ("user", "item")
 Made = TypeVar("Made")
 
 MEASURED_AT_ONCE = 1024
-"""Items of each worker whose vectors are looked up at once to be measured."""
+"""Items, or users, of each worker whose vectors are looked up at once to be measured."""
 
 DENSE_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
 
@@ -488,24 +488,37 @@ class Engine:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any] | None:
-        """What the task measures of some items, on worker 0; elsewhere None. All workers call it, in a stage that trains."""
+        """What the task measures of some items and users, on worker 0; elsewhere None. All workers call it, in a stage that
+        trains."""
         task, workers = self.task, self.workers
-        assert isinstance(task, MeasuredTask)
-        items = torch.from_numpy(task.measured)
-        found: dict[str, list[Tensor]] = {}
+        assert isinstance(task, MeasuredTask) and task.model is not None
+        items: dict[str, list[Tensor]] = {}
+        users: list[tuple[Tensor, ...]] = []
         with self._scoring():
-            for some in items.split(MEASURED_AT_ONCE * workers.world_size):
-                share = -(-len(some) // workers.world_size)
-                places = torch.arange(workers.rank * share, (workers.rank + 1) * share) % len(some)
-                batch = self._to_device(dict.fromkeys(task.measured_features, some[places]))
+            for some in torch.from_numpy(task.measured).split(MEASURED_AT_ONCE * workers.world_size):
+                own = self._share_of(len(some))
+                batch = self._to_device(dict.fromkeys(task.measured_features, some[own]))
                 for name, vectors in self._look_up(batch).items():
-                    gathered = workers.gather(vectors)[: len(some)]
-                    if workers.rank == 0:
-                        found.setdefault(name, []).append(gathered)
-        weights = dense.trained_weights(task.model) if task.model is not None else {}
+                    items.setdefault(name, []).append(workers.gather(vectors)[: len(some)])
+            if task.measured_rows is not None:
+                for start in range(0, len(task.measured_rows), MEASURED_AT_ONCE * workers.world_size):
+                    rows = task.measured_rows.slice(start, MEASURED_AT_ONCE * workers.world_size)
+                    own_rows = rows.take(self._share_of(len(rows)).numpy())
+                    batch = self._to_device(task.collate_measured(own_rows))
+                    self._agree(batch, own_rows)
+                    views = task.views_of_users(task.model, batch, self._look_up(batch))
+                    users.append(tuple(workers.gather(view)[: len(rows)] for view in views))
+        weights = dense.trained_weights(task.model)
         if workers.rank > 0:
             return None
-        return task.measure(weights, {name: torch.cat(parts) for name, parts in found.items()})
+        vectors = {name: torch.cat(parts) for name, parts in items.items()}
+        of_users = [torch.cat(parts) for parts in zip(*users, strict=True)] if users else None
+        return task.measure(weights, vectors, of_users)
+
+    def _share_of(self, number: int) -> Tensor:
+        """int64 [b]: which of so many this worker takes, as many as each other one does; the last ones' begin again."""
+        share = -(-number // self.workers.world_size)
+        return torch.arange(self.workers.rank * share, (self.workers.rank + 1) * share) % number
 
     def plan(self) -> list[dict[str, Any]]:
         """One line a table: where it lies, and the bytes of the worker that holds most of it."""

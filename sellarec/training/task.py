@@ -143,22 +143,34 @@ class Task(Protocol):
 
 @runtime_checkable
 class MeasuredTask(Protocol):
-    """What a task has beside that measures something of some items, before its first step and of the state that is kept.
+    """What a task has beside that measures something of some items, and of some users by a row each, before its first step and
+    of the state that is kept.
 
     Attributes:
         measured: int64 [n], the items.
         measured_features: the features under which they are looked up.
+        measured_rows: the users' rows; None where users aren't measured.
     """
 
     measured: np.ndarray
     measured_features: Sequence[str]
+    measured_rows: pa.Table | None
 
-    def measure(self, weights: dict[str, Tensor], vectors: dict[str, Tensor]) -> dict[str, Any]:
+    def collate_measured(self, rows: pa.Table) -> Batch:
+        """The batch of some of `measured_rows`."""
+
+    def views_of_users(self, model: nn.Module, batch: Batch, vectors: Vectors) -> tuple[Tensor, ...]:
+        """What is measured of their users: two views, [b, K] each."""
+
+    def measure(
+        self, weights: dict[str, Tensor], vectors: dict[str, Tensor], users: Sequence[Tensor] | None
+    ) -> dict[str, Any]:
         """What is found, as JSON takes it. One worker calls it.
 
         Args:
             weights: the trained dense weights, whole, by name in `model`.
             vectors: the items' vectors [n, D], by feature.
+            users: what `views_of_users` gives of all of `measured_rows`; None where there are none.
         """
 
 

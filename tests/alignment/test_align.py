@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -96,7 +97,7 @@ def test_what_is_projected_is_what_fuse_projects(name, tmp_path):
     measured = vectors_of(task, dict.fromkeys(task.measured_features, batch["item"]))
     expected = compare_views(task.model.projection(items), measured["semantic"])
     weights = {name: weight.detach().clone() for name, weight in task.model.named_parameters()}
-    assert task.measure(weights, measured) == expected
+    assert task.measure(weights, measured, None) == expected
 
 
 SIDES = [("mf", "bce"), ("mf", "bpr"), ("svdpp", "softmax"), ("lightgcn", "bce"), ("sasrec", "bpr"), ("din", "bce")]
@@ -346,7 +347,34 @@ def test_items_are_measured_in_the_space_of_the_projection(side, contrastive, tm
             views = vectors["item"], task.model.projection(vectors["semantic"])
         else:
             views = task.model.projection(vectors["item"]), vectors["semantic"]
-        assert task.measure(weights, vectors) == compare_views(*views)
+        assert task.measure(weights, vectors, None) == compare_views(*views)
+
+
+@pytest.mark.parametrize("user_vectors", ["liked", "profile"])
+@pytest.mark.parametrize("name", [*MODELS, "binary_mf"])
+def test_users_are_measured_as_fuse_projects_them_and_as_they_are_aligned(name, user_vectors, tmp_path):
+    """By a row of each: what stands for the user in it, beside the mean of its last two liked items, or the profile."""
+    settings = replace(SETTINGS, side="users", history=2, user_vectors=user_vectors)
+    profiles = np.random.default_rng(1).standard_normal((USERS, WIDTH)).astype(np.float32)
+    read = {"vectors": lambda start, stop: VECTORS[start:stop]}
+    if user_vectors == "profile":
+        read["profiles"] = lambda start, stop: profiles[start:stop]
+    pq.write_table(train_rows(3).drop_columns(["weight"]).take([0, 2]), tmp_path / "rows.parquet")
+    arguments = {"dim": 4, "settings": settings, "measured": np.arange(3), "seed": 1}
+    task = build_align(make(tmp_path, model=name), WIDTH, **read, **arguments, measured_rows=tmp_path / "rows.parquet")
+    batch = task.collate_measured(task.measured_rows)
+    vectors = vectors_of(task, batch)
+    with torch.no_grad():
+        views = task.views_of_users(task.model.eval(), batch, vectors)
+        network = make(tmp_path, model=name).network.eval()
+        network.load_state_dict(task.model.network.state_dict())
+        torch.testing.assert_close(views[0], task.model.projection(network.represent_user(batch, vectors)))
+        expected = profiles[[0, 2]] if user_vectors == "profile" else [VECTORS[[1, 2]].mean(0), VECTORS[3]]
+        torch.testing.assert_close(views[1], torch.from_numpy(np.stack(expected)))
+        of_items = vectors_of(task, dict.fromkeys(task.measured_features, torch.arange(3)))
+        weights = {name: weight.detach().clone() for name, weight in task.model.named_parameters()}
+        found = task.measure(weights, of_items, views)
+        assert found == task.measure(weights, of_items, None) | {"users": compare_views(*views)}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,13 +1,16 @@
 """What is measured of two views: against plain numpy over all pairs, in blocks of any size."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sellarec.alignment import measures
-from sellarec.alignment.measures import compare_views, draw_items, kept_metrics, summary
+from sellarec.alignment.measures import compare_views, draw_items, draw_rows_of_users, kept_metrics, summary
+from sellarec.training import stream
 
 torch.set_num_threads(1)
 
@@ -64,6 +67,40 @@ def test_items_are_drawn_by_seed_from_those_of_the_train_split(monkeypatch):
     drawn = draw_items(seen, 1)
     assert len(set(drawn.tolist())) == 10 and seen[drawn].all() and (np.diff(drawn) > 0).all()
     assert draw_items(seen, 1).tolist() == drawn.tolist() != draw_items(seen, 2).tolist()
+
+
+@pytest.mark.parametrize("most", [3, 100])
+def test_users_are_measured_by_their_first_row_that_has_a_vector(most, tmp_path, monkeypatch):
+    """In the order of the first epoch, over all windows; of more than are measured the first ones."""
+    monkeypatch.setattr(stream, "WINDOW_ROWS", 8)
+    monkeypatch.setattr(measures, "MOST_USERS", most)
+    generator = np.random.default_rng(3)
+    columns = {"row": np.arange(50), "user": generator.integers(0, 9, 50), "item": generator.integers(0, 7, 50)}
+    path = str(tmp_path / "rows.parquet")
+    pq.write_table(pa.table(columns), path, row_group_size=5)
+    order = stream.Order(tuple(stream.row_groups([path])), 4, 1)
+    found = draw_rows_of_users(order, ["row", "user", "item"], lambda rows: rows["item"].to_numpy() > 2)
+    pieces = pa.concat_tables(order.read(piece, list(columns)) for piece in order.pieces(0, order.steps_per_epoch))
+    expected: dict[int, int] = {}
+    for row in pieces.to_pylist():
+        if row["item"] > 2:
+            expected.setdefault(row["user"], row["row"])
+    assert len(expected) > 3 and sorted(expected) != list(expected)
+    assert dict(zip(found["user"].to_pylist(), found["row"].to_pylist(), strict=True)) == dict(
+        list(expected.items())[:most]
+    )
+    assert found.column_names == ["row", "user", "item"]
+
+
+def test_the_line_tells_of_users_too_where_they_are_aligned():
+    rows, other = (torch.randn(30, 6, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    views = compare_views(rows, other), compare_views(rows, rows)
+    before, after = (of_items | {"users": of_users} for of_items, of_users in zip(views, views[::-1], strict=True))
+    valid = {"align": {"auc": 0.75}, "collab": None}
+    line = summary({"items": 30, "users": 30, "before": before, "after": after, "valid": valid})
+    of_items, of_users = line.split("of 30 items")[0], line.split("of 30 items")[1]
+    assert of_items.startswith(f"alignment {before['alignment']:.3f} to 0.000;")
+    assert f"alignment 0.000 to {before['alignment']:.3f};" in of_users and "of 30 users find their vector" in of_users
 
 
 def test_the_line_tells_what_changed_and_its_price():

@@ -233,7 +233,7 @@ def test_models_without_pairs_or_best():
     assert BEST_ATTAINABLE not in page.text
 
 
-def aligned_stages(collab) -> list[dict]:
+def aligned_stages(collab, of_users: bool = False) -> list[dict]:
     stages = make_stages()
     of = next(stage for stage in stages if stage["stage"] == "collab")
     measures = {name: 0.125 * number for number, name in enumerate(ALIGNMENT_MEASURES)}
@@ -243,6 +243,10 @@ def aligned_stages(collab) -> list[dict]:
         "after": {name: value + 0.01 for name, value in measures.items()},
         "valid": {"align": {"auc": 0.7111, "uauc": None}, "collab": collab},
     }
+    if of_users:
+        alignment["users"] = 567
+        for when in ("before", "after"):
+            alignment[when] |= {"users": {name: value + 0.4 for name, value in measures.items()}}
     facts = {**of["manifest"]["facts"], "alignment": alignment}
     return [*stages, {**of, "stage": "align", "manifest": {"seconds": 1.0, "facts": facts}}]
 
@@ -257,6 +261,10 @@ def test_what_align_did_is_shown_with_its_price():
     alone = Page(report(stages=aligned_stages(None))).text
     assert "AUC 0.7111; UAUC –; collab was not measured on the same rows" in alone
     assert "items of the train split before" not in Page(report()).text
+    assert "users of the train split" not in text
+    both = Page(report(stages=aligned_stages(None, of_users=True))).text
+    assert both.index("1,234 items of the train split") < both.index("567 users of the train split before after")
+    assert "vectors that find their row among the first 10 1.1500 1.1500" in both
 
 
 def test_histories_that_were_cut_are_counted_by_stage_and_split():

@@ -8,12 +8,14 @@ from typing import Any
 import engine_cases
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from engine_cases import BATCH, SEED, STEPS
 from table_cases import Setup, plain_optimizer
 
 from sellarec.alignment.align import AlignTask, build_align
-from sellarec.alignment.measures import compare_views
+from sellarec.alignment.measures import compare_views, draw_rows_of_users
 from sellarec.artifacts import Place
 from sellarec.collab.task import build_collab
 from sellarec.config import Align, Collab, Tables
@@ -59,7 +61,20 @@ def task_of(run: Run) -> AlignTask:
     torch.manual_seed(SEED)
     collab = build_collab(read_log(run.log), run.collab, None, run.log / "counts.npy", seed=SEED)
     profiles = profiled if run.settings.user_vectors == "profile" else None
-    return build_align(collab, WIDTH, distilled, run.collab.dim, run.settings, MEASURED, SEED, profiles)
+    rows = None if run.settings.side == "items" else run.log / f"users-{run.settings.user_vectors}.parquet"
+    return build_align(collab, WIDTH, distilled, run.collab.dim, run.settings, MEASURED, SEED, profiles, rows)
+
+
+def write_users(log: Path) -> None:
+    """The rows by whose users is measured: of all who have what they are aligned to, a row each."""
+    columns = ("row", "user", "item", "label", "user_seen", "item_seen", "history")
+    order = Order(tuple(row_groups([str(path) for path in read_log(log).split_paths("train")])), BATCH, SEED)
+    ways = {
+        "liked": lambda rows: pc.list_value_length(rows["history"]).to_numpy() > 0,
+        "profile": lambda rows: rows["user"].to_numpy() % 3 > 0,
+    }
+    for name, has_vector in ways.items():
+        pq.write_table(draw_rows_of_users(order, columns, has_vector), log / f"users-{name}.parquet")
 
 
 def order_of(run: Run) -> Order:
@@ -181,12 +196,25 @@ class Twin:
 
     @torch.no_grad()
     def measure(self, task: AlignTask, rows: dict[str, torch.Tensor]) -> dict[str, Any]:
-        item, semantic = self.smoothed(rows, None)["item"][MEASURED], rows["semantic"][MEASURED]
+        smoothed = self.smoothed(rows, None)
+        found = self.compare(task, smoothed["item"][MEASURED], rows["semantic"][MEASURED])
+        if task.measured_rows is None:
+            return found
+        users = task.measured_rows["user"].to_pylist()
+        if self.run.settings.user_vectors == "profile":
+            drawn_to = rows["profile"][users]
+        else:
+            last = [liked[-self.run.settings.history :] for liked in task.measured_rows["history"].to_pylist()]
+            drawn_to = torch.stack([rows["semantic"][liked].mean(0) for liked in last])
+        of_users = self.compare(task, smoothed["user"][users], drawn_to)
+        return found | {f"{name} of users": value for name, value in of_users.items()}
+
+    def compare(self, task: AlignTask, rows: torch.Tensor, semantic: torch.Tensor) -> dict[str, Any]:
         if self.run.settings.contrastive == "darec":
-            return compare_views(*task.model.projection(item, semantic)[:2])
+            return compare_views(*task.model.projection(rows, semantic)[:2])
         if self.run.settings.contrastive == "rlmrec-con":
-            return compare_views(item, task.model.projection(semantic))
-        return compare_views(task.model.projection(item), semantic)
+            return compare_views(rows, task.model.projection(semantic))
+        return compare_views(task.model.projection(rows), semantic)
 
     def smoothed(self, rows: dict[str, torch.Tensor], step: int | None) -> dict[str, torch.Tensor]:
         """Rows as LightGCN smooths them, by a whole matrix; at a training step those that are masked count as zeros."""

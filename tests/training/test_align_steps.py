@@ -36,6 +36,7 @@ def log(tmp_path_factory) -> Path:
     rows = {"user": user, "item": item, "label": pa.array(label, pa.int8()), "timestamp": np.arange(count)}
     log = prepare_into(folder, source_of(pa.table(rows)), rules(history_cap=6))
     np.save(folder / "counts.npy", item_counts(log))
+    align_cases.write_users(folder)
     return folder
 
 
@@ -97,8 +98,10 @@ def close(found: list[dict], run: Run, twins: dict, case: str) -> None:
         np.testing.assert_allclose(worker["losses"], twin.losses[run.start_at :], rtol=2e-5)
     for worker in found[1:]:
         assert worker["measured"] == (None, None)
-    for ours, theirs in zip(found[0]["measured"], twin.measured, strict=True):
-        if run.start_from is None or ours is found[0]["measured"][1]:
+    for measured, theirs in zip(found[0]["measured"], twin.measured, strict=True):
+        ours = {name: value for name, value in measured.items() if name != "users"}
+        ours |= {f"{name} of users": value for name, value in measured.get("users", {}).items()}
+        if run.start_from is None or measured is found[0]["measured"][1]:
             assert ours == pytest.approx(theirs, rel=1e-3)
     for name, rows in twin.tables.items():
         saved = SavedTable(run.output / "tables", name).read(0, len(rows))
