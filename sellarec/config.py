@@ -469,6 +469,9 @@ class Distil(Language):
     """Titles of a profile at most, the most recent ones (items)."""
     profile_tokens: int = 256
     """Longest profile (tokens), as `max_tokens`."""
+    sharded: bool = runtime(False)
+    """Have the workers hold the language model together, each a share, as in adapt, instead of each the whole: for one that no
+    device holds. Layers are gathered for every micro-batch, so it is slower where the model fits."""
 
 
 @dataclass(frozen=True, kw_only=True)

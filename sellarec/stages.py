@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from sellarec.ahead import check_model, check_prompts, check_tables, room_of
 from sellarec.artifacts import Place
 from sellarec.changes import windows
-from sellarec.config import Language, Selection
+from sellarec.config import Distil, Language, Selection
 from sellarec.data.log import Log, copy_log
 from sellarec.data.prepare import check_expected, discard_work, in_words, prepare, rules_of
 from sellarec.errors import StageFailed, TrainingPaused, TrainingStopped, UserError
@@ -201,22 +201,11 @@ def _given_tables(this: Run) -> dict[str, Path]:
 
 
 def _distil(this: Run) -> dict[str, Any]:
-    from sellarec.language.distil import PROFILES, distil, write_profiles
+    from sellarec.language.distil import PROFILES, write_profiles
 
     config, log, settings, output = this.config, this.log(), this.config.distil, this.artifact("distil")
     check_model(this, "distil", this.llm())
-    encode = partial(
-        run_task,
-        distil,
-        "distil",
-        this.console,
-        **this.adapted(),
-        noun=log.facts["noun"],
-        workers=first_workers("distil", this.group(), this.console),
-        gpus=this.gpus(),
-        mark=this.marks["distil"],
-    )
-    facts = encode(items=[str(path) for path in log.paths("items")], settings=settings, output=output)
+    facts = _encode(this, [str(path) for path in log.paths("items")], settings, output)
     _tell_cut(this, "texts", facts, f"distil.max_tokens {settings.max_tokens}")
     if config.reads_profiles:
         work, users = output / WORK, output / PROFILES
@@ -225,11 +214,40 @@ def _distil(this: Run) -> dict[str, Any]:
         of_users = dataclasses.replace(
             settings, text="text", prompt=settings.profile, max_tokens=settings.profile_tokens
         )
-        found = encode(items=[str(work.local() / "profiles.parquet")], settings=of_users, output=users)
+        found = _encode(this, [str(work.local() / "profiles.parquet")], of_users, users)
         _tell_cut(this, "profiles", found, f"distil.profile_tokens {settings.profile_tokens}")
         output.delete(WORK)
         facts["profiles"] = {name: found[name] for name in ("items", "texts_cut")}
     return facts
+
+
+def _encode(this: Run, files: list[str], settings: Distil, output: Place) -> dict[str, Any]:
+    """Encode the texts of files; gives how many items and of what width, of how many the text was cut, and how many stood."""
+    from sellarec.language.distil import distil, items_in, rows_of_part, what_stands
+    from sellarec.training.encoding import Encoding, encode_worker
+
+    noun, mark, catalog = this.log().facts["noun"], this.marks["distil"], items_in(files)
+    stood = what_stands(output, mark)["items"]
+    if not settings.sharded:
+        run_task(
+            distil, "distil", this.console, items=files, settings=settings, **this.adapted(), noun=noun,
+            workers=first_workers("distil", this.group(), this.console), gpus=this.gpus(), output=output, mark=mark,
+        )  # fmt: skip
+    elif stood < catalog:
+        encoding = Encoding(
+            files,
+            catalog,
+            settings,
+            **this.adapted(),
+            noun=noun,
+            output=output,
+            mark=mark,
+            part_rows=rows_of_part(catalog),
+        )
+        run_workers(encode_worker, {"encoding": encoding}, "distil", this.group(), this.console, partial(_track, this))
+    written = what_stands(output, mark)
+    facts = {"items": catalog, "width": written["width"], "texts_cut": written["texts_cut"]}
+    return {**facts, "items_that_stood": stood}
 
 
 def _tell_cut(this: Run, what: str, facts: dict[str, Any], limit: str) -> None:

@@ -175,7 +175,7 @@ def fewest_workers(
     config: Config, shape: Shape, context: int, stages: Sequence[str], tables: int, gpu: Gpu
 ) -> int | None:
     """The fewest workers, of 1, 2, 4, ... 1,024, on whose GPUs the model and an equal share of the tables fit; None: no number
-    of them does, as each worker of stage distil holds the whole model.
+    of them does, as each worker of stage distil holds the whole model, unless it is `sharded`.
 
     Args:
         tables: bytes of all tables with their optimizer.

@@ -13,7 +13,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -29,8 +29,12 @@ from sellarec.errors import UserError
 from sellarec.language import llm as llms
 from sellarec.language.prompts import SegmentTokenizer
 from sellarec.language.scorer import base_model
+from sellarec.training.dense import shard
 from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import RowReader
+
+if TYPE_CHECKING:
+    from sellarec.training.engine import Workers
 
 BLOCK_ROWS = 4096
 """Items that an actor takes at a time, and sorts by length, at most."""
@@ -55,6 +59,8 @@ class ItemEncoder:
     Args:
         device: where it computes. A GPU that is seen need not be this process's: with too few for all workers, Ray hides none.
         threads: of this process; None leaves them as they are.
+        workers: that hold the model together, each a share on its device, instead of this process the whole: all encode equally
+            many texts.
     """
 
     def __init__(
@@ -65,14 +71,26 @@ class ItemEncoder:
         settings: Distil,
         device: str = "cpu",
         threads: int | None = None,
+        workers: "Workers | None" = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         folder = source.folder()
         model = llms.with_adapter(llms.load_model(folder, source.storage), adapter)
-        llms.compute_in(model, torch.float32)
-        self._device = torch.device(device)
-        self._model = model.to(self._device).eval()
+        self._decoder, layers = base_model(model).base_model, llms.decoder_layers(base_model(model))
+        # transformers' output_hidden_states keeps all of them, and none of a sharded model
+        place, self._read = settings.layer % (len(layers) + 1), list[torch.Tensor]()
+        self._reads = layers[place] if place < len(layers) else None
+        if self._reads is not None:
+            self._reads.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        if workers is None:
+            self._device = torch.device(device)
+            llms.compute_in(model, torch.float32)
+            model.to(self._device)
+        else:
+            self._device = workers.device
+            shard(self._decoder, layers, workers.device, torch.float32)
+        self._decoder.eval()
         self._segmenter = SegmentTokenizer(llms.load_tokenizer(folder))
         self._noun, self._settings = noun, settings
         self._limit = min(settings.max_tokens, llms.context_length(model.config))
@@ -113,11 +131,12 @@ class ItemEncoder:
             tokens[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
         tokens, mask = tokens.to(self._device), mask.to(self._device)
-        layer = self._settings.layer
-        decoder = base_model(self._model).base_model
-        output = decoder(input_ids=tokens, attention_mask=mask, output_hidden_states=layer != -1, use_cache=False)
-        states = (output.last_hidden_state if layer == -1 else output.hidden_states[layer]).float()
-        return pool(states, mask, self._settings.pooling).cpu().numpy()
+        output = self._decoder(input_ids=tokens, attention_mask=mask, use_cache=False)
+        states = output.last_hidden_state if self._reads is None else self._read.pop()
+        return pool(states.float(), mask, self._settings.pooling).cpu().numpy()
+
+    def _keep_input(self, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._read.append(arguments[0] if arguments else named["hidden_states"])
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: Literal["last", "mean"]) -> torch.Tensor:
@@ -141,9 +160,13 @@ class Actor:
             # blocks are encoded nearly in order, so the first item of this one tells how far the catalog is
             self._board.put.remote({"stage": "distil", "done": items["item"][0].as_py(), "items": self._catalog})
         ids, cut = self._encoder.tokens(items["text"].to_pylist())
-        found = self._encoder.vectors(ids)
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(found.reshape(-1)), found.shape[1])
-        return pa.table({"item": items["item"], "vector": vectors, "cut": cut})
+        return written_vectors(items["item"], self._encoder.vectors(ids), cut)
+
+
+def written_vectors(items: pa.ChunkedArray, vectors: np.ndarray, cut: np.ndarray) -> pa.Table:
+    """Columns item, vector (fixed-size list of H float32) and cut (whether not all of the text was read), of float32 [b, H]."""
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    return pa.table({"item": items, "vector": lists, "cut": cut})
 
 
 def distil(
@@ -158,7 +181,7 @@ def distil(
     mark: str,
     board: Any,
     part_rows: int | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Encode the catalog with `workers` actors and write `vectors/part-*.parquet`, in item order.
 
     Parts that stand already under the same fingerprint are kept, and the items after them are encoded.
@@ -170,23 +193,14 @@ def distil(
         board: actor that takes progress records.
         part_rows: items of a part; None: see PARTS.
 
-    Returns:
-        Facts for the manifest: items and width, of how many the text was cut, and how many stood already.
-
     Raises:
         RuntimeError: a vector is not finite, or the items aren't exactly those of the catalog.
     """  # fmt: skip
     import ray.data
     from ray.data.expressions import col
 
-    catalog = sum(pq.read_metadata(path).num_rows for path in items)
-    written = output.read_json(WRITTEN)
-    if written is None or written["fingerprint"] != mark:
-        # what lies there is of nothing that is known
-        output.delete("vectors")
-        written = {"fingerprint": mark, "parts": 0, "items": 0, "texts_cut": 0, "width": 0}
-    first = written["items"]
-    part_rows = part_rows or min(max(-(-catalog // PARTS), FEWEST_ROWS), PART_ROWS)
+    catalog, written = items_in(items), what_stands(output, mark)
+    first, part_rows = written["items"], part_rows or rows_of_part(catalog)
     block_rows = min(part_rows, BLOCK_ROWS)
     if first < catalog:
         context = ray.data.DataContext.get_current()
@@ -208,15 +222,28 @@ def distil(
             )
         )
         for table in vectors.iter_batches(batch_size=part_rows, batch_format="pyarrow"):
-            written = _write_part(table, written, output)
+            written = write_part(table, written, output)
     if written["items"] != catalog:
         raise RuntimeError(f"distil: {written['items']} items have vectors, but the catalog has {catalog}")
-    return {
-        "items": catalog,
-        "width": written["width"],
-        "texts_cut": written["texts_cut"],
-        "items_that_stood": first,
-    }
+
+
+def items_in(files: list[str]) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in files)
+
+
+def rows_of_part(catalog: int) -> int:
+    """Items of a part of so large a catalog, see PARTS."""
+    return min(max(-(-catalog // PARTS), FEWEST_ROWS), PART_ROWS)
+
+
+def what_stands(output: Place, mark: str) -> dict[str, Any]:
+    """What WRITTEN holds, where it is of this fingerprint; else nothing stands, and what lies there, of nothing that is known, is
+    deleted."""
+    written = output.read_json(WRITTEN)
+    if written is not None and written["fingerprint"] == mark:
+        return written
+    output.delete("vectors")
+    return {"fingerprint": mark, "parts": 0, "items": 0, "texts_cut": 0, "width": 0}
 
 
 def write_profiles(log: Log, most: int, texts: Path, users: Path) -> None:
@@ -272,7 +299,7 @@ def _rows_of_users(vectors: "SavedVectors", known: np.ndarray, start: int, stop:
     return found
 
 
-def _write_part(table: pa.Table, written: dict[str, Any], output: Place) -> dict[str, Any]:
+def write_part(table: pa.Table, written: dict[str, Any], output: Place) -> dict[str, Any]:
     """Write the next part whole, and then that it is there; gives what is written now."""
     done, width = written["items"], table.schema.field("vector").type.list_size
     if not np.array_equal(table["item"].to_numpy(), np.arange(done, done + len(table))):

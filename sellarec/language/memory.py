@@ -226,7 +226,9 @@ def use_of(stage: str, config: Any, context: int) -> Use:
     }
     if stage == "distil":
         tokens = min(max(settings.max_tokens, settings.profile_tokens * config.reads_profiles), context)
-        return Use(**common | {"workers": 1, "dtype": "float32"}, tokens=tokens, logits="none", sharded=False)
+        workers = config.least_workers if settings.sharded else 1
+        common |= {"workers": workers, "dtype": "float32"}
+        return Use(**common, tokens=tokens, logits="none", sharded=settings.sharded)
     if stage == "evaluate":
         return Use(**common, tokens=tokens)
     common["checkpoints"] = settings.checkpoint_activations
@@ -254,6 +256,10 @@ def advice_of(stage: str, config: Any) -> dict[str, str]:
     tunes_all = stage == "adapt" and settings.method == "full"
     if config.llm.storage == "float32" and stage != "pretrain" and not tunes_all:
         advice |= dict.fromkeys(("the whole model", "weights"), "take llm.storage bfloat16 (now float32)")
+    if stage == "distil" and not settings.sharded and config.least_workers > 1:
+        advice["weights"] = (
+            f"{advice['weights']} or set distil.sharded" if "weights" in advice else "set distil.sharded"
+        )
     if stage == "fuse":
         kinds = f"tables.dtype {config.tables.dtype}, fuse.table_optimizer {settings.table_optimizer}"
         advice["tables"] = f"take a smaller type of rows or an optimizer with less state ({kinds})"

@@ -117,6 +117,11 @@ class Workers:
 
         return torch.cat(list(all_gather(rows.contiguous())))
 
+    def share_of(self, number: int) -> Tensor:
+        """int64 [b]: which of so many this worker takes, as many as each other one does; past the last they begin again."""
+        share = -(-number // self.world_size)
+        return torch.arange(self.rank * share, (self.rank + 1) * share) % number
+
     def own(self, rows: Tensor) -> Tensor:
         """[W b, ...] of all -> [b, ...], those of this worker."""
         share = len(rows) // self.world_size
@@ -496,14 +501,14 @@ class Engine:
         users: list[tuple[Tensor, ...]] = []
         with self._scoring():
             for some in torch.from_numpy(task.measured).split(MEASURED_AT_ONCE * workers.world_size):
-                own = self._share_of(len(some))
+                own = workers.share_of(len(some))
                 batch = self._to_device(dict.fromkeys(task.measured_features, some[own]))
                 for name, vectors in self._look_up(batch).items():
                     items.setdefault(name, []).append(workers.gather(vectors)[: len(some)])
             if task.measured_rows is not None:
                 for start in range(0, len(task.measured_rows), MEASURED_AT_ONCE * workers.world_size):
                     rows = task.measured_rows.slice(start, MEASURED_AT_ONCE * workers.world_size)
-                    own_rows = rows.take(self._share_of(len(rows)).numpy())
+                    own_rows = rows.take(workers.share_of(len(rows)).numpy())
                     batch = self._to_device(task.collate_measured(own_rows))
                     self._agree(batch, own_rows)
                     views = task.views_of_users(task.model, batch, self._look_up(batch))
@@ -514,11 +519,6 @@ class Engine:
         vectors = {name: torch.cat(parts) for name, parts in items.items()}
         of_users = [torch.cat(parts) for parts in zip(*users, strict=True)] if users else None
         return task.measure(weights, vectors, of_users)
-
-    def _share_of(self, number: int) -> Tensor:
-        """int64 [b]: which of so many this worker takes, as many as each other one does; the last ones' begin again."""
-        share = -(-number // self.workers.world_size)
-        return torch.arange(self.workers.rank * share, (self.workers.rank + 1) * share) % number
 
     def plan(self) -> list[dict[str, Any]]:
         """One line a table: where it lies, and the bytes of the worker that holds most of it."""

@@ -311,7 +311,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run_task(function: Callable[..., dict[str, Any]], stage: str, console: Console, **arguments: Any) -> dict[str, Any]:
+def run_task(function: Callable[..., None], stage: str, console: Console, **arguments: Any) -> None:
     """Run a function as a Ray task, so that its work and its logs stay off the driver; it gets a progress `board`.
 
     Raises:
@@ -323,7 +323,7 @@ def run_task(function: Callable[..., dict[str, Any]], stage: str, console: Conso
     board = _board()
     with _showing(board, console, lambda record: None):
         try:
-            return ray.get(ray.remote(num_cpus=0)(function).remote(**arguments, board=board))
+            ray.get(ray.remote(num_cpus=0)(function).remote(**arguments, board=board))
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None

@@ -22,7 +22,15 @@ from sellarec.errors import UserError
 from sellarec.language import distil as distil_stage
 from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt
-from sellarec.language.distil import WRITTEN, ItemEncoder, SavedVectors, distil, read_profiles, write_profiles
+from sellarec.language.distil import (
+    WRITTEN,
+    ItemEncoder,
+    SavedVectors,
+    distil,
+    read_profiles,
+    what_stands,
+    write_profiles,
+)
 from sellarec.language.scorer import base_model
 from sellarec.run import Run, settings_of
 from sellarec.training.cluster import Cluster
@@ -115,8 +123,7 @@ def test_cut_texts_are_told(monkeypatch, tmp_path, cut, capsys):
     )
     monkeypatch.setattr(Run, "log", lambda self: SimpleNamespace(paths=lambda table: [], facts={"noun": "movie"}))
     monkeypatch.setattr(stages, "check_model", lambda *_: None)
-    monkeypatch.setattr(stages, "first_workers", lambda *_: 1)
-    monkeypatch.setattr(stages, "run_task", lambda *_, **given: {"items": 34567, "texts_cut": cut})
+    monkeypatch.setattr(stages, "_encode", lambda *_: {"items": 34567, "texts_cut": cut})
     assert stages.carry_out(this, "distil")["texts_cut"] == cut
     told = capsys.readouterr().out
     assert ("1,200 of 34,567 texts were longer" in told and "distil.max_tokens 30" in told) == (cut > 0), told
@@ -126,7 +133,7 @@ def test_little_is_padded(decoder, adapter):
     """Short and long texts by turns: in micro-batches by length, no short text is padded to a long one's length."""
     encoder = ItemEncoder(llms.find_llm(str(decoder), None), adapter, "movie", Distil(micro_batch=4))
     shapes = []
-    handle = base_model(encoder._model).base_model.register_forward_pre_hook(
+    handle = encoder._decoder.register_forward_pre_hook(
         lambda module, arguments, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )
     encoder.encode(["x", "the silent sailor and the golden whale of the very long winter"] * 8)
@@ -255,7 +262,7 @@ def test_the_encoder_computes_where_it_is_told_though_a_gpu_is_seen(decoder, ada
     source = llms.find_llm(str(decoder), None)
     assert ItemEncoder(source, adapter, "movie", Distil()).encode(["a title"]).shape == (1, 16)
     elsewhere = ItemEncoder(source, adapter, "movie", Distil(), device="meta")
-    assert {weight.device.type for weight in elsewhere._model.parameters()} == {"meta"}
+    assert {weight.device.type for weight in elsewhere._decoder.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(("gpus", "device", "taken"), [(False, "cpu", None), (True, "cuda", 1)])
@@ -306,7 +313,10 @@ def test_what_stands_is_kept(decoder, adapter, titles, tmp_path, monkeypatch):
         assert 0 < cut[:120].sum() < cut.sum() < 250
 
         def run(mark: str) -> dict:
-            return distil(files, settings, source, adapter, "movie", 1, False, output, mark, board, part_rows=60)
+            stood = what_stands(output, mark)["items"]
+            distil(files, settings, source, adapter, "movie", 1, False, output, mark, board, part_rows=60)
+            written = what_stands(output, mark)
+            return {name: written[name] for name in ("items", "width", "texts_cut")} | {"items_that_stood": stood}
 
         facts = {"items": 250, "width": 16, "texts_cut": cut.sum()}
         assert run("mark") == {**facts, "items_that_stood": 0}

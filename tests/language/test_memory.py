@@ -93,6 +93,8 @@ def test_each_stage_uses_the_model_in_its_way():
     longer = replace(config, distil=Distil(max_tokens=90))
     assert [use_of("distil", longer, context).tokens for context in (1000, 80)] == [90, 80]
     assert not use_of("evaluate", config, 1000).backward
+    together = use_of("distil", replace(config, workers=3, distil=Distil(sharded=True)), 1000)
+    assert (together.workers, together.sharded, together.dtype) == (3, True, "float32")
 
 
 def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():
@@ -124,6 +126,11 @@ def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():
     assert "checkpoint" not in advice_of("evaluate", config)["activations"]
     assert advice_of("distil", config)["activations"] == "lower distil.micro_batch (16) or distil.max_tokens (64)"
     assert "weights" not in advice_of("pretrain", Config(pretrain=Pretrain()))
+    assert "sharded" not in str(advice_of("distil", config)), "a single worker has nobody to share with"
+    several = Config(workers=2, llm=Llm(storage="bfloat16"))
+    assert advice_of("distil", several)["weights"] == "set distil.sharded"
+    assert advice_of("distil", replace(several, llm=Llm()))["weights"].endswith("(now float32) or set distil.sharded")
+    assert "weights" not in advice_of("distil", replace(several, distil=Distil(sharded=True)))
 
 
 @pytest.mark.parametrize("stage", ["adapt", "distil", "fuse", "evaluate"])
