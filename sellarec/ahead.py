@@ -27,12 +27,26 @@ def check_ahead(this: Run, stages: Sequence[str]) -> None:
     # a decoder that is yet to be built has no tokenizer: stage pretrain looks
     if {"pretrain", "adapt", "fuse"} & set(stages) and (is_given or "pretrain" not in stages):
         check_prompts(this, (this.given_llm if is_given else this.llm()).folder(weights=False))
+    _check_adapters(this, stages)
     for stage in stages:
         tables = _tables_ahead(this, stage)
         held = check_tables(this, tables, getattr(config, stage), room) if tables else 0
         _check_batch(this, stage, tables, held, room)
         if isinstance(getattr(config, stage), Language) and is_given:
             _check_model_fits(this, stage, _memory_of_model(this, stage, this.given_llm, held), room)
+
+
+def _check_adapters(this: Run, stages: Sequence[str]) -> None:
+    """Refuse an adapter that stands, and that one of the stages will load, where it isn't whole, or another one than was left."""
+    from sellarec.language.llm import ADAPTER, check_left_adapter
+
+    readers = {"adapt": {"distil", "fuse", "evaluate"}}
+    if "adapter" in this.config.fuse.train:
+        readers["fuse"] = {"evaluate"}
+    for stage, by in readers.items():
+        if this.config.adapt.method == "lora" and by & set(stages) and stage not in stages:
+            folder = this.artifact(stage).local() / ADAPTER
+            check_left_adapter(folder, this.manifest(stage)["facts"], stage, this.llm())
 
 
 def check_prompts(this: Run, folder: Path) -> None:
@@ -188,6 +202,9 @@ def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: 
     """
     if stage not in ("collab", "align") or room is None:
         return
+    import torch
+
+    from sellarec.alignment.contrastive import compares_with_all
     from sellarec.training.plan import GIB
 
     settings, collab, workers = getattr(this.config, stage), this.config.collab, this.config.least_workers
@@ -198,9 +215,10 @@ def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: 
     if stage == "align":
         looked_up = (settings.side != "users") + ("profile" in width)  # what users liked may be nothing
         numbers += (1 if settings.semantic == "frozen" else 2) * own * width["semantic"] * looked_up
-        # both views of all workers' rows are gathered, in the space that they are compared in; darec compares otherwise
+        # a view of all workers' rows is gathered, in the space that both are compared in; darec compares otherwise
         space = {"rlmrec-con": width["item"], "darec": 0}.get(settings.contrastive, width["semantic"])
-        numbers += 2 * settings.batch * space * (2 if settings.side == "both" else 1)
+        gathered = sum(compares_with_all(settings, torch.float32)) * (2 if settings.side == "both" else 1)
+        numbers += gathered * settings.batch * space
     taken = held + FLOAT_BYTES * numbers
     or_negatives = ", or collab.negatives_per_row" if negatives else ""
     if taken > has:

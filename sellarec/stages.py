@@ -115,12 +115,11 @@ def _adapt(this: Run) -> dict[str, Any]:
 
 
 def _adapter_of(this: Run, stage: str) -> dict[str, str]:
-    """The hash of the adapter that a stage has left, and compared: what is exported later is that."""
-    from sellarec.data.files import file_hash
-    from sellarec.language.llm import ADAPTER, ADAPTER_WEIGHTS
+    """The hash of the adapter that a stage has left, and compared: what is used later is that."""
+    from sellarec.language.llm import ADAPTER, adapter_hash
 
     with (this.artifact(stage) / ADAPTER).reading() as folder:
-        return {"adapter_sha256": file_hash(str(folder / ADAPTER_WEIGHTS))}
+        return {"adapter_hash": adapter_hash(folder)}
 
 
 def _collab(this: Run) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from prepared import prepare_into, rules, source_of
 from small import small_log
 from transformers import LlamaConfig
@@ -17,10 +19,11 @@ from transformers import LlamaConfig
 from sellarec import ahead, pipeline
 from sellarec.ahead import check_ahead, check_labels, check_start
 from sellarec.checks import check_same_model
-from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Tables, result_settings
+from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Prompt, Tables, result_settings
 from sellarec.data.log import FACTS_FILE, Log
 from sellarec.errors import UserError
-from sellarec.language.llm import LlmSource
+from sellarec.language.adapt import build_adapt
+from sellarec.language.llm import LlmSource, adapter_hash
 from sellarec.preflight import GIB, Machine
 from sellarec.run import Run
 from sellarec.training.cluster import WORKER_MEMORY, Cluster
@@ -38,6 +41,7 @@ def of(models, tmp_path, monkeypatch):
     log = small_log(tmp_path, USERS, ITEMS, np.ones(ITEMS, bool))
     monkeypatch.setattr(Run, "log", lambda self: log)
     monkeypatch.setattr(ahead, "check_prompts", lambda *_: None)  # the log has no titles
+    monkeypatch.setattr(ahead, "_check_adapters", lambda *_: None)  # no stage has been run
 
     def make(cluster: Cluster = HERE, **changes: Any) -> Run:
         llm = Llm(model=str(models["llama"]))
@@ -61,9 +65,9 @@ HELD = {
 
 BATCH = {
     # of half of 256 rows the vectors of user and item, in float32, and their gradients; in align the distilled one beside them,
-    # and both views of all 256, as wide as the language model
+    # and a view of all 256, as wide as the language model
     "collab": 8 * 128 * 2 * DIM,
-    "align": 8 * 128 * (2 * DIM + WIDTH) + 8 * 256 * WIDTH,
+    "align": 8 * 128 * (2 * DIM + WIDTH) + 4 * 256 * WIDTH,
 }
 
 
@@ -96,10 +100,13 @@ def test_negatives_count_in_a_batch(of, monkeypatch):
         check_ahead(this, ["collab"])
 
 
-@pytest.mark.parametrize(("contrastive", "space"), [("rlmrec-con", DIM), ("darec", 0)])
-def test_gathered_views_are_as_wide_as_they_are_compared(of, monkeypatch, contrastive, space):
-    this = of(align=Align(contrastive=contrastive))
-    taken = HELD["align"] + 8 * 128 * (2 * DIM + WIDTH) + 8 * 256 * space
+@pytest.mark.parametrize(
+    ("contrastive", "temperature", "space"),
+    [("rlmrec-con", 0.2, DIM), ("darec", 0.2, 0), ("info-nce", 0.01, 2 * WIDTH)],
+)
+def test_gathered_views_are_as_wide_and_as_many_as_are_compared(of, monkeypatch, contrastive, temperature, space):
+    this = of(align=Align(contrastive=contrastive, temperature=temperature))
+    taken = HELD["align"] + 8 * 128 * (2 * DIM + WIDTH) + 4 * 256 * space
     set_room(monkeypatch, taken)
     check_ahead(this, ["align"])
     set_room(monkeypatch, taken - 1)
@@ -364,3 +371,54 @@ def test_a_model_that_scores_otherwise_does_not_go_on_from_rows(name, value):
     check_same_model(Collab(dim=8, init_from="a"), earlier)
     with pytest.raises(UserError, match=rf"collab\.{name} is {value}, but the model of collab.init_from a"):
         check_same_model(Collab(dim=8, init_from="a", **{name: value}), earlier)
+
+
+def left_by(this: Run, stage: str, titles: list[str]) -> Path:
+    """The folder of an adapter that a stage has left, which stands."""
+    torch.manual_seed(5)
+    adapt = build_adapt(this.llm(), titles, Prompt(template="compact"), "movie", this.config.adapt)
+    this.marks[stage] = "0123456789abcdef"
+    place = this.artifact(stage)
+    with place.writing() as folder:
+        adapt.save(folder, {name: w.detach() for name, w in adapt.model.named_parameters() if w.requires_grad})
+    found = place.folder / "adapter"
+    place.write_json(
+        "manifest.json", {"fingerprint": this.marks[stage], "facts": {"adapter_hash": adapter_hash(found)}}
+    )
+    return found
+
+
+def change_alpha(folder: Path) -> None:
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "readers", "train"),
+    [("adapt", ("distil", "fuse", "evaluate"), ("tables", "projections")), ("fuse", ("evaluate",), ("adapter",))],
+)
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "can't be read"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "isn't one of this model"),
+        (change_alpha, "isn't the one that stage {stage} left"),
+    ],
+    ids=["no weights", "no settings", "another setting"],
+)
+def test_an_adapter_that_stands_is_looked_at_before_other_stages_run(
+    models, titles, tmp_path, stage, readers, train, damage, words
+):
+    """Where it will be loaded: distil and fuse may come hours later, after the collaborative model's."""
+    llm = Llm(model=str(models["llama"]))
+    this = Run.of(Config(workspace=str(tmp_path), llm=llm, fuse=Fuse(train=train)))
+    if stage == "fuse":
+        left_by(this, "adapt", titles)
+    folder = left_by(this, stage, titles)
+    ahead._check_adapters(this, ["collab", *readers])
+    damage(folder)
+    ahead._check_adapters(this, ["collab", "align"])
+    ahead._check_adapters(this, ["collab", stage, *readers])  # it is made anew
+    for reader in readers:
+        with pytest.raises(UserError, match=words.format(stage=stage)):
+            ahead._check_adapters(this, ["collab", reader])

@@ -190,7 +190,9 @@ class AlignTask(Task):
                 losses = disentangled_loss(Parts(*found), ids, weights, batch[DRAWN + side], peers, self._settings)
             else:
                 left, right = found
-                losses = contrastive_loss(Views.gather(left, right, ids, weights, peers), self._settings, peers)
+                losses = contrastive_loss(
+                    Views.gather(left, right, ids, weights, self._settings, peers), self._settings, peers
+                )
             total = total + scale * (losses * weights).sum()
         return total
 

@@ -24,22 +24,41 @@ class Views:
     Attributes:
         collab, semantic: float [b, H], of this worker's rows.
         ids: int64 [b], the items, or users, that they are of.
-        all_collab, all_semantic, all_ids: [B, H], [B, H], [B]: the same of all workers.
+        all_collab, all_semantic, all_ids: [B, H], [B, H], [B]: the same of all workers. Where own rows aren't compared with
+            all of a view (`compares_with_all`), which is most of what is gathered, it may be None.
         all_weight: float [B], 0 for rows without a loss (padding), which are nobody's negatives.
     """
 
     collab: Tensor
     semantic: Tensor
     ids: Tensor
-    all_collab: Tensor
-    all_semantic: Tensor
+    all_collab: Tensor | None
+    all_semantic: Tensor | None
     all_ids: Tensor
     all_weight: Tensor
 
     @classmethod
-    def gather(cls, collab: Tensor, semantic: Tensor, ids: Tensor, weight: Tensor, peers: Peers) -> "Views":
-        """Of this worker's rows. All workers call it."""
-        return cls(collab, semantic, ids, *(peers.gather(rows) for rows in (collab, semantic, ids, weight)))
+    def gather(
+        cls, collab: Tensor, semantic: Tensor, ids: Tensor, weight: Tensor, settings: Align, peers: Peers
+    ) -> "Views":
+        """Of this worker's rows, with what `contrastive_loss` needs of all workers'. All workers call it."""
+        with_collab, with_semantic = compares_with_all(settings, collab.dtype)
+        return cls(
+            *(collab, semantic, ids),
+            all_collab=peers.gather(collab) if with_collab else None,
+            all_semantic=peers.gather(semantic) if with_semantic else None,
+            all_ids=peers.gather(ids),
+            all_weight=peers.gather(weight),
+        )
+
+
+def compares_with_all(settings: Align, dtype: torch.dtype) -> tuple[bool, bool]:
+    """Whether own rows are compared with all workers' collaborative vectors, and with all workers' semantic ones. In both
+    directions one of the two will do, as what workers sum over their own rows is added up, unless a temperature is so low that
+    sums of exponentials aren't safe."""
+    if settings.contrastive.startswith("rlmrec"):
+        return False, True
+    return True, settings.direction == "both" and not _has_room(dtype, settings)
 
 
 def contrastive_loss(views: Views, settings: Align, peers: Peers) -> Tensor:
@@ -71,17 +90,18 @@ def contrastive_loss(views: Views, settings: Align, peers: Peers) -> Tensor:
     - negatives are the rows of the global batch, of users as of items, where the code takes all users, and has a second term, of
       drawn negative items; and users are no negatives of items, where its generative loss goes through both at once.
     """
-    collab, semantic, all_collab, all_semantic = (
-        F.normalize(rows, dim=1) for rows in (views.collab, views.semantic, views.all_collab, views.all_semantic)
-    )
+    collab, semantic = F.normalize(views.collab, dim=1), F.normalize(views.semantic, dim=1)
     positive = (collab * semantic).sum(1) / settings.temperature
+    needed = zip(
+        compares_with_all(settings, collab.dtype),
+        ((semantic, views.all_collab), (collab, views.all_semantic)),
+        strict=True,
+    )
+    sides = [(rows, F.normalize(others, dim=1)) for is_needed, (rows, others) in needed if is_needed]
     backwards = settings.contrastive.startswith("rlmrec")
-    if settings.direction == "both" and not backwards and _has_room(collab.dtype, settings):
-        negatives = _both_ways(semantic, all_collab, views, settings, peers)
+    if settings.direction == "both" and not backwards and len(sides) == 1:
+        negatives = _both_ways(*sides[0], views, settings, peers)
     else:
-        sides = [] if backwards else [(semantic, all_collab)]
-        if backwards or settings.direction == "both":
-            sides.append((collab, all_semantic))
         negatives = tuple(log_sum_of_negatives(rows, others, views, settings) for rows, others in sides)
     losses = []
     for negative in negatives:

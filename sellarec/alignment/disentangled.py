@@ -110,12 +110,12 @@ def _uniformity(
 ) -> Tensor:
     """Of either view. At length 1, exp(-t |x - y|^2) is exp(2 t <x, y> - 2 t), so the sums are those of a contrast, in blocks."""
     collab, semantic = unit.collab_specific, unit.semantic_specific
-    views = Views(collab, semantic, ids, peers.gather(collab), peers.gather(semantic), all_ids, counts)
+    views = Views(collab, semantic, ids, None, None, all_ids, counts)
     scaled = replace(settings, temperature=1 / (2 * UNIFORMITY))
     sums = torch.stack(
         [
             ((log_sum_of_negatives(rows, others, views, scaled) - 2 * UNIFORMITY).exp() * own).sum()
-            for rows, others in ((views.collab, views.all_collab), (views.semantic, views.all_semantic))
+            for rows, others in ((collab, peers.gather(collab)), (semantic, peers.gather(semantic)))
         ]
     )
     pairs = counts.sum() * (counts.sum() - 1)

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 EMBEDDED_AT_ONCE = 8192
 """Token ids that are embedded at once where all of the vocabulary are."""
 
-ADAPTER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"
-"""An adapter's folder in an artifact or an export, and the file in it."""
+ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter", "adapter_config.json", "adapter_model.safetensors"
+"""An adapter's folder in an artifact or an export, and the files in it."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -446,6 +446,34 @@ def check_adapter(model: "PreTrainedModel", folder: Path) -> None:
         UserError: the folder's weights are missing, damaged, or not an adapter of this model; no tensor is silently left out.
     """
     _fitting(model, folder, trains=False)
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 of an adapter's settings and weights; both change what it does."""
+    found = [file_hash(str(folder / name)) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+    return hashlib.sha256(" ".join(found).encode()).hexdigest()
+
+
+def check_left_adapter(folder: Path, facts: Mapping[str, Any], stage: str, source: LlmSource) -> str:
+    """The hash of the adapter that a stage has left in its artifact. At the stage's end it was compared with what other
+    programs load, so it has to be that one still.
+
+    Args:
+        facts: of the stage's manifest.
+        source: of the base model.
+
+    Raises:
+        UserError: as `check_adapter`; or it is another one than the stage left.
+    """
+    check_adapter(without_weights(causal_config(source.folder(weights=False))), folder)
+    found = adapter_hash(folder)
+    left = facts.get("adapter_hash", found)  # before it was recorded nothing is known
+    if found != left:
+        raise UserError(
+            f"the adapter in {folder} isn't the one that stage {stage} left (hash {found[:12]} now, {left[:12]} then): bring "
+            f"that back, or delete {folder.parent} and run the stage again"
+        )
+    return found
 
 
 def _fitting(model: "PreTrainedModel", folder: Path, trains: bool) -> "tuple[PeftModel, dict[str, Tensor]]":

@@ -44,13 +44,10 @@ from sellarec.errors import UserError
 from sellarec.fusion.fuse import made_by, represented, soft_tokens, token_rows
 from sellarec.language.llm import (
     ADAPTER,
-    ADAPTER_WEIGHTS,
     LlmSource,
-    causal_config,
-    check_adapter,
+    check_left_adapter,
     find_llm,
     load_tokenizer,
-    without_weights,
 )
 from sellarec.language.templates import is_file, template_mark
 from sellarec.serving.card import model_card
@@ -159,16 +156,9 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
     of = {part: finished.folder(stage) for part, stage in made_by(config.fuse).items()}
     adapter = None
     if not is_tuned:
-        # whole, of this model, and the one of which its stage has seen that it gives the trained model's logits
-        check_adapter(without_weights(causal_config(source.folder())), of["adapter"] / ADAPTER)
+        stage = made_by(config.fuse)["adapter"]
+        adapter = check_left_adapter(of["adapter"] / ADAPTER, finished.manifests[stage]["facts"], stage, source)
         shutil.copytree(of["adapter"] / ADAPTER, out / ADAPTER)
-        adapter, stage = file_hash(str(out / ADAPTER / ADAPTER_WEIGHTS)), made_by(config.fuse)["adapter"]
-        left = finished.manifests[stage]["facts"].get("adapter_sha256", adapter)  # none before it was recorded
-        if adapter != left:
-            raise UserError(
-                f"the adapter in {of['adapter'] / ADAPTER} isn't the one that stage {stage} left (SHA-256 {adapter[:12]} now, "
-                f"{left[:12]} then): bring that back, or delete {of['adapter']} and run the stage again"
-            )
     if "projections" in of:
         _copy(of["projections"], out, [PROJECTION])
     if is_file(config.prompt.template):
@@ -192,6 +182,7 @@ def _write(finished: Finished, source: LlmSource, out: Path, histories: bool, wi
         "versions": finished.manifests["evaluate"]["versions"],
         "base_model": base if copied else {**base, "name": source.name},
         "adapter": adapter,
+        "files": {name: file_hash(str(out / name)) for name in (PROJECTION, WEIGHTS) if (out / name).is_file()},
         "histories": histories,
         "language_weight": finished.manifests["fuse"]["facts"]["language_weight"],
     }

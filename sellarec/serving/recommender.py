@@ -30,7 +30,7 @@ from sellarec.errors import UserError
 from sellarec.fusion.codes import CodesTask
 from sellarec.fusion.fuse import FuseTask, build_fuse, made_by, represented, semantic_table, token_rows
 from sellarec.language.adapt import TextTask, make_prompts
-from sellarec.language.llm import ADAPTER, ADAPTER_WEIGHTS, LlmSource, find_llm
+from sellarec.language.llm import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, LlmSource, adapter_hash, find_llm
 from sellarec.training.table import Jagged, SavedTable
 from sellarec.training.task import WORTH_SHARING, Batch, Vectors
 
@@ -38,7 +38,7 @@ TEMPLATE = "template.yaml"
 EXPORT = "export.json"
 """File that says what an export is. It is written last."""
 
-FORMAT = 3
+FORMAT = 4
 """Raised when an export is laid out otherwise."""
 
 CATALOG, HISTORIES, MODEL = "catalog", "histories", "model"
@@ -285,6 +285,7 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
         raise UserError(
             f"{folder} is an export of format {facts['format']}, but this version of sellarec reads {FORMAT}: export again"
         )
+    _check_files(folder, facts["files"])
     template = ["--prompt.template", str(folder / TEMPLATE)] if (folder / TEMPLATE).is_file() else []
     config = parse([str(folder / "config.yaml"), *template], program="sellarec.load")
     source = replace(_base_model(folder, facts["base_model"], llm), storage=config.llm.storage)
@@ -349,20 +350,29 @@ def _adapter(folder: Path, exported: str | None) -> Path | None:
     """The folder of an export's adapter; None where all weights of the base model were tuned.
 
     Args:
-        exported: the SHA-256 of its weights, as they were exported.
+        exported: its hash when it was exported.
 
     Raises:
         UserError: it isn't there, or another one is.
     """
     if exported is None:
         return None
-    file = folder / ADAPTER / ADAPTER_WEIGHTS
-    if not file.is_file() or file_hash(str(file)) != exported:
-        raise UserError(
-            f"{file} {'is not there' if not file.is_file() else 'is not the adapter that was exported: its content differs'}; "
-            "export again"
-        )
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / ADAPTER / name).is_file():
+            raise UserError(f"{folder / ADAPTER / name} is not there; export again")
+    if adapter_hash(folder / ADAPTER) != exported:
+        raise UserError(f"{folder / ADAPTER} is not the adapter that was exported: its content differs; export again")
     return folder / ADAPTER
+
+
+def _check_files(folder: Path, exported: dict[str, str]) -> None:
+    """Raises UserError where files of an export, of which the hashes are given, aren't there, or others are."""
+    for name, known in exported.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is not there; export again")
+        if file_hash(str(file)) != known:
+            raise UserError(f"{file} is not what was exported: its content differs; export again")
 
 
 def _strings(ids: Sequence[Id]) -> pa.Array:

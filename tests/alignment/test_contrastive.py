@@ -187,6 +187,32 @@ def test_it_does_not_depend_on_how_rows_lie_on_workers(seed, items, workers, kin
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 0.01])
+@pytest.mark.parametrize(("kind", "direction", "mask_equal"), KINDS)
+def test_of_all_workers_no_more_is_gathered_than_is_compared(kind, direction, mask_equal, temperature):
+    """One view; both in both directions at a temperature too low for float32 to add up exponentials."""
+    gathered: list[torch.Tensor] = []
+
+    class Noting(Alone):
+        def gather(self, rows: torch.Tensor) -> torch.Tensor:
+            gathered.append(rows)
+            return rows
+
+    left, right = (x.float() for x in draw(2, 9, 5))
+    ids, weight = torch.arange(9) % 7, torch.ones(9)
+    options = Align(temperature=temperature, contrastive=kind, direction=direction, mask_equal=mask_equal)
+    views = Views.gather(left, right, ids, weight, options, Noting())
+    ours = contrastive_loss(views, options, Noting())
+    assert torch.equal(
+        ours, loss(left, right, ids, weight, temperature, contrastive=kind, direction=direction, mask_equal=mask_equal)
+    )
+    of_views = [rows for rows in gathered if rows.dim() == 2]
+    in_both = direction == "both" and not kind.startswith("rlmrec")
+    assert len(of_views) == (2 if in_both and temperature == 0.01 else 1) and len(gathered) == len(of_views) + 2
+    if len(of_views) == 1:
+        assert of_views[0] is (right if kind.startswith("rlmrec") else left)
+
+
 @given(SEED)
 def test_gradients_reach_both_sides_of_every_row(seed):
     left, right = (x.requires_grad_() for x in draw(seed, 6, 4))

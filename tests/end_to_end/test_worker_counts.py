@@ -197,7 +197,7 @@ def test_an_export_scores_as_the_run_did(runs: Runs, tmp_path: Path) -> None:
     workspace = runs[2][0]
     log = main_job.artifact(workspace, "run", "prepare")
     export_run(str(workspace / "runs/run"), tmp_path / "export", histories=True, with_model=False)
-    left = main_job.read_json(main_job.artifact(workspace, "run", "adapt") / "manifest.json")["facts"]["adapter_sha256"]
+    left = main_job.read_json(main_job.artifact(workspace, "run", "adapt") / "manifest.json")["facts"]["adapter_hash"]
     assert main_job.read_json(tmp_path / "export/export.json")["adapter"] == left
     test = read_log(log).split("test")
     ids = {name: read_log(log).users() if name == "user" else read_log(log).items() for name in ("user", "item")}

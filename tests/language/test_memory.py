@@ -126,7 +126,9 @@ def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():
     assert "checkpoint" not in advice_of("evaluate", config)["activations"]
     assert advice_of("distil", config)["activations"] == "lower distil.micro_batch (16) or distil.max_tokens (64)"
     assert "weights" not in advice_of("pretrain", Config(pretrain=Pretrain()))
-    assert "sharded" not in str(advice_of("distil", replace(config, workers=1))), "a single worker has nobody to share with"
+    assert "sharded" not in str(advice_of("distil", replace(config, workers=1))), (
+        "a single worker has nobody to share with"
+    )
     several = Config(workers=2, llm=Llm(storage="bfloat16"))
     assert advice_of("distil", several)["weights"] == "set distil.sharded"
     assert advice_of("distil", replace(several, llm=Llm()))["weights"].endswith("(now float32) or set distil.sharded")

@@ -20,7 +20,6 @@ import sellarec
 from sellarec.artifacts import Place, Store, fingerprint
 from sellarec.collab.task import build_collab
 from sellarec.config import Adapt, Align, Collab, Config, Data, Evaluate, Fuse, Llm, Prompt, to_yaml
-from sellarec.data.files import file_hash
 from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.evaluation.artifact import evaluate_artifact
@@ -99,8 +98,8 @@ def make_workspace(
         return found
 
     def finish(stage: str, facts: dict[str, Any], **more: Any) -> None:
-        weights = store.place(stage, marks[stage]).folder / "adapter/adapter_model.safetensors"
-        of_adapter = {"adapter_sha256": file_hash(str(weights))} if weights.exists() else {}
+        left = store.place(stage, marks[stage]).folder / "adapter"
+        of_adapter = {"adapter_hash": llms.adapter_hash(left)} if left.exists() else {}
         manifest = {"fingerprint": marks[stage], "inputs": {}, "versions": {}, "facts": facts | of_adapter, **more}
         store.place(stage, marks[stage]).write_json("manifest.json", manifest)
 
@@ -634,6 +633,22 @@ def test_another_adapter_is_refused(made, tmp_path):
     file.unlink()
     with pytest.raises(UserError, match="is not there; export again"):
         sellarec.load(tmp_path / "export")
+    shutil.copytree(export / "adapter", tmp_path / "export/adapter", dirs_exist_ok=True)
+    change_alpha(tmp_path / "export/adapter")
+    with pytest.raises(UserError, match="is not the adapter that was exported"):
+        sellarec.load(tmp_path / "export")
+
+
+@pytest.mark.parametrize("name", ["projection.safetensors", "collab.safetensors"])
+def test_other_projections_or_weights_are_refused(made, tmp_path, name):
+    _, export = made("sasrec")
+    shutil.copytree(export, tmp_path / "export")
+    change_tensor(tmp_path / "export" / name)
+    with pytest.raises(UserError, match=f"{name} is not what was exported"):
+        sellarec.load(tmp_path / "export")
+    (tmp_path / "export" / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is not there; export again"):
+        sellarec.load(tmp_path / "export")
 
 
 @pytest.mark.parametrize(
@@ -643,8 +658,9 @@ def test_another_adapter_is_refused(made, tmp_path):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "can't be read"),
         (lambda folder: drop_tensor(folder / "adapter_model.safetensors"), "has shape None in the file"),
         (lambda folder: change_tensor(folder / "adapter_model.safetensors"), "isn't the one that stage adapt left"),
+        (lambda folder: change_alpha(folder), "isn't the one that stage adapt left"),
     ],
-    ids=["no folder", "no weights", "a tensor is missing", "a tensor has changed"],
+    ids=["no folder", "no weights", "a tensor is missing", "a tensor has changed", "a setting has changed"],
 )
 def test_a_run_without_its_whole_adapter_is_not_exported(made, tmp_path, damage, words):
     workspace, _ = made()
@@ -659,6 +675,13 @@ def drop_tensor(file: Path) -> None:
     weights = load_file(file)
     weights.pop(min(weights))
     save_file(weights, file, {"format": "pt"})
+
+
+def change_alpha(folder: Path) -> None:
+    """The shapes stay, but what the adapter adds is four times as large."""
+    file = folder / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"lora_alpha": 4 * settings["lora_alpha"]}))
 
 
 def change_tensor(file: Path) -> None:
