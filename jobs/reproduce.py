@@ -180,7 +180,9 @@ TABLES = {
 
 def main(arguments: list[str]) -> None:
     if arguments in (["-h"], ["--help"]):
-        print(f"{__doc__}\nTables: {', '.join(TABLES)}")
+        print(f"{__doc__}\nTables, with how many runs each takes:")
+        for name, table in TABLES.items():
+            print(f"  {name}: {len(table.variants) * len(table.seeds)}, of the recipes {', '.join(table.recipes)}")
         return
     if not arguments or arguments[0] not in TABLES:
         raise UserError(
@@ -208,6 +210,12 @@ def main(arguments: list[str]) -> None:
 
     if into is not None:
         around(into, name)
+    of_each = len(table.variants)
+    print(
+        f"table {name}: {len(table.seeds) * of_each} runs, one after the other ({of_each} of each of {len(table.seeds)} seeds; "
+        "stages that they share are made once). What is told of costs below is of a single run",
+        flush=True,
+    )
     sections, records = [], []
     for seed in table.seeds:
         standing: dict[str, str] = {}

@@ -361,6 +361,11 @@ def _weigh_language(this: Run) -> dict[str, Any]:
     this.console.line(
         f"fuse      the language model's score counts {chosen:g} times (valid {settings.select_on.upper()} by weight: {told})"
     )
+    if chosen == 0:
+        this.console.line(
+            "fuse      so every score of sella-rec is the collaborative model's, as stage align left it: where it differs from "
+            "collab's, that is what align has trained"
+        )
     this.artifact("fuse").delete(WORK)
     return {
         "language_weight": chosen,

@@ -401,7 +401,7 @@ def change_alpha(folder: Path) -> None:
     ("damage", "words"),
     [
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "can't be read"),
-        (lambda folder: (folder / "adapter_config.json").unlink(), "isn't one of this model"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "is missing: there is no adapter_config.json"),
         (change_alpha, "isn't the one that stage {stage} left"),
     ],
     ids=["no weights", "no settings", "another setting"],

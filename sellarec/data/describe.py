@@ -118,6 +118,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): prepare the data again") from error
+    if isinstance(facts, dict):
+        facts = facts.get("facts", facts)  # stage prepare's artifact has more around them
     missing = [name for name in ("users", "items", "rows") if not isinstance(facts, dict) or name not in facts]
     if missing:
         raise UserError(f"{path} is no manifest of a prepared log: it has no {', '.join(missing)}")

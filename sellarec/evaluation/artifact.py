@@ -32,7 +32,7 @@ from sellarec.training.cluster import Group, check_room, connect, joins_cluster
 from sellarec.training.launch import run_workers
 from sellarec.training.progress import PROGRESS_SECONDS, Console
 from sellarec.training.scoring import Scoring, score_worker
-from sellarec.training.stream import Order, row_groups
+from sellarec.training.stream import Order, counts_in_words, named_counts, row_groups
 
 FULL, NONE = "full", "none"
 
@@ -60,7 +60,8 @@ def read_trained(folder: Path) -> Trained:
         raise UserError(f"{folder} holds no finished artifact: its manifest.json can't be read ({error})") from error
     if manifest.get("stage") not in ("collab", "align"):
         raise UserError(
-            f"{folder} is of stage {manifest.get('stage')}, but a collaborative model is needed: of collab or align"
+            f"{folder} is of stage {manifest.get('stage')}, but a collaborative model is needed, of collab or align; of a whole "
+            "run, evaluate the export that jobs/export.py makes"
         )
     config = parse([str(folder / "config.yaml")], program="evaluate.py")
     return Trained(folder, config, manifest["stage"], manifest["inputs"]["prepare"])
@@ -230,17 +231,21 @@ def _score_rows(
 ) -> np.ndarray:
     """float32 [rows]: scores of the rows of some files of the log, with the histories that the rows have."""
     total, done, told = sum(pq.read_metadata(path).num_rows for path in paths), 0, time.monotonic()
-    found = [np.zeros(0, np.float32)]
+    found, counts = [np.zeros(0, np.float32)], np.zeros(3, np.int64)
     for path in paths:
         for rows in pq.ParquetFile(path).iter_batches(batch, columns=["user", "item", "history"]):
             table = pa.Table.from_batches([rows])
             values, lengths = flat(table["history"])
             users, items = known.users[table["user"].to_numpy()], known.items[table["item"].to_numpy()]
-            found.append(recommender.score_rows(users, items, lists(known.items[values], lengths)))
+            scores, left_out = recommender.score_rows(users, items, lists(known.items[values], lengths))
+            found.append(scores)
+            counts += (len(left_out), (left_out > 0).sum(), left_out.sum())
             done += len(rows)
             if time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
                 console.line(f"evaluate  {done:,}/{total:,} rows scored")
+    if counts[1]:
+        console.line(f"evaluate  histories cut to fit: {counts_in_words({'sella-rec': named_counts(counts)})}")
     return np.concatenate(found)
 
 

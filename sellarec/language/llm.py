@@ -482,6 +482,11 @@ def _fitting(model: "PreTrainedModel", folder: Path, trains: bool) -> "tuple[Pef
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"the adapter in {folder} is missing: there is no {ADAPTER_CONFIG}; copy the folder whole, or make the adapter anew "
+            "(of a run: delete the artifact that the folder is in, and run the same command again)"
+        )
     try:
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = not trains
@@ -494,7 +499,8 @@ def _fitting(model: "PreTrainedModel", folder: Path, trains: bool) -> "tuple[Pef
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the adapter in {folder} has an adapter_config.json, but its weights, {file.name}, can't be read "
-            f"({str(error).splitlines()[0]}): copy the folder whole, or make the adapter anew"
+            f"({str(error).splitlines()[0]}): copy the folder whole, or make the adapter anew (of a run: delete the "
+            "artifact that the folder is in, and run the same command again)"
         ) from error
     # compared before loading, which passes over what is missing or too much
     found = {name: tuple(weight.shape) for name, weight in saved.items()}

@@ -10,7 +10,7 @@ TEMPLATE = """\
 # {run}
 
 A [SeLLa-Rec](https://arxiv.org/abs/2504.10107) recommender: a language model {tuned}{beside}. It
-scores pairs of a user and an item.
+scores pairs of a user and an item.{weighed}
 
     import sellarec
     recommender = sellarec.load("PATH/OF/THIS/FOLDER")
@@ -48,6 +48,18 @@ The base model and the data have licences of their own, which may restrict what 
 handed on: the {made}, the projections and the rows are made from both, and the catalog holds ids and titles of the data. They
 weren't looked at when this was written: check them.
 """
+
+
+def _weighed(config: Config, weight: float) -> str:
+    """How much the language model counts in a score, where a collaborative one is added to its own."""
+    if not config.fuse.collab_score:
+        return ""
+    if weight == 0:
+        return (
+            "\nThe language model's score counts 0 times in it, as the valid rows chose: every score is that of the\n"
+            "collaborative model, as stage align left it."
+        )
+    return f"\nIts score is {weight:g} times the language model's plus that of the collaborative model."
 
 
 def model_card(
@@ -89,11 +101,14 @@ def model_card(
     beside = f" that reads {data['noun']} titles"
     if config.fuse.tokens:
         rows = "a row of each user and item" if learned else "a collaborative model's rows of users and items"
+        if config.fuse.tokens == ("semantic",):
+            rows = "a distilled vector of each item"
         read_as = f"codes in text ({config.fuse.code})" if represent == "codes" else "soft tokens"
         beside = f", and {rows}\nthat it reads as {read_as} beside {data['noun']} titles"
     return TEMPLATE.format(
         run=facts["run"],
         beside=beside,
+        weighed=_weighed(config, facts["language_weight"]),
         tuned="whose weights were all tuned" if is_tuned else "with an adapter",
         made="tuned model" if is_tuned else "adapter",
         source=config.data.source if config.data.dataset is None else f"{config.data.source}, {config.data.dataset}",

@@ -96,7 +96,8 @@ def read_run(run: str) -> Finished:
     missing = [stage for stage in needed if found.get(stage) is None]
     if missing:
         raise UserError(
-            f"the run in {place} has no artifact of {', '.join(missing)}: finish it with the jobs/train.py command that began it"
+            f"the run in {place} has no artifact of {', '.join(missing)}: finish it with the jobs/train.py command that began "
+            "it, without --stages"
         )
     manifests = {stage: manifest for stage, manifest in found.items() if manifest is not None}
     for stage, mark in manifests["evaluate"]["inputs"].items():

@@ -31,6 +31,7 @@ from sellarec.fusion.codes import CodesTask
 from sellarec.fusion.fuse import FuseTask, build_fuse, made_by, represented, semantic_table, token_rows
 from sellarec.language.adapt import TextTask, make_prompts
 from sellarec.language.llm import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, LlmSource, adapter_hash, find_llm
+from sellarec.training.stream import LEFT_OUT
 from sellarec.training.table import Jagged, SavedTable
 from sellarec.training.task import WORTH_SHARING, Batch, Vectors
 
@@ -59,12 +60,14 @@ class Scores:
         scores: float32 [n], the log-odds of a positive.
         unknown_user, unknown_item: bool [n]: the export has no such id, so it counts as one without a row, history or title.
         unknown_history: int64 [n]: how many items of the history the export doesn't have; they are left out.
+        titles_left_out: int64 [n]: how many more of its last titles (`prompt.history` at most) the prompt had no room for.
     """
 
     scores: np.ndarray
     unknown_user: np.ndarray
     unknown_item: np.ndarray
     unknown_history: np.ndarray
+    titles_left_out: np.ndarray
 
 
 class Ids:
@@ -139,16 +142,23 @@ class Recommender:
         """
         user, item, (values, lengths) = self._find(users, items, histories)
         row = np.repeat(np.arange(len(lengths)), lengths)
+        scores, left_out = self.score_rows(user, item, lists(values, lengths))
         return Scores(
-            scores=self.score_rows(user, item, lists(values, lengths)),
+            scores=scores,
             unknown_user=user == UNKNOWN,
             unknown_item=item == UNKNOWN,
             unknown_history=np.bincount(row[values == UNKNOWN], minlength=len(lengths)),
+            titles_left_out=left_out,
         )
 
-    def score_rows(self, user: np.ndarray, item: np.ndarray, histories: pa.ListArray) -> np.ndarray:
-        """float32 [n]: the scores of dense ids int64 [n] and lists of them, UNKNOWN where the export has none."""
+    def score_rows(self, user: np.ndarray, item: np.ndarray, histories: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [n]: the scores of dense ids int64 [n] and lists of them, UNKNOWN where the export has none; and int64 [n]: how
+        many titles of the histories their prompts had no room for."""
         return self._score(self._task, user, item, histories)
+
+    def _score_of(self, task: FuseTask | TextTask, user: np.ndarray, item: np.ndarray, history: pa.ListArray) -> float:
+        """Of a single pair."""
+        return float(self._score(task, user, item, history)[0][0])
 
     def explain(self, user: Id, item: Id, history: Sequence[Id] | None = None) -> dict[str, Any]:
         """How much each soft token, or code, carried the score of a pair.
@@ -165,19 +175,19 @@ class Recommender:
         """
         users, items, found = self._find([user], [item], None if history is None else [history])
         shown = lists(*found)
-        score, collab = float(self.score_rows(users, items, shown)[0]), None
+        score, collab = self._score_of(self._task, users, items, shown), None
         parts = {}
         for name in self._task.tokens:
             with self._task.without(name):
-                parts[name] = score - float(self.score_rows(users, items, shown)[0])
+                parts[name] = score - self._score_of(self._task, users, items, shown)
         if isinstance(self._task, FuseTask) and self._task.model.adds_collab:
             with self._task.without_collab_score():
-                collab = score - float(self.score_rows(users, items, shown)[0])
+                collab = score - self._score_of(self._task, users, items, shown)
         return {
             "score": score,
             "tokens": parts,
             "collab": collab,
-            "text_only": float(self._score(self._text_task, users, items, shown)[0]),
+            "text_only": self._score_of(self._text_task, users, items, shown),
             "unknown_user": bool(users[0] == UNKNOWN),
             "unknown_item": bool(items[0] == UNKNOWN),
         }
@@ -186,35 +196,38 @@ class Recommender:
         self, users: Sequence[Id], items: Sequence[Id], histories: Sequence[Sequence[Id]] | None
     ) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
         """Dense ids of n users and n items, and of their histories' items one after the other, with how many each has."""
+        user_ids, item_ids = _strings(users, "users"), _strings(items, "items")
+        for history in [] if histories is None else [histories, *histories]:
+            _refuse_text(history, "histories")
         if len(users) != len(items) or (histories is not None and len(histories) != len(users)):
             given = "" if histories is None else f", {len(histories)} histories"
             raise UserError(f"{len(users)} users, {len(items)} items{given}: as many of each are needed")
-        user, item = self.users.find(_strings(users)), self.items.find(_strings(items))
+        user, item = self.users.find(user_ids), self.items.find(item_ids)
         if histories is None:
             return user, item, self._last_positives(user)
-        values = self.items.find(_strings([one for history in histories for one in history]))
+        values = self.items.find(_strings([one for history in histories for one in history], "histories"))
         return user, item, (values, np.array([len(history) for history in histories], np.int64))
 
     @torch.no_grad()
     def _score(
         self, task: FuseTask | TextTask, user: np.ndarray, item: np.ndarray, histories: pa.ListArray
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         values, lengths = flat(pa.chunked_array([histories]))
         known = values != UNKNOWN
-        row = np.repeat(np.arange(len(lengths)), lengths)
+        of = np.repeat(np.arange(len(lengths)), lengths)
         rows = pa.table(
             {
                 "row": np.arange(len(user)),
                 "user": np.where(user == UNKNOWN, len(self._seen["user"]), user),
                 "item": np.where(item == UNKNOWN, len(self._seen["item"]), item),
                 "label": np.zeros(len(user), np.int8),
-                "history": lists(values[known], np.bincount(row[known], minlength=len(lengths))),
+                "history": lists(values[known], np.bincount(of[known], minlength=len(lengths))),
                 "user_seen": _seen(self._seen["user"], user),
                 "item_seen": _seen(self._seen["item"], item),
                 "weight": np.ones(len(user), np.float32),
             }
         )
-        scores = np.empty(len(user), np.float32)
+        scores, left_out = np.empty(len(user), np.float32), np.empty(len(user), np.int64)
         for start in range(0, len(rows), self._chunk):
             part = rows.slice(start, self._chunk)
             assert task.prepare_to_score is not None
@@ -235,8 +248,10 @@ class Recommender:
                         {name: value[some] for name, value in vectors.items()},
                     )
                 )
-            scores[part["row"].to_numpy()] = torch.cat(found).float().cpu().numpy()
-        return scores
+            row = part["row"].to_numpy()
+            scores[row] = torch.cat(found).float().cpu().numpy()
+            left_out[row] = part[LEFT_OUT].to_numpy()
+        return scores, left_out
 
     def _look_up(self, ids: Batch) -> Vectors:
         """By feature the rows of ids; zeros for those that the table doesn't have."""
@@ -280,7 +295,11 @@ def read_export(folder: Path, llm: str | None, device: str | None) -> Recommende
     try:
         facts = json.loads((folder / EXPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no whole export: its {EXPORT} can't be read ({error})") from error
+        raise UserError(
+            f"{folder} holds no whole export: its {EXPORT} can't be read ({error}); jobs/export.py makes one of a finished run"
+        ) from error
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {device}, but this process sees no GPU: leave it out, or give 'cpu'")
     if facts["format"] != FORMAT:
         raise UserError(
             f"{folder} is an export of format {facts['format']}, but this version of sellarec reads {FORMAT}: export again"
@@ -375,8 +394,19 @@ def _check_files(folder: Path, exported: dict[str, str]) -> None:
             raise UserError(f"{file} is not what was exported: its content differs; export again")
 
 
-def _strings(ids: Sequence[Id]) -> pa.Array:
+def _strings(ids: Sequence[Id], what: str) -> pa.Array:
+    """Raises UserError where it is a single text, or ids are neither strings nor whole numbers: 17.0 is not '17'."""
+    _refuse_text(ids, what)
+    for one in ids:
+        if isinstance(one, bool) or not isinstance(one, (str, int, np.integer)):
+            raise UserError(f"{what} has {one!r}, which is no id: ids are strings or whole numbers, as in the source")
     return pa.array([str(one) for one in ids], pa.string())
+
+
+def _refuse_text(ids: Sequence[Any], what: str) -> None:
+    """A text is a sequence too, of its characters, which aren't meant."""
+    if isinstance(ids, str):
+        raise UserError(f"{what}: {ids!r} stands where a list belongs: give [{ids!r}]")
 
 
 def _seen(seen: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -261,7 +261,7 @@ def shortened(rows: pa.Table) -> tuple[int, int, int]:
     return len(left_out), int((left_out > 0).sum()), int(left_out.sum())
 
 
-def named_counts(counts: Sequence[float]) -> dict[str, int]:
+def named_counts(counts: Sequence[float] | np.ndarray) -> dict[str, int]:
     """What `shortened` counts, added up, as manifests have it."""
     return dict(zip(("prompts", "shortened", "titles left out"), map(int, counts), strict=True))
 

@@ -203,6 +203,13 @@ def test_what_is_no_log_is_refused(log, what, message):
         describe(log)
 
 
+def test_the_artifact_of_stage_prepare_is_a_log_too(log):
+    expected = describe(log)
+    facts = json.loads((log / "manifest.json").read_text())
+    (log / "manifest.json").write_text(json.dumps({"stage": "prepare", "fingerprint": "00ff", "facts": facts}))
+    assert describe(log) == expected
+
+
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         describe(tmp_path / "nowhere")

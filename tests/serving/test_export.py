@@ -30,6 +30,7 @@ from sellarec.language import llm as llms
 from sellarec.language.adapt import build_adapt, build_adapted
 from sellarec.language.templates import template_mark
 from sellarec.serving.export import export_run
+from sellarec.training.stream import LEFT_OUT
 from sellarec.training.table import Table
 from sellarec.training.task import INITIAL
 
@@ -291,6 +292,27 @@ def test_scores_are_those_of_the_stages(made, model):
     assert found.scores.dtype == np.float32 and expected.std() > 0.01
     np.testing.assert_allclose(found.scores, expected, atol=1e-5)
     assert not (found.unknown_user.any() or found.unknown_item.any() or found.unknown_history.any())
+
+
+def test_titles_that_do_not_fit_are_counted_by_pair(made, tmp_path, monkeypatch, capsys):
+    """As the stages count them; jobs/evaluate.py prints the sum."""
+    from sellarec.config import Evaluation
+
+    workspace, export = made()
+    rows = workspace.test_rows()
+    recommender = sellarec.load(export)
+    monkeypatch.setattr(recommender._task.prompts, "_limit", 70)
+    monkeypatch.setattr(workspace.task.prompts, "_limit", 70)
+    expected = small.prepared(workspace.task, rows, None)[LEFT_OUT].to_numpy()
+    assert len(set(expected)) > 2
+    found = recommender.score(*named(workspace, rows))
+    assert np.array_equal(found.titles_left_out, expected)
+    monkeypatch.setattr("sellarec.evaluation.artifact.read_export", lambda *_: recommender)
+    evaluate_artifact(
+        Evaluation(artifact=export, data=workspace.log.directory, out=tmp_path / "out.json", replicates=5)
+    )
+    cut = f"{(expected > 0).sum()} of {len(expected)} prompts, {expected.sum()} titles left out"
+    assert f"histories cut to fit: sella-rec: {cut}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["mf", "din"])
@@ -654,7 +676,7 @@ def test_other_projections_or_weights_are_refused(made, tmp_path, name):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: shutil.rmtree(folder), "isn't one of this model"),
+        (lambda folder: shutil.rmtree(folder), "is missing: there is no adapter_config.json"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "can't be read"),
         (lambda folder: drop_tensor(folder / "adapter_model.safetensors"), "has shape None in the file"),
         (lambda folder: change_tensor(folder / "adapter_model.safetensors"), "isn't the one that stage adapt left"),
@@ -695,6 +717,45 @@ def test_lengths_that_differ_are_refused(recommender):
         recommender.score(["1", "2"], ["i1"])
     with pytest.raises(UserError, match="1 users, 1 items, 2 histories"):
         recommender.score(["1"], ["i1"], [[], []])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"users": "17", "items": "i1"}, r"users: '17' stands where a list belongs: give \['17'\]"),
+        ({"users": ["17"], "items": ["i1"], "histories": ["i2"]}, "histories: 'i2' stands"),
+        ({"users": ["17"], "items": ["i1"], "histories": "i2"}, "histories: 'i2' stands"),
+        ({"users": [17.0], "items": ["i1"]}, "users has 17.0, which is no id"),
+        ({"users": ["17"], "items": [None]}, "items has None, which is no id"),
+    ],
+)
+def test_what_is_no_list_of_ids_is_refused(recommender, given, words):
+    """Their characters, or digits with a point, would count as unknown ids, or as others."""
+    with pytest.raises(UserError, match=words):
+        recommender.score(**given)
+
+
+def test_explain_takes_a_single_pair(recommender):
+    for given, words in ((("1", ["i1"]), "which is no id"), (("1", "i1", "i2"), "histories: 'i2' stands")):
+        with pytest.raises(UserError, match=words):
+            recommender.explain(*given)
+    assert recommender.explain(1, "i1", ["i2"]) == recommender.explain("1", "i1", ["i2"])
+
+
+def test_a_gpu_that_is_not_there_is_refused(made, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device is cuda:0, but this process sees no GPU"):
+        sellarec.load(made()[1], device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"), [((0.0,), "counts 0 times in it"), ((0.5,), "is 0.5 times the language")]
+)
+def test_the_card_says_how_much_the_language_model_counts(made, weights, words):
+    _, export = made("mf", tokens=("semantic",), collab_score=True, language_weights=weights)
+    card = (export / "README.md").read_text()
+    assert words in card and "a distilled vector of each item" in card
+    assert "Its score is" not in (made()[1] / "README.md").read_text()
 
 
 def copy_run(workspace: Workspace, folder: Path) -> Path:
