@@ -7,6 +7,7 @@ from typing import Any
 
 from sellarec.config import EMBEDDED, SAMPLED, Language, Selection
 from sellarec.errors import UserError
+from sellarec.preflight import free_memory
 from sellarec.run import Run
 from sellarec.training.cluster import free_gpu_memory, room_of_worker
 
@@ -247,14 +248,24 @@ def check_model(this: Run, stage: str, source: Any, tables: int = 0) -> None:
 
 
 def _memory_of_model(this: Run, stage: str, source: Any, tables: int) -> dict[str, dict[str, int]]:
-    """What a stage's language model takes of each worker, with the tables: `sellarec.language.memory.phases`."""
-    from sellarec.language.llm import context_length, read_config
-    from sellarec.language.memory import phases, shape_of, use_of
+    """What a stage's language model takes of each worker, with the tables: `sellarec.language.memory.phases`.
 
-    config = this.config
+    Raises:
+        UserError: on GPUs of this machine: its own memory can't take the model of all workers while it is loaded.
+    """
+    from sellarec.language.llm import context_length, read_config
+    from sellarec.language.memory import check_loading_fits, phases, shape_of, use_of
+
+    config, cluster = this.config, this.cluster
+    assert cluster is not None
     shape = shape_of(source, None if stage == "pretrain" or config.adapt.method == "full" else config.adapt)
     use = use_of(stage, config, context_length(read_config(source.name, source.revision)))
-    return phases(shape, dataclasses.replace(use, tables=tables, on_gpu=this.gpus()))
+    at_once = config.least_workers * cluster.groups
+    if this.gpus() and cluster.local:
+        check_loading_fits(shape, use, at_once, free_memory()[0])
+    beside = [min(use.workers, machine.places) for machine in cluster.machines if machine.places]
+    use = dataclasses.replace(use, tables=tables, on_gpu=this.gpus(), beside=min(beside, default=None))
+    return phases(shape, use)
 
 
 def _check_model_fits(this: Run, stage: str, found: dict[str, dict[str, int]], room: tuple[int, str] | None) -> None:

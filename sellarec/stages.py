@@ -1,6 +1,7 @@
 """How each stage is carried out: what is built from its inputs, checked for room, trained or scored, and left."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -228,9 +229,12 @@ def _encode(this: Run, files: list[str], settings: Distil, output: Place) -> dic
     noun, mark, catalog = this.log().facts["noun"], this.marks["distil"], items_in(files)
     stood = what_stands(output, mark)["items"]
     if not settings.sharded:
+        assert this.cluster is not None
+        workers = first_workers("distil", this.group(), this.console)
+        cores = sum(machine.places for machine in this.cluster.machines) or os.cpu_count() or 1
         run_task(
-            distil, "distil", this.console, items=files, settings=settings, **this.adapted(), noun=noun,
-            workers=first_workers("distil", this.group(), this.console), gpus=this.gpus(), output=output, mark=mark,
+            distil, "distil", this.console, items=files, settings=settings, **this.adapted(), noun=noun, workers=workers,
+            gpus=this.gpus(), output=output, mark=mark, threads=max(1, cores // workers),
         )  # fmt: skip
     elif stood < catalog:
         encoding = Encoding(

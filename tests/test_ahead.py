@@ -373,6 +373,16 @@ def test_a_model_that_scores_otherwise_does_not_go_on_from_rows(name, value):
         check_same_model(Collab(dim=8, init_from="a", **{name: value}), earlier)
 
 
+def test_models_read_whole_into_this_machines_memory_are_counted_on_gpus(of, monkeypatch):
+    """Of a cluster's GPU machines nothing is known of their memory beside each worker."""
+    set_room(monkeypatch, 1 << 40)
+    monkeypatch.setattr(ahead, "free_memory", lambda: (1000, None))
+    check_ahead(of(ON_GPUS), ["adapt", "fuse"])
+    for stage in ("adapt", "distil", "fuse", "evaluate"):
+        with pytest.raises(UserError, match=r"each of 2 workers reads the whole language model"):
+            check_ahead(of(Cluster(local=True, gpus=True)), [stage])
+
+
 def left_by(this: Run, stage: str, titles: list[str]) -> Path:
     """The folder of an adapter that a stage has left, which stands."""
     torch.manual_seed(5)

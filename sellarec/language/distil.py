@@ -9,7 +9,6 @@ Shapes: b texts, T tokens, H width of the model.
 """
 
 import json
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -180,6 +179,7 @@ def distil(
     output: Place,
     mark: str,
     board: Any,
+    threads: int | None = None,
     part_rows: int | None = None,
 ) -> None:
     """Encode the catalog with `workers` actors and write `vectors/part-*.parquet`, in item order.
@@ -191,6 +191,7 @@ def distil(
         gpus: whether each actor takes one; else they compute on CPUs, whatever this machine has.
         mark: fingerprint of the stage, which stands for the model, the adapter, the items and the settings.
         board: actor that takes progress records.
+        threads: of each actor; None leaves them as they are.
         part_rows: items of a part; None: see PARTS.
 
     Raises:
@@ -206,7 +207,7 @@ def distil(
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        device, threads = "cuda" if gpus else "cpu", max(1, (os.cpu_count() or 1) // workers)
+        device = "cuda" if gpus else "cpu"
         vectors = (
             ray.data.read_parquet(items, columns=["item", settings.text])
             .rename_columns(["item", "text"])

@@ -100,6 +100,7 @@ class Use:
         sharded: whether FSDP2 holds the weights and gathers them, a single worker's too.
         tables: bytes of a worker's part of the stage's tables, which are made before the weights are sharded.
         on_gpu: whether a GPU's memory is meant: what is whole at the start or at the end is in its machine's.
+        beside: workers on the machine with the fewest of them, which share out its memory; None: all are on one.
     """
 
     workers: int
@@ -116,6 +117,7 @@ class Use:
     sharded: bool = True
     tables: int = 0
     on_gpu: bool = False
+    beside: int | None = None
 
 
 def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
@@ -156,9 +158,27 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
     }
     if use.compares and not use.on_gpu:
         # one worker does, on a machine whose room is shared out evenly
-        again = held | {"the whole model": whole // use.workers}
+        again = held | {"the whole model": whole // (use.beside or use.workers)}
         found["at the end, where it is loaded again to be compared"] = again
     return found
+
+
+def check_loading_fits(shape: Shape, use: Use, workers: int, free: int) -> None:
+    """Refuse a model that so many workers, each the whole of it, read into their machine's memory, from which their GPUs take
+    their shares, where that has less free.
+
+    Raises:
+        UserError: with the product, and what to do about it.
+    """
+    whole = shape.weights * BYTES[use.storage] + shape.adapter * 4
+    if workers * whole <= free:
+        return
+    stored = "" if use.storage == "bfloat16" else "take llm.storage bfloat16, or "
+    raise UserError(
+        f"each of {workers} workers reads the whole language model, {_amount(whole)}, into this machine's memory, before its GPU "
+        f"takes a share of it: {_amount(workers * whole)}, but {_amount(free)} are free: {stored}fewer --workers here, or more "
+        "machines"
+    )
 
 
 LOGIT_BYTES = 64 << 20

@@ -73,7 +73,13 @@ def encode(encoding: Encoding, workers: Workers) -> None:
             block = rows.slice(first, BLOCK_ROWS)
             own = block["text"].take(workers.share_of(len(block)).numpy()).to_pylist()
             ids, cut = encoder.tokens(own)
-            gathered = workers.collect((encoder.vectors(ids), cut))
+            found = encoder.vectors(ids)
+            if workers.sum(float(not np.isfinite(found).all()))[0]:  # the same on all, so that none waits for another
+                last = start + first + len(block) - 1
+                raise StageFailed(
+                    f"stage distil: the vector of one of the items {start + first} to {last} is not finite"
+                )
+            gathered = workers.collect((found, cut))
             if gathered is not None:
                 vectors, all_cut = (np.concatenate(found)[: len(block)] for found in zip(*gathered, strict=True))
                 parts.append(written_vectors(block["item"], vectors, all_cut))

@@ -13,7 +13,17 @@ from sellarec.config import Adapt, Config, Distil, Fuse, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
 from sellarec.language.adapt import build_adapt
 from sellarec.language.llm import find_llm
-from sellarec.language.memory import Shape, Use, advice_of, check_model_fits, phases, shape_of, summary, use_of
+from sellarec.language.memory import (
+    Shape,
+    Use,
+    advice_of,
+    check_loading_fits,
+    check_model_fits,
+    phases,
+    shape_of,
+    summary,
+    use_of,
+)
 from sellarec.run import Run
 from sellarec.training.cluster import Cluster
 
@@ -95,6 +105,25 @@ def test_each_stage_uses_the_model_in_its_way():
     assert not use_of("evaluate", config, 1000).backward
     together = use_of("distil", replace(config, workers=3, distil=Distil(sharded=True)), 1000)
     assert (together.workers, together.sharded, together.dtype) == (3, True, "float32")
+
+
+def test_what_compares_shares_its_machine_with_the_workers_there_alone():
+    """One worker loads the whole model again: on machines with two workers each, half of it counts for either of its own."""
+    use = replace(USE, workers=8, compares=True)
+    whole = phases(SHAPE, use)["while it is loaded"]["the whole model"]
+    for beside, of_each in ((None, 8), (2, 2), (1, 1)):
+        found = phases(SHAPE, replace(use, beside=beside))
+        assert found["at the end, where it is loaded again to be compared"]["the whole model"] == whole // of_each
+
+
+def test_models_that_all_workers_of_gpus_read_into_one_memory_are_counted():
+    use = replace(USE, storage="float32")
+    needed = 8 * (SHAPE.weights * 4 + SHAPE.adapter * 4)
+    check_loading_fits(SHAPE, use, 8, needed)
+    with pytest.raises(UserError, match=r"each of 8 workers reads the whole .* take llm.storage bfloat16, or fewer"):
+        check_loading_fits(SHAPE, use, 8, needed - 1)
+    with pytest.raises(UserError, match=r"are free: fewer --workers here"):
+        check_loading_fits(SHAPE, replace(use, storage="bfloat16"), 8, 0)
 
 
 def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():

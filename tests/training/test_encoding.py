@@ -84,6 +84,28 @@ def test_vectors_are_those_of_a_whole_model(gloo, models, adapter, titles, tmp_p
     assert all(not worker["told"] for worker in found[1:])
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_vector_that_is_not_finite_ends_all_workers(gloo, models, titles, tmp_path, workers):
+    """Whichever worker has made it, none waits for it; nothing of the part is written."""
+    folder = tmp_path / "model"
+    model = llms.load_model(models["llama"])
+    tokenizer = llms.load_tokenizer(models["llama"])
+    (last,) = tokenizer.convert_tokens_to_ids([tokenizer.tokenize("Movie: 2001 7")[-1]])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[last] = torch.nan
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _, files = catalog(tmp_path, titles, 12)
+    source, output = llms.find_llm(str(folder), None), Place.of(str(tmp_path / "distil"))
+    settings = Distil(text="text", sharded=True)
+    encoding = Encoding(files, 12, settings, source, None, "movie", output, "mark", part_rows=20)
+    found = gloo.call(workers, encoding_cases.run, encoding, 50)
+    assert {worker["failure"] for worker in found} == {
+        "stage distil: the vector of one of the items 0 to 11 is not finite"
+    }
+    assert not (tmp_path / "distil" / WRITTEN).exists()
+
+
 def test_parts_that_stand_are_kept_by_another_number_of_workers(gloo, models, adapter, titles, tmp_path):
     texts, files = catalog(tmp_path, titles)
     source, tuned, output = (
