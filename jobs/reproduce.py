@@ -106,7 +106,7 @@ TABLES = {
         published={
             "collab": MF,
             "text-only": TALLREC,
-            MAIN: ".7606 / .7464 (Qwen2-7B)",
+            MAIN: ".7606 / .7464 (Qwen2-7B, rows with a history)",
             "CoLLM style": ".7357 / .7179 (Qwen2-7B)",
             "PersonPrompt": ".7214 / .6563 (Vicuna-7B)",
             "BinLLM": ".7425 / .6956 (Vicuna-7B)",
@@ -134,12 +134,12 @@ TABLES = {
             "three tokens alone": ("--fuse.tokens", "user", "item", "semantic", *ALONE),
             "user and item alone": ("--fuse.tokens", "user", "item", *ALONE),
         },
-        published={"text-only": TALLREC, MAIN: ".7606 / .7464 (Qwen2-7B)"},
+        published={"text-only": TALLREC, MAIN: ".7606 / .7464 (Qwen2-7B, rows with a history)"},
     ),
     "sella-robust-ml-1m": Table(
         recipes=("collm-ml-1m", "sella-robust"),
         seeds=(1, 2, 3),
-        published={"text-only": TALLREC, MAIN: ".7606 / .7464 (Qwen2-7B)"},
+        published={"text-only": TALLREC, MAIN: ".7606 / .7464 (Qwen2-7B, rows with a history)"},
     ),
     "small-ml-1m": Table(
         recipes=("collm-ml-1m",),
@@ -168,7 +168,7 @@ TABLES = {
             "collab (sella-official)": MF,
             **dict.fromkeys(("text-only", "text-only (CoLLM style)", "text-only (sella-official)"), TALLREC),
             "CoLLM style": ".7357 / .7179 (Qwen2-7B)",
-            "sella-official": ".7606 / .7464 (Qwen2-7B)",
+            "sella-official": ".7606 / .7464 (Qwen2-7B, rows with a history)",
         },
     ),
     **{
