@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sellarec.config import ALL_LINEAR, FLASH_ATTENTION
 from sellarec.data.files import file_hash
 from sellarec.errors import UserError
+
+# PEFT asks transformers for what has another name there now, of each model that an adapter is put on
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 if TYPE_CHECKING:
     from peft import PeftModel
