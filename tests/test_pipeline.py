@@ -1,14 +1,17 @@
 """What a run leaves and prints when a stage fails, and tells of several stages at the end. With workers: tests/end_to_end/."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from small import small_log
 
-from sellarec import pipeline
+from sellarec import ahead, pipeline
 from sellarec.command_line import parse
-from sellarec.config import Align, Collab, Config
+from sellarec.config import Align, Collab, Config, Data, Llm
 from sellarec.errors import StageFailed, UserError, exit_status
 from sellarec.run import Run
 from sellarec.training.cluster import Cluster
@@ -109,3 +112,57 @@ def test_a_name_belongs_to_the_settings_of_a_stage_that_has_left_a_checkpoint(tm
         pipeline._check_name(other, {})
     pipeline._check_name(this, {})
     pipeline._check_name(of("--fuse.learning-rate", "0.5"), {})  # a later stage's
+
+
+@pytest.mark.parametrize(
+    ("expected", "told_before"), [((90, 10, 10, 9, 9), "prepare"), (None, "adapt")], ids=["known rows", "unknown rows"]
+)
+def test_costs_are_told_before_the_first_stage_or_once_the_rows_are_known(
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    expected: tuple[int, int, int, int, int] | None,
+    told_before: str,
+) -> None:
+    """Of a given language model, and in any case before the first of its stages; once only."""
+    printed: dict[str, str] = {}
+
+    class Started(Exception):
+        pass
+
+    def stage(this: Run, name: str) -> None:
+        printed[name] = capsys.readouterr().out
+        if name != "prepare":
+            raise Started
+        this.artifact(name).write_json("manifest.json", {"fingerprint": this.marks[name]})
+
+    def connect(this: Run) -> None:
+        this.cluster = Cluster(local=True, gpus=False)
+
+    facts = {"users": 9, "items": 9, "noun": "movie", "positives": {"train": 40, "valid": 4}}
+    facts["rows"] = {"train": 90, "valid": 10, "test": 10}
+    log = replace(small_log(tmp_path / "log", 9, 9, np.ones(9, bool)), facts=facts)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(Run, "log", lambda self: log)
+    monkeypatch.setattr(Run, "connect", connect)
+    monkeypatch.setattr(pipeline, "_stage", stage)
+    monkeypatch.setattr(pipeline, "check_room", lambda workers: None)
+    monkeypatch.setattr(ahead, "check_prompts", lambda *_: None)  # the log has no titles
+    config = Config(
+        name="run",
+        workspace=str(tmp_path / "w"),
+        llm=Llm(model=str(models["llama"])),
+        data=Data(expected=expected),
+        trackers=(),
+    )
+    with pytest.raises(Started):
+        pipeline.run(Run.of(config))
+    assert list(printed) == ["prepare", "adapt"]
+    for name, told in printed.items():
+        costs = [line.split("cost      ")[1] for line in told.splitlines() if "] cost      " in line]
+        if name != told_before:
+            assert not costs
+            continue
+        assert [line.split()[0] for line in costs[:4]] == ["adapt", "distil", "fuse", "evaluate"]
+        assert any(" x H100: " in line for line in costs)

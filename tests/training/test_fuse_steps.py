@@ -3,6 +3,7 @@
 The engine is the loop's own, with sharded tables and FSDP2, in processes over gloo and without Ray.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ CODES: dict[str, Any] = {
 }
 CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "as it is": (MF, {}),
-    "collm": (MF, {"tokens": ("item", "user"), "train": ("projections",), "norm": "none"}),
+    "collm": (MF, {"tokens": ("item", "user"), "train": ("projections",), "norm": "none", "clip": 0.1}),
     "adapter": (MF, ADAPTED),
     "all": (SASREC, {"train": ("adapter", "tables", "projections"), "projections": "separate", "experts": 2}),
     "tables alone": (MF, {"tokens": ("user",), "train": ("tables",), "table_optimizer": "adam"}),
     "frozen sasrec": (SASREC, {"tokens": ("user",), "train": ("projections",), "experts": 3}),
-    "frozen lightgcn": (LIGHTGCN, {"train": ("projections",)}),
+    "frozen lightgcn": (LIGHTGCN, {"train": ("projections",), "clip": 0.2}),
     "semantic alone": (SASREC, {"tokens": ("semantic",), "norm": "none"}),
     "with the collaborative score": (MF, {"tokens": ("semantic",), "collab_score": True}),
     "learned": (SASREC, LEARNED | {"train": ("tables",), "tokens": ("item",), "table_optimizer": "adam"}),
@@ -56,6 +57,12 @@ CASES: dict[str, tuple[Collab, dict[str, Any]]] = {
     "codes, sequence": (BINARY, CODES | {"code": "dotted", "loss": "sequence", "tokens": ("user",)}),
 }
 QUICK = ("collm", "all", "tables alone", "frozen lightgcn", "with the collaborative score", "learned, adapter", "codes")
+CLIPPED = (
+    "collm",
+    "frozen lightgcn",
+    *(name for name, (_, chosen) in CASES.items() if "adapter" in chosen.get("train", ())),
+)
+"""The gradient of each step is larger than `clip`; it never is of the others."""
 LEFT: dict[str, tuple[set[str], set[str]]] = {
     "as it is": ({"user", "item", "semantic"}, {"projection.safetensors"}),
     "collm": (set(), {"projection.safetensors"}),
@@ -139,7 +146,8 @@ def left(case: Case) -> dict[str, np.ndarray]:
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_any_number_of_workers_takes_the_same_steps_and_leaves_what_is_scored_with(gloo, inputs, tmp_path, name):
-    """Losses, what is exported, scores. All that is trained has moved; the other parts are left where they were read."""
+    """Losses, norms of gradients, what is exported, scores. All that is trained has moved; the other parts are left where they
+    were read."""
     runs = {}
     for workers in (1, 2, 3):
         case = case_of(name, inputs, tmp_path / str(workers))
@@ -148,16 +156,22 @@ def test_any_number_of_workers_takes_the_same_steps_and_leaves_what_is_scored_wi
         # the engine that has trained, and one made of its artifact and, for what was frozen, those before
         np.testing.assert_allclose(found[0]["again"]["score"], found[0]["scores"]["score"], rtol=1e-5, atol=1e-6)
         assert all(worker["losses"] == found[0]["losses"] for worker in found)
+        assert all(worker["norms"] == found[0]["norms"] for worker in found)
         assert all(worker["checked"] is None for worker in found), found[0]["checked"]
         if "adapter" in case.settings.train:
             assert "loaded with PEFT" in found[0]["spoilt"] and all(worker["spoilt"] is None for worker in found[1:])
     expected, weights = runs[1]
     tables, files = LEFT[name]
+    assert len(expected["norms"]) == (fuse_cases.STEPS if files else 0)
+    for norm, clipped in expected["norms"]:
+        assert (norm > case.settings.clip) == (name in CLIPPED), expected["norms"]
+        assert clipped == pytest.approx(min(norm, case.settings.clip), rel=1e-4)
     assert {key.removeprefix("table ") for key in weights if key.startswith("table ")} == tables
     assert {key.split()[0] for key in weights if not key.startswith("table ")} == files
     assert expected["facts"]["trained_weights"] == sum(v.size for k, v in weights.items() if not k.startswith("table "))
     for found, exported in (runs[2], runs[3]):
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=2e-5)
+        np.testing.assert_allclose(found["norms"], expected["norms"], rtol=1e-3)
         np.testing.assert_allclose(found["scores"]["score"], expected["scores"]["score"], rtol=1e-3, atol=2e-4)
         assert exported.keys() == weights.keys()
         for key in weights:
@@ -191,3 +205,46 @@ def test_what_is_broken_off_goes_on_bit_for_bit(gloo, inputs, tmp_path, name, wo
     assert left_whole.keys() == left_broken.keys()
     for key, value in left_whole.items():
         np.testing.assert_array_equal(left_broken[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["collm", "frozen lightgcn"])
+def test_gradients_are_clipped_once_all_micro_batches_are_in(gloo, inputs, tmp_path, name):
+    """As those of a batch that goes through the model at once are."""
+    parts, whole = (case_of(name, inputs, tmp_path / which) for which in ("parts", "whole"))
+    whole = replace(whole, settings=replace(whole.settings, micro_batch=whole.settings.batch))
+    found, expected = (gloo.call(2, fuse_cases.train, case)[0] for case in (parts, whole))
+    assert all(norm > whole.settings.clip for norm, _ in expected["norms"])
+    np.testing.assert_allclose(found["norms"], expected["norms"], rtol=1e-3)
+    np.testing.assert_allclose(found["losses"], expected["losses"], rtol=2e-5)
+    left_whole, left_parts = left(whole), left(parts)
+    assert left_parts.keys() == left_whole.keys()
+    for key, value in left_whole.items():
+        np.testing.assert_allclose(left_parts[key], value, rtol=1e-3, atol=2e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("what", ["vectors", "gradient"])
+@pytest.mark.parametrize("name", ["all", "tables alone"])
+def test_what_is_not_finite_on_one_worker_ends_all_at_the_same_step_and_changes_nothing(
+    gloo, inputs, tmp_path, name, what
+):
+    """Neither tables nor dense weights, nor what their optimizers keep; also where the loss is finite on all, and the gradient
+    of but one worker's rows isn't."""
+    case, at = case_of(name, inputs, tmp_path / "output"), 2
+    for workers in (1, 2, 3):
+        found = gloo.call(workers, fuse_cases.refused, case, workers - 1, at, what)
+        for worker in found:
+            assert worker["step"] == at and worker["told"] == found[0]["told"]
+            assert f"the {'loss' if what == 'vectors' else 'gradient'} is not finite" in worker["told"]
+            earlier, before, after = worker["held"]
+            assert before and before.keys() == after.keys() == earlier.keys()
+            for key in before:
+                assert np.isfinite(before[key]).all() and np.array_equal(after[key], before[key]), key
+        parts = {key.split("/")[1] for worker in found for key in worker["held"][1]}
+        assert parts == ({"tables", "model", "optimizer"} if name == "all" else {"tables"})
+        moved = {
+            key.split("/")[1]
+            for worker in found
+            for key in worker["held"][1]
+            if not np.array_equal(worker["held"][1][key], worker["held"][0][key])
+        }
+        assert moved == parts  # by the step before
