@@ -163,8 +163,8 @@ def main() -> int:
     for (case, *keys), group in groupby(swept, key=lambda result: [result["case"], *keys_of(result)]):
         cells = list(group)
         varied = [key for key in keys if len({cell_of(cell)[key] for cell in cells}) > 1]
-        if len(varied) != 1 or not arguments.into or not isinstance(cell_of(cells[0])[varied[0]], int | float):
-            continue
+        if len(varied) != 1 or not arguments.into or type(cell_of(cells[0])[varied[0]]) not in (int, float):
+            continue  # yes and no make no axis
         (over,) = varied
         plot(
             lambda panels, cells=cells, over=over: draw_sweep(panels, cells, over),
