@@ -16,6 +16,7 @@ from sellarec.config import Collab, Tables
 from sellarec.data.log import read_log
 from sellarec.errors import UserError
 from sellarec.training import table as table_module
+from sellarec.training import tables as tables_module
 from sellarec.training.engine import Engine, Workers, together
 from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, Prepare, prepared, row_groups, slices
@@ -34,6 +35,7 @@ class Run:
         log: folder of a prepared log, with `counts.npy` and `sequences.parquet` in it.
         rate: what the learning rates are multiplied by at a step.
         max_columns: wider tables are cut into pieces.
+        file_rows: rows of a file of what is exported, at most.
         checkpoint: where the state is saved before step `save_at`.
         start_at, start_from: a step, and the checkpoint that is loaded before it.
         output: what is exported goes there.
@@ -46,6 +48,7 @@ class Run:
     storage: Tables = field(default_factory=Tables)
     steps: int = STEPS
     max_columns: int = 1024
+    file_rows: int = 1 << 20
     checkpoint: Path | None = None
     save_at: int = 0
     start_at: int = 0
@@ -124,11 +127,11 @@ def dense_of(task: CollabTask) -> dict[str, np.ndarray]:
 
 def train(run: Run) -> dict[str, Any]:
     """What a worker finds: the losses, the initial dense weights, and on worker 0 scores of the valid split."""
-    table_module.MAX_COLUMNS = run.max_columns
+    table_module.MAX_COLUMNS, tables_module.FILE_ROWS = run.max_columns, run.file_rows
     try:
         return _train(run)
     finally:  # the process serves other tests too
-        table_module.MAX_COLUMNS = Run.max_columns
+        table_module.MAX_COLUMNS, tables_module.FILE_ROWS = Run.max_columns, Run.file_rows
 
 
 def _train(run: Run) -> dict[str, Any]:

@@ -136,6 +136,10 @@ QUICK = {
     ("din without biases", "row-wise", 2),
     ("fism, bce", "row-wise", 3),
     ("fism, adam", "table-wise", 2),
+    ("mf, bce", "table-wise", 1),
+    ("mf, bce", "auto", 3),
+    ("sasrec, bce", "auto", 2),
+    ("lightgcn, bce", "table-wise", 1),
 }
 
 
@@ -145,13 +149,16 @@ def grid() -> list:
             case,
             sharding,
             workers,
-            marks=() if workers == 1 or (case, sharding, workers) in QUICK else pytest.mark.slow,
+            marks=()
+            if (workers, sharding) == (1, "row-wise") or (case, sharding, workers) in QUICK
+            else pytest.mark.slow,
         )
         for workers in (1, 2, 3)
         for case in CASES
-        for sharding in ("row-wise", "table-wise", "column-wise")
-        if workers > 1 or sharding == "row-wise"
+        for sharding in ("row-wise", "table-wise", "column-wise", "auto")
+        if workers > 1 or sharding in ("row-wise", "table-wise")
         if sharding != "column-wise" or "table_optimizer" in CASES[case]
+        if sharding != "auto" or case.endswith(", bce")
     ]
 
 
@@ -316,6 +323,26 @@ def test_a_checkpoint_goes_on_with_other_workers_as_if_nothing_had_been(
     twin = twin_of(twins, run, found)
     resumed = replace(run, storage=Tables(sharding=then[1]), start_at=3, start_from=folder, output=tmp_path / "output")
     close(gloo.call(then[0], engine_cases.train, resumed), resumed, twin, first=3)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("sharding", "workers"), [("row-wise", 2), ("table-wise", 3), ("column-wise", 2)])
+def test_an_export_of_many_files_a_worker_has_the_same_rows(gloo, log, tmp_path, sharding, workers):
+    """A few rows are written, and compared, at a time, whole or in pieces of their columns."""
+    columns = 4 if sharding == "column-wise" else 1024
+    optimizer = {"table_optimizer": "adam"}
+    run = Run(settings_of(model="mf", **optimizer), log, Tables(sharding=sharding), max_columns=columns)
+    rows = {}
+    for size in (1 << 20, 3):
+        output = tmp_path / str(size)
+        gloo.call(workers, engine_cases.train, replace(run, output=output, file_rows=size))
+        saved = SavedTable(output / "tables", "item")
+        rows[size] = saved.read(0, saved.facts["rows"])
+        files = [shard["file"] for shard in saved.facts["shards"]]
+        assert (len(files) >= saved.facts["rows"] // 3) == (size == 3) and len(files) == len(set(files))
+        for first in (0, 2, 5):  # across the ends of files
+            assert np.array_equal(saved.read(first, first + 4), rows[size][first : first + 4])
+    assert np.array_equal(rows[3], rows[1 << 20])
 
 
 OPTIMIZERS = {
