@@ -393,6 +393,28 @@ def test_any_number_of_workers_loads_what_any_other_has_saved(
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("optimizer", ["adagrad", "rowwise decay"])
+@pytest.mark.parametrize(
+    ("workers", "sharding", "then_workers", "then_sharding"),
+    [(2, "row-wise", 3, "table-wise"), (3, "table-wise", 1, "row-wise"), (1, "row-wise", 2, "row-wise")],
+)
+def test_rows_of_float16_are_loaded_by_any_number_of_workers_too(
+    gloo, tmp_path, optimizer, workers, sharding, then_workers, then_sharding
+):
+    """To the bit, with the optimizer's state, which is float32."""
+    steps = steps_of(workers)[:3]
+    found = gloo.call(workers, table_cases.run, setup_of(optimizer, sharding, "float16"), steps, tmp_path)
+    state = table_cases.whole([worker["after"] for worker in found])
+    fresh = replace(setup_of(optimizer, then_sharding, "float16"), seed=99)
+    found = gloo.call(then_workers, table_cases.resume, fresh, tmp_path, (), 3)
+    loaded = table_cases.whole([worker["loaded"] for worker in found])
+    assert set(loaded) == set(state) and {value.dtype for value in state.values()} == {np.dtype("f2"), np.dtype("f4")}
+    for name, value in state.items():
+        assert loaded[name].dtype == value.dtype
+        np.testing.assert_array_equal(loaded[name], value, err_msg=name)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam decay"])
 def test_so_is_what_workers_saved_that_held_different_numbers_of_columns(gloo, tmp_path, optimizer):
     """Of 20 columns 8, 8 and 4; then 12 and 8, or all of a part of the rows."""
