@@ -174,7 +174,9 @@ def test_a_wholly_tuned_model_is_what_all_later_stages_read(workspace):
         assert found.keys() == tuned.keys()
         assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in tuned.items())
     encoder = ItemEncoder(**run.adapted(), noun="book", settings=config.distil)
-    assert all(torch.equal(weight, tuned[f"llm.{n}"].bfloat16()) for n, weight in encoder._model.named_parameters())
+    assert all(
+        torch.equal(weight, tuned[f"llm.model.{n}"].bfloat16()) for n, weight in encoder._decoder.named_parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,6 +214,7 @@ def test_tables_without_room_are_refused_before_workers_start(workspace, monkeyp
     run.cluster = Cluster(local=True, gpus=False)
     monkeypatch.setattr(stages, "train", start)
     monkeypatch.setattr(stages, "check_model", lambda *_: None)  # of its own, and larger
+    monkeypatch.setattr(ahead, "_check_adapters", lambda *_: None)  # adapt has not been run
     monkeypatch.setattr(ahead, "room_of_worker", lambda workers: held - 1)
     with pytest.raises(UserError, match=r"worker 0 of 2 would hold .* of tables"):
         check_ahead(run, ["fuse"])
