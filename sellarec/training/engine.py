@@ -504,7 +504,9 @@ class Engine:
                 own = workers.share_of(len(some))
                 batch = self._to_device(dict.fromkeys(task.measured_features, some[own]))
                 for name, vectors in self._look_up(batch).items():
-                    items.setdefault(name, []).append(workers.gather(vectors)[: len(some)])
+                    gathered = workers.gather(vectors)[: len(some)]
+                    if workers.rank == 0:
+                        items.setdefault(name, []).append(gathered)
             if task.measured_rows is not None:
                 for start in range(0, len(task.measured_rows), MEASURED_AT_ONCE * workers.world_size):
                     rows = task.measured_rows.slice(start, MEASURED_AT_ONCE * workers.world_size)
@@ -512,7 +514,9 @@ class Engine:
                     batch = self._to_device(task.collate_measured(own_rows))
                     self._agree(batch, own_rows)
                     views = task.views_of_users(task.model, batch, self._look_up(batch))
-                    users.append(tuple(workers.gather(view)[: len(rows)] for view in views))
+                    both = tuple(workers.gather(view)[: len(rows)] for view in views)
+                    if workers.rank == 0:
+                        users.append(both)
         weights = dense.trained_weights(task.model)
         if workers.rank > 0:
             return None
