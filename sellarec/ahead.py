@@ -251,7 +251,7 @@ def _memory_of_model(this: Run, stage: str, source: Any, tables: int) -> dict[st
     """What a stage's language model takes of each worker, with the tables: `sellarec.language.memory.phases`.
 
     Raises:
-        UserError: on GPUs of this machine: its own memory can't take the model of all workers while it is loaded.
+        UserError: on GPUs of this machine: its own memory can't take the models that workers read.
     """
     from sellarec.language.llm import context_length, read_config
     from sellarec.language.memory import check_loading_fits, phases, shape_of, use_of
@@ -260,9 +260,9 @@ def _memory_of_model(this: Run, stage: str, source: Any, tables: int) -> dict[st
     assert cluster is not None
     shape = shape_of(source, None if stage == "pretrain" or config.adapt.method == "full" else config.adapt)
     use = use_of(stage, config, context_length(read_config(source.name, source.revision)))
-    at_once = config.least_workers * cluster.groups
     if this.gpus() and cluster.local:
-        check_loading_fits(shape, use, at_once, free_memory()[0])
+        readers = cluster.groups * (1 if use.sharded else config.least_workers)
+        check_loading_fits(shape, use, readers, free_memory()[0])
     beside = [min(use.workers, machine.places) for machine in cluster.machines if machine.places]
     use = dataclasses.replace(use, tables=tables, on_gpu=this.gpus(), beside=min(beside, default=None))
     return phases(shape, use)

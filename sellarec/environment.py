@@ -32,6 +32,7 @@ PACKAGES = (
     "ray",
     "transformers",
     "peft",
+    "accelerate",
     "safetensors",
     "pyarrow",
     "numpy",

@@ -67,7 +67,7 @@ projection = Projection(4, 6, 8)
 views = Views.gather(projection(item), semantic, ids, weight, Align(), Alone())
 step(projection, contrastive_loss(views, Align(), Alone()).sum())
 hybrid = HybridProjection(
-    ("user", "item", "semantic"), {"collaborative": projection, "semantic": torch.nn.Linear(8, 8)}, norm=1.0
+    ("user", "item", "semantic"), {"collaborative": projection, "semantic": torch.nn.Linear(8, 8)}, norm=torch.tensor(1.0)
 )
 tokens = hybrid({"user": user, "item": item, "semantic": semantic})
 step(hybrid, sum((token * torch.randn(8)).sum() for token in tokens.values()))

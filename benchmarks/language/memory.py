@@ -2,8 +2,9 @@
 `python benchmarks/language/memory.py --out FILE.json`.
 
 Each case is stage adapt's task on a Llama of random weights, with the default adapter, in processes of one thread: the model is
-loaded and sharded, two steps are taken on prompts of the longest kind, and rows are scored. Prints what
-`sellarec/language/memory.py` counts for each of these, and what the fullest process's resident memory rose by at its peak.
+loaded by one of them and sharded, two steps are taken on prompts of the longest kind, and rows are scored. Prints what
+`sellarec/language/memory.py` counts for each of these of a worker, and what a process's resident memory rose by at its peak: the
+mean over them, as the memory of a machine is shared out evenly.
 
 The processes hand back at once what they free. By default glibc keeps much of it (`--default-malloc`).
 """
@@ -33,7 +34,7 @@ from sellarec.language.llm import find_llm
 from sellarec.language.memory import phases, shape_of, use_of
 from sellarec.language.pretrain import build_decoder
 from sellarec.language.templates import read_template
-from sellarec.training.engine import Engine, Workers
+from sellarec.training.engine import Engine, Workers, together_of_first
 
 PHASES = ("loading", "a step", "scoring")
 
@@ -92,7 +93,8 @@ def train(workers: Workers, folder: str, config: Config) -> dict[str, int]:
     start = _status("VmRSS")
 
     def load() -> Engine:
-        task = build_adapt(find_llm(folder, None), [TITLE], config.prompt, "movie", settings)
+        make = partial(build_adapt, find_llm(folder, None), [TITLE], config.prompt, "movie", settings)
+        task = together_of_first(make, workers)
         return Engine(task, workers, 0, settings, Tables(), "float32")
 
     engine, loading = peak_growth(load, start)
@@ -110,8 +112,8 @@ def worker(rank: int, workers: int, folder: str, small: str, config: Config) -> 
     train(group, small, Config(prompt=Prompt(template="compact", max_tokens=64, history=50)))
     found = train(group, folder, config)
     peaks = torch.tensor(list(found.values()))
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    return dict(zip(found, peaks.tolist(), strict=True))
+    dist.all_reduce(peaks)
+    return dict(zip(found, (peaks // workers).tolist(), strict=True))
 
 
 def planned(folder: str, config: Config, tokens: int) -> dict[str, int]:

@@ -49,24 +49,24 @@ class HybridProjection(nn.Module):
     Args:
         tokens: of user, item and semantic.
         projections: by token what makes it; by `collaborative` what makes those of user and item that have none of their own.
-        norm: mean norm of the model's input embeddings; None: tokens are as they are projected, as published.
+        norm: float32 [], mean norm of the model's input embeddings; None: tokens are as they are projected, as published.
     """
 
-    def __init__(self, tokens: Sequence[str], projections: Mapping[str, nn.Module], norm: float | None) -> None:
+    def __init__(self, tokens: Sequence[str], projections: Mapping[str, nn.Module], norm: Tensor | None) -> None:
         super().__init__()
         self.tokens = tuple(tokens)
         self.projections = nn.ModuleDict(projections)
-        self._norm = norm
+        self.register_buffer("norm", norm, persistent=False)
         if norm is not None:
             self.gain = nn.Parameter(torch.ones(len(self.tokens), 1))
 
     def forward(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By token [b, D] of user and item, [b, H] of semantic -> by token [b, H]."""
         tokens = {name: self._projected(name, vectors[name]) for name in self.tokens}
-        if self._norm is None:
+        if self.norm is None:
             return tokens
         return {
-            name: gain * self._norm * token / token.norm(dim=1, keepdim=True).clamp(min=1e-6)
+            name: gain * self.norm * token / token.norm(dim=1, keepdim=True).clamp(min=1e-6)
             for gain, (name, token) in zip(self.gain, tokens.items(), strict=True)
         }
 

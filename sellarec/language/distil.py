@@ -58,8 +58,8 @@ class ItemEncoder:
     Args:
         device: where it computes. A GPU that is seen need not be this process's: with too few for all workers, Ray hides none.
         threads: of this process; None leaves them as they are.
-        workers: that hold the model together, each a share on its device, instead of this process the whole: all encode equally
-            many texts.
+        workers: that are to hold the model together (`share`), each a part on its device, instead of this process the whole: all
+            encode equally many texts.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class ItemEncoder:
             torch.set_num_threads(threads)
         folder = source.folder()
         model = llms.with_adapter(llms.load_model(folder, source.storage), adapter)
-        self._decoder, layers = base_model(model).base_model, llms.decoder_layers(base_model(model))
+        self._decoder, self._layers = base_model(model).base_model, llms.decoder_layers(base_model(model))
         # transformers' output_hidden_states keeps all of them, and none of a sharded model
-        place, self._read = settings.layer % (len(layers) + 1), list[torch.Tensor]()
-        self._reads = layers[place] if place < len(layers) else None
+        place, self._read = settings.layer % (len(self._layers) + 1), list[torch.Tensor]()
+        self._reads = self._layers[place] if place < len(self._layers) else None
         if self._reads is not None:
             self._reads.register_forward_pre_hook(self._keep_input, with_kwargs=True)
         if workers is None:
@@ -88,11 +88,14 @@ class ItemEncoder:
             model.to(self._device)
         else:
             self._device = workers.device
-            shard(self._decoder, layers, workers.device, torch.float32)
         self._decoder.eval()
         self._segmenter = SegmentTokenizer(llms.load_tokenizer(folder))
         self._noun, self._settings = noun, settings
         self._limit = min(settings.max_tokens, llms.context_length(model.config))
+
+    def share(self) -> None:
+        """Share the model out over the workers; all call it, before anything else."""
+        shard(self._decoder, self._layers, self._device, torch.float32)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """float32 [b, H]."""

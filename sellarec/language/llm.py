@@ -4,7 +4,9 @@ import hashlib
 import inspect
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,12 +50,12 @@ class LlmSource:
 
     def folder(self, weights: bool = True) -> Path:
         """The local folder with the model; a hub id is downloaded once a machine, without its weights where they aren't asked
-        for."""
+        for, or not read (`reading`)."""
         if self.revision is None:
             return Path(self.name)
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*.model", "*.txt", "*.jinja", *["*.safetensors"] * weights]
+        patterns = ["*.json", "*.model", "*.txt", "*.jinja", *["*.safetensors"] * (weights and _READS.get())]
         return Path(snapshot_download(self.name, revision=self.revision, allow_patterns=patterns))
 
 
@@ -122,8 +124,22 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         raise UserError(f"the tokenizer in {folder} can't be read ({reason}): save it there anew") from error
 
 
+_READS: ContextVar[bool] = ContextVar("reads", default=True)
+
+
+@contextmanager
+def reading(weights: bool) -> Iterator[None]:
+    """Models that are loaded in it are without their weights, which lie on the device meta, unless `weights` are read: of workers
+    that hold a model together one reads it, and the others get their shares of that one (`sellarec.training.dense.shard`)."""
+    before = _READS.set(weights)
+    try:
+        yield
+    finally:
+        _READS.reset(before)
+
+
 def load_model(folder: Path, storage: str = "float32", attention: str = "auto") -> "PreTrainedModel":
-    """The causal model of a folder.
+    """The causal model of a folder; within `reading(False)` its modules and buffers alone.
 
     Args:
         storage: type of its weights, float32 or bfloat16, whatever they were saved in.
@@ -133,6 +149,7 @@ def load_model(folder: Path, storage: str = "float32", attention: str = "auto") 
         UserError: the folder holds something else than a causal language model, or its weights don't fit its config.
     """
     import torch
+    from accelerate import init_empty_weights
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -141,15 +158,15 @@ def load_model(folder: Path, storage: str = "float32", attention: str = "auto") 
     logging.disable_progress_bar()
     config = causal_config(folder)
     architecture = config.architectures[0]
+    form = {"dtype": getattr(torch, storage), "attn_implementation": None if attention == "auto" else attention}
     try:
+        if not _READS.get():
+            with init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **form)
+            model.tie_weights()  # which putting them on the device meta has undone
+            return model.eval()
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=getattr(torch, storage),
-            attn_implementation=None if attention == "auto" else attention,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=False,
+            folder, config=config, use_safetensors=True, output_loading_info=True, trust_remote_code=False, **form
         )
     except ImportError as error:  # on a machine of a cluster, of which the driver knows nothing
         raise UserError(
@@ -302,15 +319,15 @@ def check_embeddings(model: Any, name: str) -> None:
         )
 
 
-def embedding_norm(model: Any) -> float:
-    """The mean norm of the input embeddings of the vocabulary, as the decoder gets them: Gemma's embedding layer scales its
-    weights."""
+def embedding_norm(model: Any) -> "Tensor":
+    """The mean norm of the input embeddings of the vocabulary, as the decoder gets them (Gemma's embedding layer scales its
+    weights): float32 [], on the model's device."""
     import torch
 
     embeddings = model.get_input_embeddings()
     with torch.no_grad():
         ids = torch.arange(embeddings.num_embeddings, device=embeddings.weight.device)
-        return torch.cat([embeddings(some).float().norm(dim=1) for some in ids.split(EMBEDDED_AT_ONCE)]).mean().item()
+        return torch.cat([embeddings(some).float().norm(dim=1) for some in ids.split(EMBEDDED_AT_ONCE)]).mean()
 
 
 def read_config(name: str | Path, revision: str | None = None) -> Any:
@@ -328,13 +345,16 @@ def read_config(name: str | Path, revision: str | None = None) -> Any:
 
 
 def check_output_layer(model: Any) -> None:
-    """Refuse a model whose logits are more than its output layer makes of the last hidden states (scaled, or capped).
+    """Refuse a model whose logits are more than its output layer makes of the last hidden states (scaled, or capped). One without
+    weights isn't looked at.
 
     Raises:
         UserError: the loss over tokens, which makes logits for some positions at a time, can't be taken of it.
     """
     import torch
 
+    if model.device.type == "meta":
+        return
     attention = model.config._attn_implementation
     if attention == FLASH_ATTENTION:  # which computes neither on CPUs nor in float32
         model.set_attn_implementation("eager")
@@ -434,7 +454,8 @@ def with_adapter(model: "PreTrainedModel", folder: Path | None, trains: bool = F
         model.requires_grad_(False)
         return model.eval()
     adapted, saved = _fitting(model, folder, trains)
-    set_peft_model_state_dict(adapted, saved)
+    if model.device.type != "meta":
+        set_peft_model_state_dict(adapted, saved)
     if not trains:
         adapted.requires_grad_(False)
     return adapted.eval()

@@ -1,10 +1,10 @@
 """What a stage's language model takes of a worker's memory, by arithmetic, before anything is loaded.
 
-Counted: weights as they are stored, whole while they are loaded (into a GPU a layer at a time) and sharded after that; what is
-trained, with gradients and the optimizer's state; layers that are gathered to compute; activations of a micro-batch of the
-longest prompts; logits. Not counted: projections, the prompts' own tensors, buffers of NCCL or gloo, what an allocator keeps,
-and the process itself (`sellarec.training.cluster.WORKER_MEMORY`). The tables of a stage are counted elsewhere
-(`sellarec.training.plan`), and added.
+Counted: weights as they are stored, whole on the one worker that loads them (which hands them to the others, and to a GPU,
+some at a time) and sharded after that; what is trained, with gradients and the optimizer's state; layers that are gathered to
+compute; activations of a micro-batch of the longest prompts; logits. Not counted: projections, the prompts' own tensors,
+buffers of NCCL or gloo, what an allocator keeps, and the process itself (`sellarec.training.cluster.WORKER_MEMORY`). The
+tables of a stage are counted elsewhere (`sellarec.training.plan`), and added.
 `benchmarks/language/memory.py` compares it with processes.
 """
 
@@ -100,7 +100,8 @@ class Use:
         sharded: whether FSDP2 holds the weights and gathers them, a single worker's too.
         tables: bytes of a worker's part of the stage's tables, which are made before the weights are sharded.
         on_gpu: whether a GPU's memory is meant: what is whole at the start or at the end is in its machine's.
-        beside: workers on the machine with the fewest of them, which share out its memory; None: all are on one.
+        beside: workers on the machine with the fewest of them, which share out its memory, of which one may load the whole model;
+            None: all are on one.
     """
 
     workers: int
@@ -148,7 +149,8 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
         "none": 0,
     }[use.logits]
     held = {"weights": share, "gradients and optimizer": state, "tables": use.tables}
-    loaded = {"the whole model": whole, "weights": share if use.sharded else 0}
+    of_each = whole // (use.beside or use.workers)
+    loaded = {"the whole model": of_each if use.sharded else whole, "weights": share if use.sharded else 0}
     if use.on_gpu and use.sharded:
         loaded = {"weights": share, "a layer": max(shape.layer, outside) * stored}
     found = {
@@ -157,27 +159,30 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
         | {"gathered layers": gathered, "activations": rows * numbers * computed, "logits": logits},
     }
     if use.compares and not use.on_gpu:
-        # one worker does, on a machine whose room is shared out evenly
-        again = held | {"the whole model": whole // (use.beside or use.workers)}
-        found["at the end, where it is loaded again to be compared"] = again
+        found["at the end, where it is loaded again to be compared"] = held | {"the whole model": of_each}
     return found
 
 
-def check_loading_fits(shape: Shape, use: Use, workers: int, free: int) -> None:
-    """Refuse a model that so many workers, each the whole of it, read into their machine's memory, from which their GPUs take
-    their shares, where that has less free.
+def check_loading_fits(shape: Shape, use: Use, readers: int, free: int) -> None:
+    """Refuse a model that so many workers, each the whole of it, read into their machine's memory, from which GPUs take their
+    shares, where that has less free.
+
+    Args:
+        readers: one of each group of workers that share a model, each of those that do not.
 
     Raises:
         UserError: with the product, and what to do about it.
     """
     whole = shape.weights * BYTES[use.storage] + shape.adapter * 4
-    if workers * whole <= free:
+    if readers * whole <= free:
         return
-    stored = "" if use.storage == "bfloat16" else "take llm.storage bfloat16, or "
+    hints = [] if use.storage == "bfloat16" else ["take llm.storage bfloat16"]
+    if readers > 1:
+        hints.append("have fewer of them at once here")
     raise UserError(
-        f"each of {workers} workers reads the whole language model, {_amount(whole)}, into this machine's memory, before its GPU "
-        f"takes a share of it: {_amount(workers * whole)}, but {_amount(free)} are free: {stored}fewer --workers here, or more "
-        "machines"
+        f"{readers} of the workers read the whole language model, {_amount(whole)} each, into this machine's memory, before GPUs "
+        f"take their shares of it: {_amount(readers * whole)}, but {_amount(free)} are free: "
+        f"{', or '.join([*hints, 'take a smaller model or a machine with more memory'])}"
     )
 
 

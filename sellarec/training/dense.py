@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -27,9 +27,14 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, d
     Frozen weights may be stored in another type than the trained ones, which share one: each is cast to `dtype` as it is
     gathered, and only gradients are reduced together.
 
+    Weights and buffers are worker 0's on all workers, which send them one at a time, so that no other has to have them.
+
     Args:
-        model: on the CPU; a block at a time goes to `device`, where each worker keeps its share.
+        model: on the CPU; a block at a time goes to `device`, where each worker keeps its share. On workers other than 0 its
+            weights may be on the device meta.
     """
+    first, alone = dist.get_rank() == 0, dist.get_world_size() == 1
+    whole = model.state_dict() if first and not alone else {}
     mesh = init_device_mesh(device.type, (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
     # vectors of tables stay float32: a model casts them where it needs to
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -39,6 +44,14 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, d
     for module in [*large, model]:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    if alone:
+        return
+    if not first:
+        model.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole, options=options)
+    for buffer in model.buffers():  # those too that aren't saved, as a model's rotary frequencies
+        dist.broadcast(buffer, 0)
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:

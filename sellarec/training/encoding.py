@@ -15,7 +15,7 @@ from sellarec.config import STORAGE_TIMEOUT, WORKER_TIMEOUT, Distil
 from sellarec.errors import StageFailed, UserError
 from sellarec.language.distil import BLOCK_ROWS, ItemEncoder, what_stands, write_part, written_vectors
 from sellarec.language.llm import LlmSource
-from sellarec.training.engine import Workers, together
+from sellarec.training.engine import Workers, together_of_first
 from sellarec.training.progress import note
 from sellarec.training.storage import Storage
 
@@ -61,7 +61,8 @@ def encode(encoding: Encoding, workers: Workers) -> None:
     storage = Storage(workers, "distil", encoding.storage_timeout, partial(note, encoding.board, "distil"))
     written = storage.first(f"reading {output}", partial(what_stands, output, encoding.mark))
     make = partial(ItemEncoder, encoding.source, encoding.adapter, encoding.noun, settings, workers=workers)
-    encoder = together(make, workers)
+    encoder = together_of_first(make, workers)
+    encoder.share()
     field = pyarrow.dataset.field("item")
     for start in range(written["items"], encoding.catalog, encoding.part_rows):
         stop = min(start + encoding.part_rows, encoding.catalog)

@@ -28,6 +28,7 @@ from sellarec.artifacts import Place
 from sellarec.config import Backpropagation, Dense, Language, Sparse, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.ranking import TopList, UserMetrics, merge, top_k, user_metrics
+from sellarec.language.llm import reading
 from sellarec.training import dense
 from sellarec.training.graph import Kind, ShardedGraph
 from sellarec.training.plan import place
@@ -156,6 +157,12 @@ def together(make: Callable[[], Made], workers: Workers) -> Made:
     if found:
         raise UserError(found[0]) from refusal
     return made
+
+
+def together_of_first(make: Callable[[], Made], workers: Workers) -> Made:
+    """As `together`, where language models that are loaded are read by worker 0 alone: `sellarec.language.llm.reading`."""
+    with reading(weights=workers.rank == 0):
+        return together(make, workers)
 
 
 def _refuse(message: str | None) -> None:

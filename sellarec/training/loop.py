@@ -29,7 +29,7 @@ from sellarec.config import STORAGE_TIMEOUT, WORKER_TIMEOUT, Dense, Selection, S
 from sellarec.errors import StageFailed, UserError
 from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training.checkpoints import Checkpoints
-from sellarec.training.engine import Engine, Workers, rank_queries, together, warmup_steps
+from sellarec.training.engine import Engine, Workers, rank_queries, together, together_of_first, warmup_steps
 from sellarec.training.launch import CHECKPOINTS
 from sellarec.training.progress import PROGRESS_SECONDS, note
 from sellarec.training.scoring import distinct, report_scored, split_slices
@@ -153,7 +153,7 @@ def _train(training: Training) -> None:
         training.board.put.remote({"group": group.id.hex()})  # first of all: who waits for it may lose this worker
     workers = Workers.join(training.timeout)
     seed_everything(training.seed, training.stage)
-    task = together(training.build, workers)
+    task = together_of_first(training.build, workers)
     engine = together(
         partial(Engine, task, workers, training.seed, settings, training.storage, training.dtype), workers
     )

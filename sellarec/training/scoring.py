@@ -16,7 +16,7 @@ from sellarec.artifacts import Place
 from sellarec.config import STORAGE_TIMEOUT, WORKER_TIMEOUT, Tables
 from sellarec.errors import StageFailed, UserError
 from sellarec.evaluation.ranking import UserMetrics
-from sellarec.training.engine import Engine, Workers, rank_queries, together
+from sellarec.training.engine import Engine, Workers, rank_queries, together, together_of_first
 from sellarec.training.progress import note
 from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, Prepare, named_counts, shortened, stream, whole_batches
@@ -73,7 +73,7 @@ def _score(scoring: Scoring) -> None:
     def score(name: str, build: Callable[[], Task]) -> None:
         """With one of the models, which is gone when the next one is loaded."""
         start = time.monotonic()
-        task = together(build, workers)
+        task = together_of_first(build, workers)
         dtype = scoring.dtype if task.blocks else "float32"  # as each was trained
         engine = together(partial(Engine, task, workers, 0, scoring.settings, scoring.storage, dtype), workers)
         slices = split_slices(order, task, task.prepare_to_score, workers, 0, order.steps_per_epoch)

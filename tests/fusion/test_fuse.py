@@ -230,7 +230,7 @@ def test_the_norm_is_that_of_what_the_decoder_gets(tied):
     for kind, scale in ((Gemma2Config, 8.0), (LlamaConfig, 1.0)):
         model = AutoModelForCausalLM.from_config(kind(**sizes))
         norm = embedded(model, torch.arange(100)).norm(dim=1).mean().item()
-        assert llms.embedding_norm(model) == pytest.approx(norm, rel=1e-5)
+        assert llms.embedding_norm(model).item() == pytest.approx(norm, rel=1e-5)
         weight = model.get_input_embeddings().weight
         assert norm == pytest.approx(scale * weight.norm(dim=1).mean().item(), rel=1e-3)
 

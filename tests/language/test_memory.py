@@ -57,7 +57,9 @@ def test_weights_are_counted_as_they_are_made(models, name, dora):
 def test_memory_by_hand():
     found = phases(SHAPE, USE)
     whole = 4 * 10_100_000
-    assert found["while it is loaded"] == {"the whole model": whole, "weights": whole // 2, "tables": 0}
+    assert found["while it is loaded"] == {"the whole model": whole // 2, "weights": whole // 2, "tables": 0}, (
+        "by one of two"
+    )
     assert found["at a micro-batch"] == {
         "weights": whole // 2,
         "gradients and optimizer": 12 * 100_000 // 2,
@@ -67,7 +69,7 @@ def test_memory_by_hand():
         "logits": 24 * 4,
     }
     half = phases(SHAPE, replace(USE, storage="bfloat16", checkpoints=True, compares=True))
-    assert half["while it is loaded"]["the whole model"] == 2 * 10_000_000 + 4 * 100_000
+    assert half["while it is loaded"]["the whole model"] == (2 * 10_000_000 + 4 * 100_000) // 2
     assert half["at a micro-batch"]["activations"] == 4 * 400 * (12_500 + 4 * 500)
     assert (
         half["at the end, where it is loaded again to be compared"]["the whole model"] == 20_400_000 // 2
@@ -107,23 +109,27 @@ def test_each_stage_uses_the_model_in_its_way():
     assert (together.workers, together.sharded, together.dtype) == (3, True, "float32")
 
 
-def test_what_compares_shares_its_machine_with_the_workers_there_alone():
-    """One worker loads the whole model again: on machines with two workers each, half of it counts for either of its own."""
+def test_what_loads_shares_its_machine_with_the_workers_there_alone():
+    """One worker loads the whole model, and again to compare: on machines with two workers each, half of it counts for either of
+    its own. Where each works with a whole model, each loads it."""
     use = replace(USE, workers=8, compares=True)
-    whole = phases(SHAPE, use)["while it is loaded"]["the whole model"]
+    whole = SHAPE.weights * 4 + SHAPE.adapter * 4
     for beside, of_each in ((None, 8), (2, 2), (1, 1)):
         found = phases(SHAPE, replace(use, beside=beside))
-        assert found["at the end, where it is loaded again to be compared"]["the whole model"] == whole // of_each
+        for phase in ("while it is loaded", "at the end, where it is loaded again to be compared"):
+            assert found[phase]["the whole model"] == whole // of_each
+    apart = phases(SHAPE, replace(USE, workers=1, sharded=False, compares=False))["while it is loaded"]
+    assert apart == {"the whole model": whole, "weights": 0, "tables": 0}
 
 
-def test_models_that_all_workers_of_gpus_read_into_one_memory_are_counted():
+def test_models_that_workers_of_gpus_read_into_one_memory_are_counted():
     use = replace(USE, storage="float32")
     needed = 8 * (SHAPE.weights * 4 + SHAPE.adapter * 4)
     check_loading_fits(SHAPE, use, 8, needed)
-    with pytest.raises(UserError, match=r"each of 8 workers reads the whole .* take llm.storage bfloat16, or fewer"):
+    with pytest.raises(UserError, match=r"8 of the workers read the whole .* take llm.storage bfloat16, or have fewer"):
         check_loading_fits(SHAPE, use, 8, needed - 1)
-    with pytest.raises(UserError, match=r"are free: fewer --workers here"):
-        check_loading_fits(SHAPE, replace(use, storage="bfloat16"), 8, 0)
+    with pytest.raises(UserError, match=r"1 of the workers read .* are free: take a smaller model"):
+        check_loading_fits(SHAPE, replace(use, storage="bfloat16"), 1, 0)
 
 
 def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():

@@ -37,6 +37,7 @@ def run(encoding: Encoding, block_rows: int, break_at: int | None = None) -> dic
     shard, write = dense.shard, encoding_module.write_part
 
     def spied(model: Any, blocks: Any, *arguments: Any) -> None:
+        held["read"] = sum(weight.numel() for weight in model.parameters() if not weight.is_meta)
         shard(model, blocks, *arguments)
         held["whole"] = sum(weight.numel() for weight in model.parameters())
         held["own"] = sum(weight.to_local().numel() for weight in model.parameters())

@@ -1,6 +1,7 @@
 """Training stages of the language model as each worker of a test does, without Ray."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from sellarec.language import llm as llms
 from sellarec.language.adapt import TextTask, build_adapt
 from sellarec.language.pretrain import build_pretrain
 from sellarec.training import dense
-from sellarec.training.engine import Engine
+from sellarec.training.engine import Engine, together_of_first
 from sellarec.training.loop import seed_everything
 from sellarec.training.table import Table
 from sellarec.training.task import Task
@@ -89,7 +90,7 @@ def redraw(model: torch.nn.Module) -> None:
     """Weights to train from, the same however the frozen ones are stored, of which none is idle (LoRA starts with zeros)."""
     generator = torch.Generator().manual_seed(SEED)
     for name, weight in sorted(model.named_parameters()):
-        if weight.requires_grad:
+        if weight.requires_grad and not weight.is_meta:  # on worker 0
             drawn = torch.randn(weight.shape, generator=generator)
             weight.data = 1 + 0.1 * drawn if "magnitude" in name else 0.1 * drawn
 
@@ -107,7 +108,7 @@ def fuse_task(case: Case, log: Log) -> Task:
     torch.manual_seed(SEED)
     source = llms.LlmSource(str(case.model), None, "", case.storage)
     collab = build_collab(log, Collab(dim=4), log.directory)
-    width = llms.load_model(case.model).config.hidden_size
+    width = llms.read_config(case.model).hidden_size
     rows = np.random.default_rng(9).standard_normal((ITEMS, width)).astype(np.float32)
     semantic = Table("semantic", ITEMS, width, ("semantic",), read=lambda low, high: rows[low:high])
     return build_fuse(
@@ -140,7 +141,8 @@ def lines_of(case: Lines, task: Task, step: int, rank: int = 0, world_size: int 
 
 def pretrain(case: Lines) -> dict[str, Any]:
     """The losses, and on worker 0 the weights."""
-    workers, task = workers_of(), build_pretrain(case.model, case.settings)
+    workers = workers_of()
+    task = together_of_first(partial(build_pretrain, case.model, case.settings), workers)
     dense.MIN_BLOCK_BYTES = 0
     engine = Engine(task, workers, SEED, case.settings, Tables(), "float32")
     losses = [
@@ -160,10 +162,12 @@ def save_tables(folder: Path) -> Log:
 
 def train(case: Case, log: Log | None = None) -> dict[str, Any]:
     """What a worker finds: the losses; whole gradients of each step, as they are clipped, and at last the weights; the
-    types of the optimizer's state, and the bytes of frozen weights that it holds."""
+    types of the optimizer's state, the bytes of weights that it has read, and of frozen ones that it holds."""
     dense.MIN_BLOCK_BYTES = case.min_block
     workers = workers_of()
-    task = adapt_task(case) if log is None else fuse_task(case, log)
+    build = partial(adapt_task, case) if log is None else partial(fuse_task, case, log)
+    task = together_of_first(build, workers)
+    read = sum(weight.nbytes for weight in task.model.parameters() if not weight.is_meta)
     engine = Engine(task, workers, SEED, case.settings, Tables(), case.dtype)
     gradients: list[dict[str, np.ndarray]] = []
     trained = {name: weight for name, weight in task.model.named_parameters() if weight.requires_grad}
@@ -185,6 +189,7 @@ def train(case: Case, log: Log | None = None) -> dict[str, Any]:
         "gradients": gradients,
         "weights": {name: weight.full_tensor().detach().numpy() for name, weight in trained.items()},
         "moments": {str(moment.dtype) for moment in moments},
+        "read_bytes": read,
         "frozen_bytes": sum(weight.to_local().nbytes for weight in frozen),
         "scores": engine.score([prepared(task, 0, workers.rank, workers.world_size)], lambda _: None),
     }
@@ -202,7 +207,8 @@ def train(case: Case, log: Log | None = None) -> dict[str, Any]:
 def draw_dropout(case: Case, number: int) -> dict[str, np.ndarray]:
     """Of a batch of BATCH times the same row, and so many draws of dropout masks, by which the weights don't move: losses [n],
     and gradients [n, weights]."""
-    workers, task = workers_of(), adapt_task(case)
+    workers = workers_of()
+    task = together_of_first(partial(adapt_task, case), workers)
     engine = Engine(task, workers, SEED, case.settings, Tables(), case.dtype)
     rows, gradients, losses = prepared(task, 0).take([0] * (BATCH // workers.world_size)), [], []
     trained = [weight for weight in task.model.parameters() if weight.requires_grad]

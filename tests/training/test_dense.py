@@ -169,6 +169,7 @@ def test_any_number_of_workers_pretrains_a_given_model_further_as_one_process(gl
 @pytest.mark.distributed
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_frozen_weights_in_bfloat16_take_half_the_memory(gloo, models, titles, workers):
+    """And worker 0 alone has read them."""
     case = Case(models["llama"], titles, adapt())
     full, half = (
         gloo.call(workers, language_cases.train, replace(case, storage=storage)) for storage in ("float32", "bfloat16")
@@ -177,6 +178,8 @@ def test_frozen_weights_in_bfloat16_take_half_the_memory(gloo, models, titles, w
         assert other["frozen_bytes"] * 2 == one["frozen_bytes"]
     total = sum(weight.nbytes for weight in llms.load_model(models["llama"]).parameters())
     assert sum(worker["frozen_bytes"] for worker in full) == total
+    first, *others = (worker["read_bytes"] for worker in full)
+    assert first > total and not any(others)
 
 
 @pytest.mark.distributed

@@ -78,6 +78,9 @@ def test_vectors_are_those_of_a_whole_model(gloo, models, adapter, titles, tmp_p
     )
     held = [worker["held"] for worker in found]
     assert {worker["blocks"] for worker in held} == {2}
+    assert [worker["read"] for worker in held] == [held[0]["whole"]] + [0] * (workers - 1), (
+        "worker 0 alone reads the model"
+    )
     assert sum(worker["own"] for worker in held) == held[0]["whole"]
     assert max(worker["own"] for worker in held) <= held[0]["whole"] / workers * 1.2
     assert [record["done"] for record in found[0]["told"]] == [11, 20, 31, 40, 47]
