@@ -201,6 +201,9 @@ class Prompt:
     """Longest prompt (tokens), never more than the model's context."""
     title_tokens: int = 64
     """Longest title (tokens); the rest of a longer one is cut, and counted."""
+    with_history: bool = False
+    """Leave out rows without a history where a language model is trained and its state is selected (train and valid in adapt and
+    fuse), as SeLLa-Rec's code does. All test rows are scored."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,7 @@ def _adapt(this: Run) -> dict[str, Any]:
     log, config = this.log(), this.config
     given = config.prompt, log.facts["noun"], config.adapt, config.fuse.loss
     build = partial(build_adapt, this.llm(), _titles(log), *given)
-    facts = _train(this, "adapt", build, _order(this, "train", config.adapt.batch, config.seed))
+    facts = _train(this, "adapt", build, _prompts_order(this, "adapt", "train", config.adapt.batch, config.seed))
     return facts | (_adapter_of(this, "adapt") if config.adapt.method == "lora" else {})
 
 
@@ -328,7 +328,7 @@ def _fuse(this: Run) -> dict[str, Any]:
     written = f"codes in text ({config.fuse.code})"
     what = {"collaborative": "tokens", "learned": "learned tokens", "codes": written}[config.fuse.represent]
     this.console.line(f"fuse      {f'{what} of {tokens}' if tokens else 'no tokens'}; trains {trained}")
-    order = _order(this, "train", config.fuse.batch, config.seed)
+    order = _prompts_order(this, "fuse", "train", config.fuse.batch, config.seed)
     facts = _train(this, "fuse", _fuse_builder(this, "align"), order, _tables_of_fuse(this))
     if "adapter" in config.fuse.train:
         facts |= _adapter_of(this, "fuse")
@@ -542,6 +542,21 @@ def _order(this: Run, split: str, batch: int, seed: int | None) -> Any:
     return Order(tuple(row_groups([str(path) for path in this.log().split_paths(split)])), batch, seed)
 
 
+def _prompts_order(this: Run, stage: str, split: str, batch: int, seed: int | None) -> Any:
+    """The order of a split's rows of which a stage makes prompts: of all, or of those with a history, which are put beside the
+    artifact while it is made."""
+    from sellarec.data.log import write_with_history
+    from sellarec.training.stream import Order, row_groups
+
+    if not this.config.prompt.with_history:
+        return _order(this, split, batch, seed)
+    place = this.artifact(stage) / WORK / split
+    with place.writing() as folder:
+        kept = write_with_history(this.log(), split, folder / "rows.parquet")
+    this.console.line(f"{stage:<9} {kept:,} of {this.log().facts['rows'][split]:,} {split} rows have a history")
+    return Order(tuple(row_groups([str(place.local() / "rows.parquet")])), batch, seed)
+
+
 def _titles(log: Log) -> list[str]:
     return log.items(["title"])["title"].to_pylist()
 
@@ -552,7 +567,10 @@ def _valid_order(this: Run, stage: str, settings: Selection) -> Any:
 
     batch = this.config.evaluate.batch
     if settings.select_on in ("auc", "uauc"):
-        valid = _order(this, "valid", batch, None)
+        makes_prompts = isinstance(settings, Language)
+        valid = (
+            _prompts_order(this, stage, "valid", batch, None) if makes_prompts else _order(this, "valid", batch, None)
+        )
         return dataclasses.replace(valid, every=-(-valid.rows // settings.valid_rows))
     from sellarec.evaluation.queries import write_queries
 

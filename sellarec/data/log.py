@@ -36,6 +36,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from sellarec.data.raw import ATTRIBUTES, SPLITS
@@ -199,6 +200,25 @@ def write_sequences(log: Log, path: Path, most: int) -> None:
     history = table.schema.get_field_index("history")
     table = table.set_column(history, "history", table["history"].cast(pa.list_(pa.int64())))
     pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS)
+
+
+def write_with_history(log: Log, split: str, path: Path) -> int:
+    """Write the rows of a split that have a history, in their order; gives how many they are.
+
+    Raises:
+        UserError: there are none.
+    """
+    rows = pyarrow.dataset.dataset([str(part) for part in log.split_paths(split)])
+    has_history = pc.list_value_length(pc.field("history")) > 0
+    kept = 0
+    with pq.ParquetWriter(path, rows.schema) as writer:
+        for some in rows.to_batches(filter=has_history, batch_size=ROW_GROUP_ROWS):
+            if len(some):
+                writer.write_batch(some)
+                kept += len(some)
+    if kept == 0:
+        raise UserError(f"no row of the {split} split has a history: leave out prompt.with_history")
+    return kept
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:

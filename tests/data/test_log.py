@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -26,6 +27,7 @@ from sellarec.data.log import (
     read_log,
     write_manifest,
     write_sequences,
+    write_with_history,
 )
 from sellarec.data.raw import SPLITS, Source
 from sellarec.errors import UserError
@@ -232,3 +234,23 @@ def test_the_first_other_id_is_found_however_logs_are_cut(tmp_path_factory, earl
         None,
     )
     assert first_other_id(logs[1], logs[0], "user") == expected
+
+
+def test_rows_with_a_history_alone_are_written_in_their_order(log, tmp_path, monkeypatch):
+    """Whatever batches they are read in; as readers of the log take them."""
+    monkeypatch.setattr("sellarec.data.log.ROW_GROUP_ROWS", 4)
+    for split in SPLITS:
+        rows = log.split(split)
+        wanted = rows.filter(pa.compute.greater(pa.compute.list_value_length(rows["history"]), 0))
+        assert write_with_history(log, split, tmp_path / "rows.parquet") == len(wanted) > 0
+        found = pq.read_table(tmp_path / "rows.parquet")
+        assert found.schema.equals(INTERACTIONS) and found.equals(wanted)
+    assert len(log.split("train")) > write_with_history(log, "train", tmp_path / "rows.parquet"), "users' first rows"
+
+
+def test_a_split_without_any_history_is_refused(tmp_path):
+    count = 12  # each row is its user's only one
+    rows = {"user": np.arange(count), "item": np.arange(count), "label": pa.array([1] * count, pa.int8())}
+    log = prepare_into(tmp_path / "log", source_of(pa.table(rows | {"timestamp": np.arange(count)})), rules())
+    with pytest.raises(UserError, match=r"no row of the train split has a history: leave out prompt.with_history"):
+        write_with_history(log, "train", tmp_path / "rows.parquet")

@@ -4,7 +4,7 @@ from typing import Any
 
 # SeLLa-Rec's paper and code, MovieLens-1M: by stage what its scripts set, and by the recipe's names.
 SELLA: dict[str, dict[str, Any]] = {
-    "prompt": {"template": "sella", "history": 10, "max_tokens": 768},
+    "prompt": {"template": "sella", "history": 10, "max_tokens": 768, "with_history": True},
     "llm": {"dtype": "bfloat16", "storage": "bfloat16"},
     "adapt": {
         "loss": "sequence", "rank": 64, "alpha": 16, "dropout": 0.05, "rslora": False, "dora": False,
