@@ -93,6 +93,28 @@ SELLA_VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """SeLLa-Rec as published, its ablations, and the other ways to tell a language model of users and items."""
 
+THREE = ("--fuse.tokens", "user", "item", "semantic")
+
+ROBUST_VARIANTS: dict[str, tuple[str, ...]] = {
+    MAIN: (),
+    "three tokens": THREE,
+    "three tokens alone": (*THREE, *ALONE),
+    "three tokens alone without alignment": (*THREE, *ALONE, "--align.weight", "0", "--fuse.warm-start", "False"),
+    "three tokens alone without warm start": (*THREE, *ALONE, "--fuse.warm-start", "False"),
+    **{
+        f"{' and '.join(tokens)} alone": ("--fuse.tokens", *tokens, *ALONE)
+        for tokens in (
+            ("user", "item"),
+            ("user", "semantic"),
+            ("item", "semantic"),
+            ("user",),
+            ("item",),
+        )
+    },
+    "semantic alone": ("--fuse.tokens", "semantic", *ALONE, "--fuse.unseen-dropout", "0.35"),
+}
+"""`sella-robust`, and by the same training SeLLa-Rec's own form, without the collaborative score (alone), with its ablations."""
+
 TABLES = {
     "world": Table(recipes=("demo", "longer"), seeds=(1, 2, 3)),
     **{
@@ -128,12 +150,7 @@ TABLES = {
     "robust-ml-1m": Table(
         recipes=("collm-ml-1m", "sella-robust"),
         seeds=(1, 2, 3),
-        variants={
-            MAIN: (),
-            "three tokens": ("--fuse.tokens", "user", "item", "semantic"),
-            "three tokens alone": ("--fuse.tokens", "user", "item", "semantic", *ALONE),
-            "user and item alone": ("--fuse.tokens", "user", "item", *ALONE),
-        },
+        variants=ROBUST_VARIANTS,
         published={"text-only": TALLREC, MAIN: ".7606 / .7464 (Qwen2-7B, rows with a history)"},
     ),
     "sella-robust-ml-1m": Table(

@@ -1,7 +1,6 @@
 """Figures and values as a page shows them, in colours that follow its light or dark ground."""
 
 import io
-import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -83,4 +82,6 @@ def show(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.4g}"
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {show(part)}" for name, part in value.items()) or NOTHING
+    return ", ".join(show(part) for part in value) or NOTHING

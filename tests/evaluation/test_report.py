@@ -226,6 +226,18 @@ def test_missing_facts():
     assert "No stage of this run has embedding tables." in page.text
 
 
+def test_facts_of_several_numbers_are_told_in_words():
+    stages = make_stages()
+    stages[2]["manifest"]["facts"] |= {
+        "valid by language weight": {"0.0": 0.74422, "2.0": None},
+        "kept rows": [1200, 7],
+        "odd": {},
+    }
+    page = Page(report(stages=stages))
+    assert "0.0: 0.7442, 2.0: –" in page.text and "1,200, 7" in page.text
+    assert "{" not in page.text.partition("Settings")[0]
+
+
 def test_models_without_pairs_or_best():
     records = [record for record in make_records() if record["model"] == "collab" and record["rows"] == "all"]
     page = Page(report(records=records))
