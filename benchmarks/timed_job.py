@@ -8,7 +8,8 @@ Each worker appends lines of JSON to NOTES/PID.jsonl, with its `rank`, its `node
     saved        a checkpoint is written, of `step`
     step         a step was taken: how many there have been (`step`), and bytes that its TCP connections have sent so far
 
-The arguments are those of jobs/train.py. Nothing else is another than there.
+The arguments are those of jobs/train.py. Nothing else is another than there, but that workers given `--bind`, before NOTES, have
+one core each.
 """
 
 import json
@@ -20,11 +21,12 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def noting(folder: Path, here: Path) -> Callable[[dict[str, Any]], None]:
+def noting(folder: Path, here: Path, bind: bool) -> Callable[[dict[str, Any]], None]:
     """What Ray Train runs on each worker; this module is none that workers import, so all that it needs is in it.
 
     Args:
         here: folder of the benchmarks.
+        bind: have each worker compute on one core, by rank.
     """
 
     def train_worker(config: dict[str, Any]) -> None:
@@ -67,6 +69,9 @@ def noting(folder: Path, here: Path) -> Callable[[dict[str, Any]], None]:
             load_of(self, engine, step)
             note("restored", step=step)
 
+        if bind:
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, [cores[about["rank"] % len(cores)]])
         note("joined")
         Engine.step, Checkpoints.save, Checkpoints.newest, Checkpoints.load = step, save, newest, load
         loop.train_worker(config)
@@ -83,12 +88,12 @@ def read(folder: Path) -> dict[int, list[dict[str, Any]]]:
 
 
 if __name__ == "__main__":
-    notes, *arguments = sys.argv[1:]
+    bind, notes, *arguments = sys.argv[1:] if sys.argv[1:2] == ["--bind"] else ["", *sys.argv[1:]]
     sys.path.insert(0, str(HERE.parent / "jobs"))
     from train import main
 
     from sellarec.errors import exit_status
     from sellarec.training import loop
 
-    loop.train_worker = noting(Path(notes).absolute(), HERE.absolute())
+    loop.train_worker = noting(Path(notes).absolute(), HERE.absolute(), bool(bind))
     sys.exit(exit_status(main, arguments))

@@ -129,8 +129,11 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
     trained = {"model": shape.weights, "adapter": shape.adapter, "nothing": 0}[use.trains]
     state = trained * 12 // use.workers
     outside = shape.weights - shape.layers * shape.layer
-    at_once = shape.layers if shape.layer * stored < SMALL_BLOCK else min(2, shape.layers)
+    at_root = shape.layers if shape.layer * stored < SMALL_BLOCK else 0
+    at_once = at_root or min(2, shape.layers)
     gathered = (outside + at_once * shape.layer) * computed if use.sharded or stored != computed else 0
+    if use.sharded and use.workers > 1:  # what a collective gives is copied into weights, and held meanwhile
+        gathered += max(outside + at_root * shape.layer, shape.layer) * computed
     rows = use.micro_batch * use.tokens
     of_layer = int(SAVED_NUMBERS * shape.features)
     # keys and values, where what prompts begin with is read once
@@ -281,6 +284,8 @@ def advice_of(stage: str, config: Any) -> dict[str, str]:
     tunes_all = stage == "adapt" and settings.method == "full"
     if config.llm.storage == "float32" and stage != "pretrain" and not tunes_all:
         advice |= dict.fromkeys(("the whole model", "weights"), "take llm.storage bfloat16 (now float32)")
+    if config.llm.dtype == "float32" and stage != "distil":  # which computes in float32 always
+        advice["gathered layers"] = "compute in llm.dtype bfloat16 (now float32)"
     if stage == "distil" and not settings.sharded and config.least_workers > 1:
         advice["weights"] = (
             f"{advice['weights']} or set distil.sharded" if "weights" in advice else "set distil.sharded"

@@ -64,7 +64,7 @@ def test_memory_by_hand():
         "weights": whole // 2,
         "gradients and optimizer": 12 * 100_000 // 2,
         "tables": 0,
-        "gathered layers": 4 * (2_000_000 + 2 * 2_000_000),
+        "gathered layers": 4 * (2_000_000 + 2 * 2_000_000 + 2_000_000),  # and once more what one collective gives
         "activations": 4 * 400 * 4 * 12_500,
         "logits": 24 * 4,
     }
@@ -84,6 +84,9 @@ def test_memory_by_hand():
     scoring = phases(SHAPE, replace(USE, trains="nothing", backward=False, workers=1))
     assert scoring["at a micro-batch"]["weights"] == whole
     assert phases(SHAPE, replace(USE, sharded=False))["at a micro-batch"]["gathered layers"] == 0
+    assert phases(SHAPE, replace(USE, workers=1))["at a micro-batch"]["gathered layers"] == 4 * 6_000_000
+    small = replace(SHAPE, layer=10_000, weights=8_040_000)
+    assert phases(small, USE)["at a micro-batch"]["gathered layers"] == 4 * 2 * 8_040_000, "all with what is no layer"
     assert scoring["at a micro-batch"]["activations"] == 4 * 400 * (10_000 + 4 * 400)
 
 
@@ -152,10 +155,12 @@ def test_what_does_not_fit_is_refused_with_the_sum_and_what_to_lower():
         check_model_fits(beside, 10**9, "its GPU", advice_of("fuse", config))
     assert "(tables.dtype float32, fuse.table_optimizer rowwise-adagrad)" in str(refused.value)
     large = phases(replace(SHAPE, weights=10**9, layer=2 * 10**8, layers=5), USE)
-    with pytest.raises(UserError, match=r"while it is loaded.*take llm\.storage bfloat16") as refused:
+    with pytest.raises(
+        UserError, match=r"at a micro-batch.*compute in llm.dtype bfloat16.*, or take llm.storage b"
+    ) as refused:
         check_model_fits(large, 2**30, "its GPU", advice_of("adapt", config))
     assert "micro_batch" not in str(refused.value)
-    stored = Config(llm=Llm(storage="bfloat16"))
+    stored = Config(llm=Llm(storage="bfloat16", dtype="bfloat16"))
     with pytest.raises(UserError, match="GiB: take a smaller model or a larger machine"):
         check_model_fits(large, 2**30, "its GPU", advice_of("adapt", stored))
     assert "checkpoint" not in advice_of("evaluate", config)["activations"]
