@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sellarec.config import EMBEDDED, SAMPLED, Language, Selection
+from sellarec.data.log import count_with_history
 from sellarec.errors import UserError
 from sellarec.preflight import free_memory
 from sellarec.run import Run
@@ -289,11 +290,16 @@ def check_labels(this: Run, stages: Sequence[str]) -> None:
             )
         if not isinstance(settings, Selection) or settings.select_on not in ("auc", "uauc"):
             continue
+        left_out = isinstance(settings, Language) and this.config.prompt.with_history
         for split in ("train", "valid"):
             count, positives = facts["rows"][split], facts["positives"][split]
+            if left_out:
+                count, positives = count_with_history(this.log(), split)
             if positives in (0, count):
+                which, mend = " with a history", "leave out prompt.with_history, "
                 raise UserError(
-                    f"{positives} of the {count} rows of the {split} split are positives ({facts['label_rule']}): stage {stage} "
-                    f"takes both labels to train and to select by {settings.select_on}; mend the label rule or the split, or "
-                    "rank: --stages prepare,collab --collab.loss softmax --collab.select-on ndcg@10"
+                    f"{positives} of the {count} rows{which * left_out} of the {split} split are positives "
+                    f"({facts['label_rule']}): stage {stage} takes both labels to train and to select by {settings.select_on}; "
+                    f"{mend * left_out}mend the label rule or the split, or rank: --stages prepare,collab --collab.loss softmax "
+                    "--collab.select-on ndcg@10"
                 )

@@ -68,8 +68,8 @@ def settings_of(stage: str, config: Config) -> dict[str, Any]:
     settings = {name: result_settings(getattr(config, name)) for name in sections}
     if stage in settings and not settings[stage].get("changes"):
         settings[stage].pop("changes", None)  # so that what was made before there were any still stands
-    if "prompt" in settings and (stage == "evaluate" or not config.prompt.with_history):
-        del settings["prompt"]["with_history"]  # as above, and all test rows are scored
+    if stage == "evaluate":
+        del settings["prompt"]["with_history"]  # all test rows are scored
     if stage == "prepare":
         data = result_settings(config.data)
         if config.data.source != "world":

@@ -533,6 +533,8 @@ def _train(
     found = this.persist(f"reading {where}/training.json", partial(where.read_json, "training.json"))
     assert found is not None
     _tell_shortened(this, stage, found.get("histories", {}))
+    if isinstance(settings, Language) and valid is not None and this.config.prompt.with_history:
+        found["rows with a history"] = {"train": train_order.rows, "valid": valid.rows}
     return found
 
 
@@ -552,9 +554,10 @@ def _prompts_order(this: Run, stage: str, split: str, batch: int, seed: int | No
         return _order(this, split, batch, seed)
     place = this.artifact(stage) / WORK / split
     with place.writing() as folder:
-        kept = write_with_history(this.log(), split, folder / "rows.parquet")
-    this.console.line(f"{stage:<9} {kept:,} of {this.log().facts['rows'][split]:,} {split} rows have a history")
-    return Order(tuple(row_groups([str(place.local() / "rows.parquet")])), batch, seed)
+        write_with_history(this.log(), split, folder / "rows.parquet")
+    order = Order(tuple(row_groups([str(place.local() / "rows.parquet")])), batch, seed)
+    this.console.line(f"{stage:<9} {order.rows:,} of {this.log().facts['rows'][split]:,} {split} rows have a history")
+    return order
 
 
 def _titles(log: Log) -> list[str]:

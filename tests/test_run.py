@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sellarec.config import Align, Collab, Config, result_settings
+from sellarec.config import STAGES, Align, Collab, Config, result_settings
 from sellarec.errors import UserError
 from sellarec.run import Run, facts_of, inputs_of, settings_of
 
@@ -27,6 +27,13 @@ def test_align_from_scratch_depends_on_what_collabs_model_is_not_on_how_stage_co
     assert settings_of("collab", config) != settings_of("collab", changed)
     assert "collab" not in inputs_of("align", config) and "collab" in inputs_of("align", Config())
     assert (settings_of("align", config) == settings_of("align", changed)) == (name in OF_TRAINING)
+
+
+def test_rows_that_are_left_out_of_training_are_settings_of_what_is_trained_alone():
+    config = Config()
+    changed = dataclasses.replace(config, prompt=dataclasses.replace(config.prompt, with_history=True))
+    differ = {stage for stage in STAGES if settings_of(stage, config) != settings_of(stage, changed)}
+    assert differ == {"adapt", "fuse"}, "all test rows are scored"
 
 
 def run_from(folder: Path, **settings) -> Run:

@@ -1,10 +1,19 @@
 """What stages tell beside what they make."""
 
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from prepared import prepare_into, rules, source_of
 
 from sellarec import stages
+from sellarec.ahead import check_labels
+from sellarec.config import Config, Prompt
+from sellarec.data.log import Log
+from sellarec.errors import UserError
+from sellarec.run import Run
 
 
 def test_test_rows_that_the_train_split_does_not_know_are_counted(tmp_path):
@@ -19,3 +28,46 @@ def test_test_rows_that_the_train_split_does_not_know_are_counted(tmp_path):
     table = table.set_column(2, "label", table["label"].cast(pa.int8()))
     log = prepare_into(tmp_path, source_of(table), rules(split="given"))
     assert stages._cold_rows(log) == pytest.approx({"user": 2 / 5, "item": 2 / 5, "user or item": 3 / 5})
+
+
+def run_on(log: Log, monkeypatch: pytest.MonkeyPatch, workspace: Path, **prompt: Any) -> Run:
+    monkeypatch.setattr(Run, "log", lambda self: log)
+    this = Run.of(Config(workspace=str(workspace), prompt=Prompt(**prompt)))
+    this.marks |= dict.fromkeys(("adapt", "collab", "fuse"), "0123456789abcdef")
+    return this
+
+
+@pytest.fixture
+def with_first_rows(tmp_path) -> Log:
+    """Two users' rows, of which the first of each has no history, nor has the one after a dislike."""
+    users, labels = [0, 1, 0, 1, 0, 1, 0, 1, 2, 0, 1], [1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1]
+    splits = ["train"] * 6 + ["valid"] * 3 + ["test"] * 2
+    rows = {"user": users, "item": list(range(11)), "label": pa.array(labels, pa.int8()), "split": splits}
+    return prepare_into(tmp_path / "log", source_of(pa.table(rows | {"timestamp": range(11)})), rules(split="given"))
+
+
+@pytest.mark.parametrize("stage", ["adapt", "fuse"])
+def test_prompts_are_made_of_rows_with_a_history_alone_where_that_is_asked_for(
+    with_first_rows, tmp_path, monkeypatch, stage, capsys
+):
+    log, seen = with_first_rows, {}
+    for asked in (True, False):
+        this = run_on(log, monkeypatch, tmp_path / str(asked), with_history=asked)
+        train = stages._prompts_order(this, stage, "train", 2, 0)
+        valid = stages._valid_order(this, stage, getattr(this.config, stage))
+        seen[asked] = [pq.read_table(order.groups[0].path)["row"].to_pylist() for order in (train, valid)]
+        assert [train.rows, valid.rows] == [len(rows) for rows in seen[asked]]
+        assert stages._valid_order(this, "collab", this.config.collab).rows == 3, "no prompts are made of those"
+    assert seen == {True: [[2, 4, 5], [6, 7]], False: [[0, 1, 2, 3, 4, 5], [6, 7, 8]]}
+    assert "3 of 6 train rows have a history" in capsys.readouterr().out
+
+
+def test_rows_with_a_history_of_one_label_are_refused_before_any_stage(with_first_rows, tmp_path, monkeypatch):
+    this = run_on(with_first_rows, monkeypatch, tmp_path, with_history=True)
+    check_labels(this, ["collab", "adapt", "fuse"])
+    monkeypatch.setattr("sellarec.ahead.count_with_history", lambda log, split: (3, 3))
+    for stage in ("adapt", "fuse"):
+        with pytest.raises(
+            UserError, match=r"3 of the 3 rows with a history of the train split .*leave out prompt.with"
+        ):
+            check_labels(this, ["collab", stage])

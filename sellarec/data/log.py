@@ -202,23 +202,22 @@ def write_sequences(log: Log, path: Path, most: int) -> None:
     pq.write_table(table, path, row_group_size=ROW_GROUP_ROWS)
 
 
-def write_with_history(log: Log, split: str, path: Path) -> int:
-    """Write the rows of a split that have a history, in their order; gives how many they are.
+HAS_HISTORY = pc.field("history_length") > 0
 
-    Raises:
-        UserError: there are none.
-    """
+
+def write_with_history(log: Log, split: str, path: Path) -> None:
+    """Write the rows of a split that have a history, in their order."""
     rows = pyarrow.dataset.dataset([str(part) for part in log.split_paths(split)])
-    has_history = pc.list_value_length(pc.field("history")) > 0
-    kept = 0
     with pq.ParquetWriter(path, rows.schema) as writer:
-        for some in rows.to_batches(filter=has_history, batch_size=ROW_GROUP_ROWS):
+        for some in rows.to_batches(filter=HAS_HISTORY, batch_size=ROW_GROUP_ROWS):
             if len(some):
                 writer.write_batch(some)
-                kept += len(some)
-    if kept == 0:
-        raise UserError(f"no row of the {split} split has a history: leave out prompt.with_history")
-    return kept
+
+
+def count_with_history(log: Log, split: str) -> tuple[int, int]:
+    """How many rows of a split have a history, and how many of those are positives."""
+    rows = pyarrow.dataset.dataset([str(part) for part in log.split_paths(split)])
+    return tuple(rows.count_rows(filter=of) for of in (HAS_HISTORY, HAS_HISTORY & (pc.field("label") == 1)))
 
 
 def write_manifest(directory: Path, facts: dict[str, Any]) -> None:

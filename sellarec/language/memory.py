@@ -154,6 +154,8 @@ def phases(shape: Shape, use: Use) -> dict[str, dict[str, int]]:
     held = {"weights": share, "gradients and optimizer": state, "tables": use.tables}
     of_each = whole // (use.beside or use.workers)
     loaded = {"the whole model": of_each if use.sharded else whole, "weights": share if use.sharded else 0}
+    if use.sharded and use.workers > 1:
+        loaded["a tensor of the one that loads"] = outside * stored
     if use.on_gpu and use.sharded:
         loaded = {"weights": share, "a layer": max(shape.layer, outside) * stored}
     found = {
@@ -180,6 +182,8 @@ def check_loading_fits(shape: Shape, use: Use, readers: int, free: int) -> None:
     if readers * whole <= free:
         return
     hints = [] if use.storage == "bfloat16" else ["take llm.storage bfloat16"]
+    if readers > 1 and not use.sharded:
+        hints.append("set distil.sharded")
     if readers > 1:
         hints.append("have fewer of them at once here")
     raise UserError(

@@ -34,6 +34,8 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, d
             weights may be on the device meta.
     """
     first, alone = dist.get_rank() == 0, dist.get_world_size() == 1
+    if not alone:
+        _share_as_first(model)
     whole = model.state_dict() if first and not alone else {}
     mesh = init_device_mesh(device.type, (1, dist.get_world_size()), mesh_dim_names=("replicate", "shard"))
     # vectors of tables stay float32: a model casts them where it needs to
@@ -52,6 +54,35 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, d
     set_model_state_dict(model, whole, options=options)
     for buffer in model.buffers():  # those too that aren't saved, as a model's rotary frequencies
         dist.broadcast(buffer, 0)
+
+
+def _share_as_first(model: nn.Module) -> None:
+    """Have modules share the weights, and train those, that they do on worker 0, which alone may have read them: of a model whose
+    config ties its output layer to the embeddings the file may have both, and then they aren't tied.
+
+    Raises:
+        RuntimeError: there are others than on worker 0.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[nn.Parameter, str] = {}
+    for name, weight in weights.items():
+        names.setdefault(weight, name)  # the first of those that share it
+    own = {name: (names[weight], tuple(weight.shape), weight.requires_grad) for name, weight in weights.items()}
+    told = [own]
+    dist.broadcast_object_list(told, src=0)
+    (wanted,) = told
+    if {name: shape for name, (_, shape, _) in own.items()} != {name: shape for name, (_, shape, _) in wanted.items()}:
+        odd = sorted(
+            name for name in {*own, *wanted} if own.get(name, ("", None))[1] != wanted.get(name, ("", None))[1]
+        )
+        raise RuntimeError(f"worker {dist.get_rank()} has other weights than worker 0, {odd[0]} the first of them")
+    for name, (shared_with, _, trains) in wanted.items():
+        if own[name][0] != shared_with:
+            module, _, leaf = name.rpartition(".")
+            weight = weights[shared_with] if shared_with != name else nn.Parameter(torch.empty_like(weights[name]))
+            weights[name] = weight
+            setattr(model.get_submodule(module), leaf, weight)
+        weights[name].requires_grad_(trains)
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:

@@ -57,9 +57,12 @@ def test_weights_are_counted_as_they_are_made(models, name, dora):
 def test_memory_by_hand():
     found = phases(SHAPE, USE)
     whole = 4 * 10_100_000
-    assert found["while it is loaded"] == {"the whole model": whole // 2, "weights": whole // 2, "tables": 0}, (
-        "by one of two"
-    )
+    assert found["while it is loaded"] == {
+        "the whole model": whole // 2,  # by one of two
+        "weights": whole // 2,
+        "a tensor of the one that loads": 4 * 2_000_000,
+        "tables": 0,
+    }
     assert found["at a micro-batch"] == {
         "weights": whole // 2,
         "gradients and optimizer": 12 * 100_000 // 2,
@@ -131,6 +134,10 @@ def test_models_that_workers_of_gpus_read_into_one_memory_are_counted():
     check_loading_fits(SHAPE, use, 8, needed)
     with pytest.raises(UserError, match=r"8 of the workers read the whole .* take llm.storage bfloat16, or have fewer"):
         check_loading_fits(SHAPE, use, 8, needed - 1)
+    with pytest.raises(
+        UserError, match=r"8 of the .* are free: take llm.storage b.*, or set distil.sharded, or have few"
+    ):
+        check_loading_fits(SHAPE, replace(use, sharded=False), 8, 0)
     with pytest.raises(UserError, match=r"1 of the workers read .* are free: take a smaller model"):
         check_loading_fits(SHAPE, replace(use, storage="bfloat16"), 1, 0)
 

@@ -183,6 +183,25 @@ def test_frozen_weights_in_bfloat16_take_half_the_memory(gloo, models, titles, w
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("changes", [{"targets": ("q_proj",)}, FULL])
+def test_an_output_layer_of_its_own_beside_a_config_that_ties_it(gloo, models, titles, tmp_path, changes):
+    """Transformers then ties nothing, as the file says more than the config; on workers without the file's weights neither."""
+    model = llms.load_model(models["qwen2"])
+    assert model.config.tie_word_embeddings
+    model.lm_head.weight = torch.nn.Parameter(1.5 * model.lm_head.weight.detach().flip(0))
+    model.save_pretrained(tmp_path)
+    llms.load_tokenizer(models["qwen2"]).save_pretrained(tmp_path)
+    again = llms.load_model(tmp_path)
+    assert again.lm_head.weight is not again.get_input_embeddings().weight
+    case = Case(tmp_path, titles, adapt(**changes))
+    twin = language_cases.train_plainly(case)
+    for worker in gloo.call(2, language_cases.train, case):
+        np.testing.assert_allclose(worker["losses"], twin["losses"], **LOSS)
+        for weight, value in twin["weights"].items():
+            assert np.abs(worker["weights"][weight] - value).max() < 5e-3, weight
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("changes", [{"dora": True}, FULL])
 def test_all_in_bfloat16_trains_float32_weights(gloo, models, titles, tmp_path, changes):
     case = Case(models["llama"], titles, adapt(**changes), "bfloat16", "bfloat16", folder=tmp_path)
