@@ -30,6 +30,7 @@ def check_ahead(this: Run, stages: Sequence[str]) -> None:
     if {"pretrain", "adapt", "fuse"} & set(stages) and (is_given or "pretrain" not in stages):
         check_prompts(this, (this.given_llm if is_given else this.llm()).folder(weights=False))
     _check_adapters(this, stages)
+    _check_vectors(this, stages)
     for stage in stages:
         tables = _tables_ahead(this, stage)
         held = check_tables(this, tables, getattr(config, stage), room) if tables else 0
@@ -49,6 +50,17 @@ def _check_adapters(this: Run, stages: Sequence[str]) -> None:
         if this.config.adapt.method == "lora" and by & set(stages) and stage not in stages:
             folder = this.artifact(stage).local() / ADAPTER
             check_left_adapter(folder, this.manifest(stage)["facts"], stage, this.llm())
+
+
+def _check_vectors(this: Run, stages: Sequence[str]) -> None:
+    """Refuse distilled vectors that stand, and that stage align will read, where they aren't whole, or others than were left."""
+    from sellarec.language.distil import SavedVectors, read_profiles
+
+    if "align" in stages and "distil" not in stages:
+        folder, mark = this.artifact("distil").local(), this.marks["distil"]
+        SavedVectors(folder, mark)
+        if this.config.reads_profiles:
+            read_profiles(folder, mark)
 
 
 def check_prompts(this: Run, folder: Path) -> None:

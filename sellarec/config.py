@@ -614,8 +614,8 @@ class Config:
     """What training processes run on: auto: a GPU each where there are any, and CPUs where there are none; cuda: a GPU each,
     refused where there are none; cpu: CPUs. With GPUs for some of them alone a job is refused."""
     worker_timeout: float = runtime(WORKER_TIMEOUT)
-    """Seconds without an answer after which a worker counts as lost, and the stage goes on from its checkpoint. More than loading
-    or writing a model takes."""
+    """Seconds without an answer after which a worker counts as lost, and the stage goes on from its checkpoint. More than
+    downloading and loading a language model takes, which worker 0 does for all, or writing one."""
     min_workers: int | None = runtime(None)
     """On a cluster, with how many training processes a stage starts, or goes on, where no more than these find room; as nodes
     join, they become more after a checkpoint, up to `workers` (default: as many as `workers`)."""

@@ -23,6 +23,7 @@ from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Prompt, 
 from sellarec.data.log import FACTS_FILE, Log
 from sellarec.errors import UserError
 from sellarec.language.adapt import build_adapt
+from sellarec.language.distil import PROFILES
 from sellarec.language.llm import LlmSource, adapter_hash
 from sellarec.preflight import GIB, Machine
 from sellarec.run import Run
@@ -41,7 +42,8 @@ def of(models, tmp_path, monkeypatch):
     log = small_log(tmp_path, USERS, ITEMS, np.ones(ITEMS, bool))
     monkeypatch.setattr(Run, "log", lambda self: log)
     monkeypatch.setattr(ahead, "check_prompts", lambda *_: None)  # the log has no titles
-    monkeypatch.setattr(ahead, "_check_adapters", lambda *_: None)  # no stage has been run
+    for check in ("_check_adapters", "_check_vectors"):  # no stage has been run
+        monkeypatch.setattr(ahead, check, lambda *_: None)
 
     def make(cluster: Cluster = HERE, **changes: Any) -> Run:
         llm = Llm(model=str(models["llama"]))
@@ -398,6 +400,26 @@ def left_by(this: Run, stage: str, titles: list[str]) -> Path:
     return found
 
 
+def test_distilled_vectors_that_stand_are_looked_at_before_other_stages_run(tmp_path):
+    """Where align will read them, perhaps hours after the collaborative model's stage began; those of users too."""
+    this = Run.of(Config(workspace=str(tmp_path), align=Align(side="users", user_vectors="profile")))
+    this.marks["distil"] = "0123456789abcdef"
+    for folder in (place := this.artifact("distil").local(), place / PROFILES):
+        (folder / "vectors").mkdir(parents=True)
+        vector = pa.FixedSizeListArray.from_arrays(pa.array(np.ones(6, np.float32)), 3)
+        pq.write_table(pa.table({"item": [0, 1], "vector": vector}), folder / "vectors/part-00000.parquet")
+        facts = {"fingerprint": this.marks["distil"], "parts": 1, "items": 2, "width": 3}
+        (folder / "vectors.json").write_text(json.dumps(facts))
+    pq.write_table(pa.table({"user": [3, 5]}), place / PROFILES / "users.parquet")
+    ahead._check_vectors(this, ["collab", "align"])
+    for folder in (place / PROFILES, place):
+        (folder / "vectors/part-00000.parquet").write_bytes(b"PAR1")
+        with pytest.raises(UserError, match=f"vectors in {folder} can't be read"):
+            ahead._check_vectors(this, ["collab", "align"])
+    ahead._check_vectors(this, ["collab", "distil", "align"])  # they are made anew
+    ahead._check_vectors(this, ["fuse"])
+
+
 def change_alpha(folder: Path) -> None:
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 1}))
@@ -432,3 +454,11 @@ def test_an_adapter_that_stands_is_looked_at_before_other_stages_run(
     for reader in readers:
         with pytest.raises(UserError, match=words.format(stage=stage)):
             ahead._check_adapters(this, ["collab", reader])
+
+
+def test_an_adapter_of_which_no_hash_was_recorded_is_refused(models, titles, tmp_path):
+    this = Run.of(Config(workspace=str(tmp_path), llm=Llm(model=str(models["llama"]))))
+    left_by(this, "adapt", titles)
+    this.artifact("adapt").write_json("manifest.json", {"fingerprint": this.marks["adapt"], "facts": {}})
+    with pytest.raises(UserError, match=r"without its hash.* delete .* and run the stage again"):
+        ahead._check_adapters(this, ["fuse"])

@@ -331,7 +331,8 @@ class SavedVectors:
         mark: the fingerprint that they should have.
 
     Raises:
-        UserError: the vectors are of another fingerprint, that is of another model, adapter or catalog, or not all there.
+        UserError: the vectors are of another fingerprint, that is of another model, adapter or catalog, not all there, or
+            damaged.
     """
 
     def __init__(self, folder: Path, mark: str) -> None:
@@ -339,9 +340,14 @@ class SavedVectors:
         if not (folder / WRITTEN).is_file():
             raise UserError(f"{folder} holds no {WRITTEN}: delete it, and run stage distil again")
         written = json.loads((folder / WRITTEN).read_text())
-        dataset = pyarrow.dataset.dataset(self._folder)
-        self.width: int = dataset.schema.field("vector").type.list_size
-        found = {"fingerprint": written["fingerprint"], "items": dataset.count_rows(), "width": self.width}
+        try:
+            dataset = pyarrow.dataset.dataset(self._folder)
+            self.width: int = dataset.schema.field("vector").type.list_size
+            found = {"fingerprint": written["fingerprint"], "items": dataset.count_rows(), "width": self.width}
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"the vectors in {folder} can't be read ({str(error).splitlines()[0]}): delete it, and run stage distil again"
+            ) from error
         if found != {"fingerprint": mark, "items": written["items"], "width": written["width"]}:
             raise UserError(
                 f"{folder} should hold {written['items']} vectors of {written['width']} numbers and of fingerprint {mark}, but "

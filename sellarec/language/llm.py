@@ -488,11 +488,16 @@ def check_left_adapter(folder: Path, facts: Mapping[str, Any], stage: str, sourc
         source: of the base model.
 
     Raises:
-        UserError: as `check_adapter`; or it is another one than the stage left.
+        UserError: as `check_adapter`; or it is another one than the stage left, or not known to be that one.
     """
     check_adapter(without_weights(causal_config(source.folder(weights=False))), folder)
     found = adapter_hash(folder)
-    left = facts.get("adapter_hash", found)  # before it was recorded nothing is known
+    left = facts.get("adapter_hash")
+    if left is None:
+        raise UserError(
+            f"stage {stage} has left the adapter in {folder} without its hash, as before that was recorded, so it can't be told "
+            f"from another one: delete {folder.parent} and run the stage again"
+        )
     if found != left:
         raise UserError(
             f"the adapter in {folder} isn't the one that stage {stage} left (hash {found[:12]} now, {left[:12]} then): bring "

@@ -197,7 +197,13 @@ def test_vectors_of_another_model_or_width_or_number_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"9 vectors of 8 numbers .* holds 9 of 4"):
         write_vectors(tmp_path / "width", vectors, "mark", width=8)
         SavedVectors(tmp_path / "width", "mark")
-    (tmp_path / "good/vectors/part-00001.parquet").unlink()
+    part = tmp_path / "good/vectors/part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:200])
+    with pytest.raises(
+        UserError, match=r"the vectors in .*good can't be read \(.*delete it, and run stage distil again"
+    ):
+        SavedVectors(tmp_path / "good", "mark")
+    part.unlink()
     with pytest.raises(UserError, match=r"should hold 9 vectors .* holds 5 of 4"):
         SavedVectors(tmp_path / "good", "mark")
     (tmp_path / "good" / WRITTEN).unlink()

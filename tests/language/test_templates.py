@@ -24,7 +24,7 @@ def write(folder, content) -> str:
 
 
 def test_the_built_in_ones_can_be_read():
-    assert set(built_in_templates()) == {"full", "compact", "sella", "collm"}
+    assert set(built_in_templates()) == {"full", "compact", "sella", "sella-book", "collm"}
     for name in built_in_templates():
         assert read_template(name).words()
     assert tuple(read_templates("auto")) == AUTO and tuple(read_templates("sella")) == ("sella",)
@@ -138,3 +138,14 @@ def test_a_templates_mark_is_what_it_says_wherever_it_lies(tmp_path):
     assert template_mark(one) == template_mark(two) != template_mark(write(tmp_path / "b", GOOD | {"none": "nothing"}))
     runs = [parse(["demo", "--prompt.template", path]) for path in (one, two)]
     assert settings_of("fuse", runs[0]) == settings_of("fuse", runs[1])
+
+
+def test_prompts_of_books_are_those_of_movies_but_for_one_letter():
+    movies, books = read_template("sella"), read_template("sella-book")
+    assert [turn.text.replace("Target{noun}", "Target{Noun}") for turn in books.turns("text")] == [
+        turn.text for turn in movies.turns("text")
+    ]
+    assert books.turns("text") != movies.turns("text") and books.turns("fused") == movies.turns("fused")
+    assert (books.history_title, books.separator, books.none, books.answers) == (
+        movies.history_title, movies.separator, movies.none, movies.answers
+    )  # fmt: skip

@@ -40,6 +40,7 @@ SELLA: dict[str, dict[str, Any]] = {
 
 # What its scripts set for Amazon-Book, where they set something else for movies. Steps are those of the checkpoints they name.
 SELLA_BOOK: dict[str, dict[str, Any]] = {
+    "prompt": {"template": "sella-book"},
     "adapt": {"max_steps": 300},
     "collab": {"batch": 10_240, "table_learning_rate": 1e-1, "table_weight_decay": 1e-6},
     "align": {
