@@ -1,7 +1,8 @@
 """Rows/s of a training that a node joins: `python benchmarks/growth.py --out FILE.json`.
 
-jobs/train.py trains stage collab (matrix factorisation on a generated log of the case launch's kind) with `--min-workers 1` on
-real Ray nodes of this machine (cluster/local.py) of one CPU, one of which reads the data; each worker has a core of its own:
+jobs/train.py trains stage collab (SASRec on a generated log of the case launch's kind: more computing than exchange) with
+`--min-workers 1` on real Ray nodes of this machine (cluster/local.py) of one CPU, one of which reads the data; each worker has a
+core of its own:
 
     joined      two nodes, so one worker; after some steps a third joins, and the training goes on with two
     from start  all three are there at first
@@ -28,10 +29,10 @@ from nodes import cluster
 from sides.launch import flags, inputs
 
 HERE = Path(__file__).parent
-WARM_UP = 20
+WARM_UP = 10
 """Steps of each number of workers that aren't counted."""
 
-ALONE = 300
+ALONE = 60
 """Steps after which a node joins."""
 
 
@@ -44,7 +45,8 @@ def train(work: dict[str, Any], folder: Path, joins: bool) -> dict[int, float]:
         exported = (
             line.removeprefix("export ").split("=", 1) for line in printed.splitlines() if line.startswith("export")
         )
-        given = [*flags(work, folder, seed=1 + joins), "--min-workers=1", "--grow-every=2", "--device=cpu"]
+        given = [*flags(work, folder, seed=1 + joins), "--collab.model=sasrec", "--min-workers=1", "--grow-every=2"]
+        given.append("--device=cpu")
         command = [sys.executable, HERE / "timed_job.py", "--bind", notes, *given]
         job = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, **dict(exported)})
         if joins:
@@ -95,10 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--items", type=int, default=50_000)
-    parser.add_argument("--interactions", type=int, default=1_000_000)
+    parser.add_argument("--interactions", type=int, default=300_000)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8_192, help="rows of the global batch")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=2_048, help="rows of the global batch")
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     settings = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
