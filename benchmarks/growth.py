@@ -25,7 +25,7 @@ from typing import Any
 
 import machine
 import timed_job
-from nodes import cluster
+from nodes import cluster, variables
 from sides.launch import flags, inputs
 
 HERE = Path(__file__).parent
@@ -42,13 +42,10 @@ def train(work: dict[str, Any], folder: Path, joins: bool) -> dict[int, float]:
     notes.mkdir()
     printed = cluster("up", state, f"--nodes={2 if joins else 3}", "--cpus=1")
     try:
-        exported = (
-            line.removeprefix("export ").split("=", 1) for line in printed.splitlines() if line.startswith("export")
-        )
         given = [*flags(work, folder, seed=1 + joins), "--collab.model=sasrec", "--min-workers=1", "--grow-every=2"]
         given.append("--device=cpu")
         command = [sys.executable, HERE / "timed_job.py", "--bind", notes, *given]
-        job = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, **dict(exported)})
+        job = subprocess.Popen(command, stdout=sys.stderr, env={**os.environ, **variables(printed)})
         if joins:
             while _steps(notes) < ALONE:
                 if job.poll() is not None:

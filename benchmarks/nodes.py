@@ -44,6 +44,12 @@ def cluster(command: str, state: Path, *arguments: str) -> str:
     return subprocess.run(given, check=True, stdout=subprocess.PIPE, text=True, env=clean).stdout
 
 
+def variables(printed: str) -> dict[str, str]:
+    """What a cluster's clients have to export, by what `up` printed."""
+    lines = [line.removeprefix("export ") for line in printed.splitlines() if line.startswith("export")]
+    return dict(line.split("=", 1) for line in lines)
+
+
 def train(work: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     """Train on such nodes: what the workers noted comes to."""
     nodes, cpus = CASES[name]
@@ -51,11 +57,8 @@ def train(work: dict[str, Any], folder: Path, name: str) -> dict[str, Any]:
     notes.mkdir()
     printed = cluster("up", state, f"--nodes={nodes}", f"--cpus={cpus}")
     try:
-        exported = (
-            line.removeprefix("export ").split("=", 1) for line in printed.splitlines() if line.startswith("export")
-        )
         job = [sys.executable, HERE / "timed_job.py", notes, *flags(work, folder, seed=nodes), "--device=cpu"]
-        subprocess.run(job, check=True, stdout=sys.stderr, env={**os.environ, **dict(exported)})
+        subprocess.run(job, check=True, stdout=sys.stderr, env={**os.environ, **variables(printed)})
     finally:
         cluster("down", state)
     workers = list(timed_job.read(notes).values())

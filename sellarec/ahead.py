@@ -308,10 +308,10 @@ def check_labels(this: Run, stages: Sequence[str]) -> None:
             if left_out:
                 count, positives = count_with_history(this.log(), split)
             if positives in (0, count):
-                which, mend = " with a history", "leave out prompt.with_history, "
+                which, mend = (" with a history", "leave out prompt.with_history, ") if left_out else ("", "")
                 raise UserError(
-                    f"{positives} of the {count} rows{which * left_out} of the {split} split are positives "
+                    f"{positives} of the {count} rows{which} of the {split} split are positives "
                     f"({facts['label_rule']}): stage {stage} takes both labels to train and to select by {settings.select_on}; "
-                    f"{mend * left_out}mend the label rule or the split, or rank: --stages prepare,collab --collab.loss softmax "
+                    f"{mend}mend the label rule or the split, or rank: --stages prepare,collab --collab.loss softmax "
                     "--collab.select-on ndcg@10"
                 )
