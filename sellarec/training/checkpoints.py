@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from sellarec.artifacts import Place
-from sellarec.errors import StageFailed
+from sellarec.errors import StageFailed, UserError
 from sellarec.training.engine import Engine
 from sellarec.training.storage import Storage
 
 RECORD = "checkpoint.json"
-"""Of a checkpoint: {"position": where the run stands, "files": {name: [bytes, CRC-32]}}."""
+"""Of a checkpoint: {"position": where the run stands, "shapes": {table or weight: shape}, "files": {name: [bytes, CRC-32]}}."""
 
 READ_AT_ONCE = 1 << 20
 """Bytes of a file that are read at once to be summed up."""
@@ -45,7 +45,8 @@ class Checkpoints:
         # each worker for itself: in what follows they wait for each other, so none may be missing
         self._storage.attempt(what, partial(self._reach, self._place / name))
         parts = self._storage.attempt(what, partial(self._write, engine, self._place / name))
-        record = {"position": position, "files": {file: found for part in parts for file, found in part.items()}}
+        files = {file: found for part in parts for file, found in part.items()}
+        record = {"position": position, "shapes": engine.shapes, "files": files}
         self._storage.first(what, partial((self._place / name).write_json, RECORD, record))
         self._newest = [*self._newest[-1:], position]
         kept = {_name(step) for held in self._newest for step in (held["step"], held["best_step"])}
@@ -122,14 +123,29 @@ class Checkpoints:
             )
 
     def load(self, engine: Engine, step: int) -> None:
-        """Take over the state of a checkpoint that is whole."""
+        """Take over the state of a checkpoint that is whole.
+
+        Raises:
+            UserError: on all workers: its tables or weights are others than the engine's.
+        """
         place = self._place / _name(step)
+        what = f"reading the checkpoint of step {step} in {place}"
+        record = self._storage.first(what, partial(place.read_json, RECORD))
+        assert record is not None  # of one that is whole
+        there, here = record["shapes"], engine.shapes
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise UserError(
+                    f"the checkpoint {place} is of another model: {name} has {_shape(there.get(name))} there and "
+                    f"{_shape(here.get(name))} here. Bring back the one that stood here, or delete {self._place} to begin the "
+                    "stage again"
+                )
 
         def load() -> None:
             with place.reading() as folder:
                 engine.load_checkpoint(str(folder))
 
-        self._storage.attempt(f"reading the checkpoint of step {step} in {place}", load)
+        self._storage.attempt(what, load)
 
     def _steps(self) -> list[int]:
         return [int(name.removeprefix("step-")) for name in self._place.names() if name.startswith("step-")]
@@ -137,6 +153,10 @@ class Checkpoints:
 
 def _name(step: int) -> str:
     return f"step-{step:09d}"
+
+
+def _shape(found: list[int] | None) -> str:
+    return "no place" if found is None else f"shape {tuple(found)}"
 
 
 def _damage(path: Path, size: int, checksum: int) -> str | None:

@@ -547,6 +547,17 @@ class Engine:
             state |= {"model": model, "optimizer": optimizer}
         return state
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of what a checkpoint holds, the shape of each table that is trained and of each weight; by any number of workers."""
+        tables = self.tables.tables if self.tables is not None and self.trains_tables else ()
+        found = {f"table {table.name}": [table.rows, table.dim] for table in tables}
+        if self.optimizer is not None:
+            assert self.task.model is not None
+            trained = self.task.model.named_parameters()
+            found |= {f"weight {name}": list(weight.shape) for name, weight in trained if weight.requires_grad}
+        return found
+
     def save_checkpoint(self, folder: str) -> None:
         dcp.save(self._state(), checkpoint_id=folder, process_group=self.workers.control)
 

@@ -16,7 +16,7 @@ from engine_cases import SEED, workers_of
 
 from sellarec.artifacts import Place
 from sellarec.config import Collab, Sparse, Tables
-from sellarec.errors import StageFailed
+from sellarec.errors import StageFailed, UserError
 from sellarec.training.checkpoints import Checkpoints
 from sellarec.training.engine import Engine, Workers
 from sellarec.training.storage import Storage
@@ -81,6 +81,20 @@ def load(folder: Path) -> dict[str, Any]:
     checkpoints.load(engine, found["step"])
     expected = held(engine_of(workers, seed=found["step"]), workers)
     return {"position": found, "told": told, "same": bool((held(engine, workers) == expected).all())}
+
+
+def load_as_another(folder: Path, saved: engine_cases.Run, loaded: engine_cases.Run) -> str:
+    """What a worker is told that loads the checkpoint of one model into another."""
+    workers = workers_of()
+    checkpoints = checkpoints_of(workers, folder, [])
+    one, other = (engine_cases.engine_of(run, engine_cases.task_of(run), workers) for run in (saved, loaded))
+    checkpoints.save(one, {"step": 1, "best_step": 0})
+    before = one.shapes, other.shapes
+    try:
+        checkpoints.load(other, 1)
+    except UserError as error:
+        return str(error)
+    return f"loaded: {before}"
 
 
 def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import checkpoint_cases
 import engine_cases
 import numpy as np
 import pyarrow as pa
@@ -389,6 +390,26 @@ def test_an_id_that_a_table_does_not_have_ends_all_workers_alike(gloo, log, case
         told = found[0][what]
         assert told.startswith(f"UserError: {column} is {value} in row {rows[1][-1]} (worker 1), but"), told
         assert f"table {column} has the ids 0 to {facts[f'{column}s'] - 1}" in told
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"dim": 4}, "table item has shape (12, 8) there and shape (12, 4) here"),
+        ({"model": "svdpp"}, "table history has no place there and shape (12, 8) here"),
+        ({"user_rows": False}, "table user has shape (10, 8) there and no place here"),
+        ({"layers": 1}, "weight blocks.1.forward_1.bias has shape (8,) there and no place here"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_model_is_refused_by_all_workers(gloo, log, tmp_path, workers, changes, told):
+    first = Run(settings_of(**SASREC), log)
+    other = Run(settings_of(**(SASREC | changes)), log)
+    for message in gloo.call(workers, checkpoint_cases.load_as_another, tmp_path, first, other):
+        assert message.startswith(f"the checkpoint {tmp_path}/step-000000001 is of another model: "), message
+        assert told in message and f"delete {tmp_path} to begin the stage again" in message, message
 
 
 @pytest.mark.distributed
