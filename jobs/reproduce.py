@@ -1,7 +1,8 @@
 """Run the grid of a table and write it with intervals: `python jobs/reproduce.py TABLE [--into FILE.md] [flags of train.py]`.
 
 What stands is not run again, so an interrupted table goes on where it was. The table goes to WORKSPACE/tables, and with
-`--into` between the lines `<!-- TABLE -->` and `<!-- end of TABLE -->` of a Markdown file (at its end, where it has none).
+`--into` between the lines `<!-- TABLE -->` and `<!-- end of TABLE -->` of a Markdown file (at its end, where it has none);
+TABLE.json beside it, with `--into` in a folder of the file's name, has every run's resolved settings and its values.
 """
 
 import statistics
@@ -190,7 +191,7 @@ TABLES = {
     ),
     **{
         name: Table(("log", name), (1,), RANKING)
-        for name in ("gowalla-lightgcn", "ml-1m-lightgcn", "beauty-sasrec", "games-sasrec")
+        for name in ("gowalla-lightgcn", "gowalla-mf", "ml-1m-lightgcn", "beauty-sasrec", "games-sasrec")
     },
 }
 
@@ -219,7 +220,7 @@ def main(arguments: list[str]) -> None:
                 f"--into is '{into}', where no file can be written: give a Markdown file in a folder that exists"
             )
     check_environment()
-    from sellarec.artifacts import Place
+    from sellarec.artifacts import Place, in_json
     from sellarec.command_line import parse
     from sellarec.evaluation.results import format_table
     from sellarec.pipeline import run
@@ -233,7 +234,7 @@ def main(arguments: list[str]) -> None:
         "stages that they share are made once). What is told of costs below is of a single run",
         flush=True,
     )
-    sections, records = [], []
+    sections, records, made = [], [], []
     for seed in table.seeds:
         standing: dict[str, str] = {}
         for variant, own_flags in table.variants.items():
@@ -255,6 +256,7 @@ def main(arguments: list[str]) -> None:
                 differs = {stage for stage, mark in this.marks.items() if standing.setdefault(stage, mark) != mark}
                 found = of_variant(found, variant, differs)
             records += found
+            made.append({"run": this.config.name, "seed": seed, "values": found, "stages": resolved(this)})
             sections.append(f"Seed {seed}{', ' + variant if short else ''}\n\n{format_table(found)}")
     summary = over_seeds(records, table.published)
     if table.evaluation is None:
@@ -262,12 +264,22 @@ def main(arguments: list[str]) -> None:
     print(f"\n{summary}\n")
     place = Place.of(this.config.workspace) / "tables"
     place.write_text(f"{name}.txt", "\n\n".join([*sections, summary]) + "\n")
-    place.write_json(f"{name}.json", records)
+    place.write_json(f"{name}.json", made)
     place.write_text(f"{name}.md", markdown(records, table.published))
-    print(f"table        {place}/{name}.txt, {name}.md")
+    print(f"table        {place}/{name}.txt, {name}.md, {name}.json")
     if into is not None:
-        put_between(into, name, markdown(records, table.published))
-        print(f"written into {into}")
+        beside = into.with_suffix("") / f"{name}.json"
+        beside.parent.mkdir(exist_ok=True)
+        beside.write_text(in_json(made), encoding="utf-8")
+        link = f"Resolved settings and values of each run: [{beside.name}]({beside.relative_to(into.parent)})."
+        put_between(into, name, f"{markdown(records, table.published)}\n{link}\n")
+        print(f"written into {into}, {beside}")
+
+
+def resolved(this: Any) -> dict[str, Any]:
+    """Of a run's stages the settings that they were carried out with, and the versions of the packages."""
+    manifests = {stage: this.manifest(stage) for stage in this.marks}
+    return {stage: {"settings": of["settings"], "versions": of["versions"]} for stage, of in manifests.items()}
 
 
 def of_variant(records: list[dict], variant: str, differs: Collection[str]) -> list[dict]:

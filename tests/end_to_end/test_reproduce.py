@@ -1,6 +1,7 @@
 """The grid of a table: interrupted and taken up, written into a file, and not made again where it stands."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -73,6 +74,14 @@ def test_a_table_goes_on_where_it_was_and_is_not_made_again(
     assert made.items() > first.items()
     assert text.startswith("# Results\n\n<!-- tiny -->\n") and text.endswith("<!-- end of tiny -->\n\n## More\n")
     assert (workspace / "tables" / "tiny.md").read_text() in text and "Not run." not in text
+    beside = tmp_path / "a" / "tiny.json"
+    assert beside.read_text().strip() == (workspace / "tables" / "tiny.json").read_text().strip()
+    runs = json.loads(beside.read_text())
+    assert [found["seed"] for found in runs] == [seed for seed in table.seeds for _ in table.variants]
+    for found in runs:
+        assert found["stages"]["collab"]["settings"]["seed"] == found["seed"] and found["values"]
+        assert found["stages"]["collab"]["settings"]["collab"]["model"] == "mf"
+    assert "[tiny.json](a/tiny.json)" in text
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {model} |")]
     assert row.endswith(f"| {table.published[model]} | {', '.join(map(str, table.seeds))} |")
     assert table.published[model] in printed
