@@ -124,6 +124,8 @@ def _adapter_of(this: Run, stage: str) -> dict[str, str]:
 
 
 def _collab(this: Run) -> dict[str, Any]:
+    from sellarec.collab.unseen import unseen_shares
+
     settings, seed = this.config.collab, this.config.seed
     order = _order(this, "train", settings.batch, seed)
     if settings.train_on == "sequences":
@@ -132,17 +134,11 @@ def _collab(this: Run) -> dict[str, Any]:
     build = _collab_builder(this, origin, trains="collab")
     task = build()
     facts = _train(this, "collab", build, order, task.tables)
-    cold = _cold_rows(this.log())
-    shares = ", ".join(f"{share:.1%} an unseen {name}" for name, share in cold.items())
-    this.console.line(f"collab    unseen users and items are {task.network.unseen}; of the test rows have {shares}")
-    return {**facts, "test rows unseen": cold}
-
-
-def _cold_rows(log: Log) -> dict[str, float]:
-    """Share of the test rows whose user, item, or either, the train split doesn't have."""
-    seen = log.split("test", ["user_seen", "item_seen"])
-    user, item = (seen[name].to_numpy() for name in seen.column_names)
-    return {"user": float((~user).mean()), "item": float((~item).mean()), "user or item": float((~user | ~item).mean())}
+    meanings = task.unseen()
+    shares = unseen_shares(this.log(), meanings, settings.history + 1)
+    for case, meaning in meanings.items():
+        this.console.line(f"collab    {case}, {shares[case]:.1%} of the test rows: {meaning}")
+    return {**facts, "test rows unseen": shares}
 
 
 def _sequences(this: Run) -> Any:

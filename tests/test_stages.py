@@ -10,29 +10,65 @@ from prepared import prepare_into, rules, source_of
 
 from sellarec import stages
 from sellarec.ahead import check_labels
-from sellarec.config import Config, Prompt
+from sellarec.config import Collab, Config, Prompt
 from sellarec.data.log import Log
 from sellarec.errors import UserError
 from sellarec.run import Run
 
 
-def test_test_rows_that_the_train_split_does_not_know_are_counted(tmp_path):
-    """Of five rows two have a user, and two an item, that train has not; one has neither."""
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"unseen user": 2 / 5, "unseen item": 2 / 5}),
+        ({"model": "svdpp"}, {"unseen user": 2 / 5, "unseen item": 2 / 5, "empty history": 2 / 5}),
+        ({"model": "sasrec", "user_rows": False}, {"unseen item": 2 / 5, "empty history": 2 / 5}),
+        (
+            {"loss": "bpr"},
+            {
+                "unseen user": 2 / 5,
+                "unseen item": 2 / 5,
+                "user without a positive": 1 / 5,
+                "item without a positive": 1 / 5,
+            },
+        ),
+        (
+            {"model": "sasrec", "user_rows": False, "train_on": "sequences", "loss": "full-softmax", "history": 1},
+            {"unseen item": 2 / 5, "empty history": 2 / 5, "item in no sequence": 2 / 5},
+        ),
+    ],
+    ids=str,
+)
+def test_test_rows_that_training_has_nothing_of_are_told_case_by_case(
+    tmp_path, monkeypatch, capsys, settings, expected
+):
+    """By the cases that the model can meet with these settings. Of five rows two have a user, and two an item, that train has
+    not; b has nothing but a dislike in train, and has liked before what train has not; c likes v in its first row of two."""
     lines = [
-        *[("a", "x", 1, "train"), ("b", "y", 0, "train"), ("a", "y", 1, "train"), ("b", "x", 1, "valid")],
-        *[("a", "new", 1, "test"), ("a", "x", 1, "test"), ("c", "x", 1, "test"), ("c", "other", 0, "test")],
-        ("b", "x", 1, "test"),
+        *[("a", "x", 1, "train"), ("b", "y", 0, "train"), ("a", "z", 1, "train"), ("a", "v", 1, "train")],
+        *[("b", "old", 1, "valid"), ("a", "x", 0, "valid")],
+        *[("a", "new", 1, "test"), ("a", "x", 1, "test"), ("c", "v", 1, "test"), ("c", "other", 0, "test")],
+        ("b", "y", 1, "test"),
     ]
     columns = zip(("user", "item", "label", "split"), map(list, zip(*lines, strict=True)), strict=True)
     table = pa.table({**dict(columns), "timestamp": list(range(len(lines)))})
     table = table.set_column(2, "label", table["label"].cast(pa.int8()))
-    log = prepare_into(tmp_path, source_of(table), rules(split="given"))
-    assert stages._cold_rows(log) == pytest.approx({"user": 2 / 5, "item": 2 / 5, "user or item": 3 / 5})
+    log = prepare_into(tmp_path / "log", source_of(table), rules(split="given"))
+    this = run_on(log, monkeypatch, tmp_path / "workspace", collab=Collab(dim=4, **settings))
+    monkeypatch.setattr(stages, "_train", lambda this, stage, build, order, tables: build().facts())
+    facts = stages._collab(this)
+    assert facts["test rows unseen"] == pytest.approx(expected) and list(facts["unseen"]) == list(expected)
+    told = [
+        f"collab    {case}, {100 * expected[case]:.1f}% of the test rows: {meaning}"
+        for case, meaning in facts["unseen"].items()
+    ]
+    assert [line.partition("] ")[2] for line in capsys.readouterr().out.splitlines() if "test rows:" in line] == told
 
 
-def run_on(log: Log, monkeypatch: pytest.MonkeyPatch, workspace: Path, **prompt: Any) -> Run:
+def run_on(
+    log: Log, monkeypatch: pytest.MonkeyPatch, workspace: Path, collab: Collab | None = None, **prompt: Any
+) -> Run:
     monkeypatch.setattr(Run, "log", lambda self: log)
-    this = Run.of(Config(workspace=str(workspace), prompt=Prompt(**prompt)))
+    this = Run.of(Config(workspace=str(workspace), prompt=Prompt(**prompt), collab=collab or Collab()))
     this.marks |= dict.fromkeys(("adapt", "collab", "fuse"), "0123456789abcdef")
     return this
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sellarec.collab import unseen
 from sellarec.config import Collab
 from sellarec.training.table import Jagged, Table
 from sellarec.training.task import INITIAL, WHOLE, Batch, Peers, Vectors
@@ -49,7 +50,7 @@ class CollabModel(nn.Module):
         reads_catalog: whether its `auxiliary_loss` takes the rows of the whole catalog, and how many train rows each item has.
         uses_graph: whether rows are smoothed over the graph of train positives (`propagate`).
         is_binary: whether the signs of rows are all that represents users and items, so that they can be written as codes.
-        unseen: what a user, item or item of a history without a train row counts as, in words.
+        empty_history: what it makes of a history without a train item, in words; for a model that reads one.
         init_from_vectors: whose rows may start from vectors of a file (`collab.init_users`, `init_items`).
         dim: D, columns of what represents a user or an item.
     """
@@ -62,9 +63,9 @@ class CollabModel(nn.Module):
     reads_catalog: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = False
     is_binary: ClassVar[bool] = False
-    unseen: ClassVar[str] = "masked: a row of zeros"
     init_from_vectors: ClassVar[tuple[str, ...]] = ("users", "items")
     history: int = 0
+    empty_history: str = ""
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:
         super().__init__()
@@ -84,6 +85,15 @@ class CollabModel(nn.Module):
     def has_weights(self) -> bool:
         """Whether there are dense weights beside the tables."""
         return any(True for _ in self.parameters())
+
+    def unseen(self) -> dict[str, str]:
+        """What a row counts as whose user, item, or history (all of its items), has no train row, in words: by case of
+        `sellarec.collab.unseen`, those that the model can meet. Of a history that has others too, such items are left out."""
+        masked = "masked (a row of zeros)"
+        has_users = any("user" in table.features for table in self.tables)
+        found = {unseen.USER: masked + ("; its history still counts" if self.history else "")} if has_users else {}
+        found[unseen.ITEM] = masked
+        return found | ({unseen.HISTORY: self.empty_history} if self.history else {})
 
     def user(self, batch: Batch, vectors: Vectors) -> Tensor:
         """The users' vectors: [n, D]."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sellarec.collab import unseen
 from sellarec.collab.losses import bpr, full_softmax, sampled_softmax, shared_softmax, softmax_among
 from sellarec.collab.model import CollabModel, Sizes, values
 from sellarec.collab.negatives import Negatives
@@ -203,7 +204,27 @@ class CollabTask(Task):
         save_file(weights, folder / WEIGHTS)
 
     def facts(self) -> dict[str, Any]:
-        return {"constant": self.network.constant, "unseen": self.network.unseen}
+        return {"constant": self.network.constant, "unseen": self.unseen()}
+
+    def unseen(self) -> dict[str, str]:
+        """`CollabModel.unseen`, and what counts of a user or item that has train rows, but none that a ranking loss takes."""
+        found, settings = self.network.unseen(), self._settings
+        if settings.loss == "bce":
+            return found
+        decay = ["table_weight_decay"] * bool(settings.table_weight_decay)
+        if unseen.USER in found:
+            found[unseen.USER_WITHOUT_POSITIVE] = _initial(decay)
+        is_negative = settings.loss == "full-softmax" or settings.negatives == "uniform"
+        of_histories = any({"item", "history"} <= set(table.features) for table in self.network.tables)
+        case = unseen.ITEM_WITHOUT_SEQUENCE if self._sequences else unseen.ITEM_WITHOUT_POSITIVE
+        found[case] = _initial(
+            [*decay, *["negatives"] * is_negative, *["histories"] * (of_histories and not self._sequences)]
+        )
+        return found
+
+
+def _initial(movers: Sequence[str]) -> str:
+    return "its initial row" + (f", which only {' and '.join(movers)} may have changed" if movers else "")
 
 
 def save_parts(weights: Mapping[str, Tensor], files: Mapping[str, Path]) -> None:

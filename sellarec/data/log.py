@@ -169,20 +169,17 @@ def item_counts(log: Log) -> np.ndarray:
     return counts
 
 
-def write_sequences(log: Log, path: Path, most: int) -> None:
-    """Write the train sequences as rows: of each user with two positives in train or more, the last `most` of them.
+def train_sequences(log: Log, most: int) -> pl.LazyFrame:
+    """The train sequences as rows: of each user with two positives in train or more, the last `most` of them.
 
     `item` is the last one's, `history` has those before it, both of the train split alone; users are in the order of their
     first positives.
-
-    Raises:
-        UserError: there are none.
     """
     rows = pl.scan_parquet(log.split_paths("train")).filter(pl.col("label") == 1)
     last = rows.group_by("user", maintain_order=True).agg(
         pl.col("row").last(), pl.col("item").tail(most).alias("items")
     )
-    sequences = last.filter(pl.col("items").list.len() > 1).select(
+    return last.filter(pl.col("items").list.len() > 1).select(
         "row",
         "user",
         pl.col("items").list.last().alias("item"),
@@ -191,7 +188,15 @@ def write_sequences(log: Log, path: Path, most: int) -> None:
         pl.lit(True).alias("user_seen"),
         pl.lit(True).alias("item_seen"),
     )
-    found = sequences.collect()
+
+
+def write_sequences(log: Log, path: Path, most: int) -> None:
+    """Write `train_sequences`.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = train_sequences(log, most).collect()
     if not len(found):
         raise UserError(
             "no user has two positives in the train split, so there are no sequences: take collab.train_on rows"

@@ -25,6 +25,7 @@ from small import (
 )
 from torch import Tensor
 
+from sellarec.collab import unseen
 from sellarec.collab.model import CollabModel, Sizes, padded, places
 from sellarec.collab.models import binary_mf, din, fism, lightgcn, mf, sasrec, svdpp
 from sellarec.collab.task import build_collab
@@ -486,6 +487,42 @@ def test_no_gradient_reaches_the_row_of_an_unseen_user_or_item(name, tmp_path):
     found = leaves(vectors)
     assert (found["user"].grad[2] == 0).all() and (found["item"].grad[1] == 0).all()
     assert (found["user"].grad[0] != 0).any() and (found["item"].grad[0] != 0).any()
+
+
+HISTORY_COUNTS = "masked (a row of zeros); its history still counts"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "user", "history"),
+    [
+        *((name, {}, "masked (a row of zeros)", None) for name in sorted(WITHOUT_HISTORY)),
+        ("svdpp", {}, HISTORY_COUNTS, "nothing is added to the user's row"),
+        ("sasrec", {}, HISTORY_COUNTS, "the user's row alone"),
+        ("sasrec", {"user_rows": False}, None, "a row of zeros as the user"),
+        ("din", {}, HISTORY_COUNTS, "zeros in the place of its weighed sum"),
+        ("fism", {}, HISTORY_COUNTS, "zeros in the place of its mean; what is learnt of liking still counts"),
+    ],
+)
+def test_a_model_says_what_unseen_ones_are_to_it_and_keeps_to_that(name, changes, user, history, tmp_path):
+    """Only of what it has: user 2 and the second row's item are unseen."""
+    task = make(tmp_path, model=name, **changes)
+    told = {unseen.USER: user, unseen.ITEM: "masked (a row of zeros)", unseen.HISTORY: history}
+    assert task.network.unseen() == {case: words for case, words in told.items() if words is not None}
+
+    def scores(**changes: Any) -> tuple[Tensor, Tensor]:
+        batch = batch_of(task, some_rows(**changes), None)
+        vectors = vectors_of(task, batch)
+        for side in ("user", "item"):  # what masked rows hold has no part
+            if side in vectors:
+                vectors[side].data[batch[f"{side}_seen"] == 0] = 7.0
+        return task.score(None, batch, vectors).detach(), task.network.represent_user(batch, vectors).detach()
+
+    empty = {"history": pa.array([[], [4], []], pa.list_(pa.int64()))}  # item 4 has no train row
+    full, none = scores(), scores(**empty)
+    assert ((full[1][2] != none[1][2]).any() and full[0][2] != none[0][2]) == (history is not None)
+    if name != "din":  # whose network reads rows of zeros too
+        zeros = none[1][2] if name != "fism" else none[1][2] - torch.cat([task.network.liking.detach(), torch.zeros(2)])
+        assert (zeros == 0).all(), "without a row or a history there is nothing"
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6))

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sellarec
+from sellarec.collab import unseen
 from sellarec.collab.losses import bpr, sampled_softmax
 from sellarec.collab.task import WEIGHTS, CollabTask, build_collab
 from sellarec.config import Collab
@@ -237,8 +238,47 @@ def test_what_is_looked_up_lies_in_a_table(name, loss, tmp_path):
 
 def test_facts_say_the_constant_and_what_unseen_ones_are(tmp_path):
     facts = make(tmp_path).facts()
-    assert facts["constant"] == pytest.approx(math.log(0.7 / 0.3), rel=1e-6) and "zeros" in facts["unseen"]
+    assert facts["constant"] == pytest.approx(math.log(0.7 / 0.3), rel=1e-6)
+    assert facts["unseen"] == dict.fromkeys([unseen.USER, unseen.ITEM], "masked (a row of zeros)")
     assert make(tmp_path, global_mean=False).facts()["constant"] == 0
+
+
+CHANGED = "its initial row, which only {} may have changed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "user", "item"),
+    [
+        ({"loss": "bce"}, None, None),
+        ({"loss": "bpr"}, "its initial row", CHANGED.format("negatives")),
+        ({"loss": "full-softmax"}, "its initial row", CHANGED.format("negatives")),
+        ({"loss": "bpr", "negatives": "in-batch"}, "its initial row", "its initial row"),
+        ({"loss": "softmax", "negatives": "popularity"}, "its initial row", "its initial row"),
+        (
+            {"loss": "softmax", "table_weight_decay": 0.1},
+            CHANGED.format("table_weight_decay"),
+            CHANGED.format("table_weight_decay and negatives"),
+        ),
+        ({"model": "svdpp", "loss": "bpr"}, "its initial row", CHANGED.format("negatives")),
+        ({"model": "din", "loss": "bpr"}, "its initial row", CHANGED.format("negatives and histories")),
+        ({"model": "sasrec", "user_rows": False, "loss": "bpr"}, None, CHANGED.format("negatives and histories")),
+    ],
+    ids=str,
+)
+def test_what_a_ranking_loss_has_no_target_of_is_said_too(tmp_path, settings, user, item):
+    """Beside what the model says of unseen ones."""
+    task = make(tmp_path, **settings)
+    found = task.facts()["unseen"]
+    assert task.network.unseen().items() <= found.items()
+    assert (found.get(unseen.USER_WITHOUT_POSITIVE), found.get(unseen.ITEM_WITHOUT_POSITIVE)) == (user, item)
+    assert len(found) == len(task.network.unseen()) + (user is not None) + (item is not None)
+
+
+def test_of_sequences_it_is_the_items_that_lie_in_none(tmp_path):
+    task = make(tmp_path, model="sasrec", user_rows=False, train_on="sequences", loss="softmax", negatives="popularity")
+    found = task.facts()["unseen"]
+    assert list(found) == [unseen.ITEM, unseen.HISTORY, unseen.ITEM_WITHOUT_SEQUENCE]
+    assert found[unseen.ITEM_WITHOUT_SEQUENCE] == "its initial row"
 
 
 WHOLE_BATCH = ("in-batch", "shared")

@@ -346,6 +346,50 @@ def test_an_export_of_many_files_a_worker_has_the_same_rows(gloo, log, tmp_path,
     assert np.array_equal(rows[3], rows[1 << 20])
 
 
+@pytest.fixture(scope="module")
+def with_dislikes(tmp_path_factory) -> tuple[Path, int, int]:
+    """A log, and the ids of its user, and of its item, of which train has negative rows alone."""
+    folder = tmp_path_factory.mktemp("dislikes")
+    generator = np.random.default_rng(3)
+    user, item = generator.integers(0, 6, 70), generator.integers(0, 8, 70)
+    label = (generator.random(70) < 0.7) & (user != 2) & (item != 3)
+    rows = {"user": user, "item": item, "label": pa.array(label, pa.int8()), "timestamp": np.arange(70)}
+    log = prepare_into(folder, source_of(pa.table(rows)), rules(history_cap=6))
+    np.save(folder / "counts.npy", item_counts(log))
+    return folder, *(
+        table["external_id"].to_pylist().index(one) for table, one in ((log.users(), "2"), (log.items(), "3"))
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("changes", "changed"),
+    [
+        ({"loss": "bce"}, ("user", "item")),
+        ({"loss": "bpr", "negatives": "in-batch"}, ()),
+        ({"loss": "softmax", "negatives": "popularity", "model": "lightgcn", "table_optimizer": "adam"}, ()),
+        ({"loss": "bpr"}, ("item",)),
+        ({"loss": "full-softmax"}, ("item",)),
+        ({"loss": "bpr", "negatives": "popularity", "table_weight_decay": 0.1}, ("user", "item")),
+        (SASREC | {"loss": "softmax", "negatives": "popularity"}, ()),
+    ],
+    ids=str,
+)
+def test_what_a_ranking_loss_has_no_target_of_keeps_its_initial_row(gloo, with_dislikes, tmp_path, changes, changed):
+    """Bit for bit, unless what the task names (`CollabTask.unseen`) has changed it."""
+    folder, user, item = with_dislikes
+    run = Run(settings_of(**{"model": "mf"} | changes), folder, output=tmp_path)
+    gloo.call(1, engine_cases.train, run)
+    task = engine_cases.task_of(run)
+    for table in task.tables:
+        row = user if table.name == "user" else item
+        kept = SavedTable(tmp_path / "tables", table.name).read(row, row + 1)
+        initial = initial_rows(table, engine_cases.SEED, row, row + 1)
+        assert np.array_equal(kept, initial) == (table.name not in changed), table.name
+        words = task.unseen().get(f"{table.name} without a positive")
+        assert words is None if run.settings.loss == "bce" else ("changed" in words) >= (table.name in changed)
+
+
 OPTIMIZERS = {
     "rowwise-adagrad": "row-wise Adagrad (fused)",
     "adagrad": "Adagrad (fused)",

@@ -23,6 +23,7 @@ class Model(CollabModel):
     reads = ("history", "hidden", "dropout", *DENSE_SETTINGS)
     ignores = ("temperature",)
     is_product = False
+    empty_history = "zeros in the place of its weighed sum"
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:
         super().__init__(sizes, settings)

@@ -30,7 +30,7 @@ class Model(CollabModel):
     ignores = ("biases", "temperature")
     losses = ("bce",)
     reads_catalog = True
-    unseen = "masked: a row of zeros; a user still has a history"
+    empty_history = "zeros in the place of its mean; what is learnt of liking still counts"
     init_from_vectors = ("items",)
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:

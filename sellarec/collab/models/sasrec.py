@@ -26,6 +26,7 @@ class Model(CollabModel):
         self.history = settings.history
         user, item = self.tables
         self.has_user_rows = settings.user_rows
+        self.empty_history = "the user's row alone" if settings.user_rows else "a row of zeros as the user"
         item = Table("item", item.rows, item.dim, ("item", "history"), init_std=item.init_std)
         self.tables = (user, item) if settings.user_rows else (item,)
         self.position = nn.Parameter(torch.randn(settings.history, settings.dim) * settings.init_std)

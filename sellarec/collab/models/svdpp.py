@@ -16,6 +16,7 @@ class Model(CollabModel):
     """
 
     reads = ("history",)
+    empty_history = "nothing is added to the user's row"
 
     def __init__(self, sizes: Sizes, settings: Collab) -> None:
         super().__init__(sizes, settings)
