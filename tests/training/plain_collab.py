@@ -16,6 +16,9 @@ from sellarec.config import Collab
 
 EPSILON = 1e-8
 
+VANISHING = 1e-12
+"""A gradient below it is nothing but the rounding of float64."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -63,7 +66,12 @@ class World:
 
 
 class PlainCollab:
-    """A model with its tables and its optimizers."""
+    """A model with its tables and its optimizers.
+
+    Attributes:
+        idle: of each dense weight, which elements had no effect on the loss of a step at least. Rounding alone then moves them,
+            by steps as long as others', as Adam takes a gradient over its own size.
+    """
 
     def __init__(
         self, settings: Collab, world: World, tables: dict[str, np.ndarray], dense: dict[str, np.ndarray]
@@ -73,6 +81,7 @@ class PlainCollab:
         self.dense = {name: torch.tensor(w, dtype=torch.float64).requires_grad_() for name, w in dense.items()}
         rate = world.positive_rate
         self.constant = math.log(rate / (1 - rate)) if settings.global_mean else 0.0
+        self.idle = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.dense.items()}
         self.optimizers = {name: self._table_optimizer(rows) for name, rows in self.tables.items()}
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
         self.dense_optimizer = (
@@ -100,6 +109,9 @@ class PlainCollab:
         for weight in (*self.tables.values(), *self.dense.values()):
             weight.grad = torch.zeros_like(weight)
         total.backward()
+        for name, weight in self.dense.items():
+            assert weight.grad is not None
+            self.idle[name] |= weight.grad.abs() < VANISHING
         if self.dense_optimizer is not None:
             torch.nn.utils.clip_grad_norm_(list(self.dense.values()), self.settings.clip)
             self.dense_optimizer.param_groups[0]["lr"] = self.settings.learning_rate * rate
