@@ -282,8 +282,8 @@ class Tables:
     sharding: Literal["row-wise", "table-wise", "column-wise", "auto", "grid", "data-parallel"] = runtime("row-wise")
     """row-wise: each worker holds a block of every table's rows; table-wise: a table lies on one worker, the next larger one
     on the worker that holds least; column-wise: each worker holds a range of every table's columns, with sgd, adagrad, adam
-    or adamw; auto: row-wise or table-wise, as TorchRec's planner finds it best. grid and data-parallel are refused, with the
-    reason."""
+    or adamw; auto: row-wise or table-wise, as TorchRec's planner finds it best, and row-wise where a worker would else hold more
+    than 1.25 times its equal share. grid and data-parallel are refused, with the reason."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type that rows are stored in; vectors, gradients and optimizer states are float32."""
     placement: Literal["device", "uvm", "uvm-caching"] = runtime("device")

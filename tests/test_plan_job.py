@@ -90,6 +90,16 @@ def plan_here(capsys: pytest.CaptureFixture, *flags: str) -> str:
     return capsys.readouterr().out
 
 
+def test_auto_fits_where_one_table_is_nearly_all(capsys):
+    """The room is that of row-wise, of which table-wise would take twice."""
+    flags = ["--workers", "2", "--users", "100000000", "--items", "1000", "--dim", "64", "--memory-per-worker", "20"]
+    printed = plan_here(capsys, *flags, "--tables.sharding", "auto")
+    assert printed.splitlines()[1].split()[4:6] == ["row-wise", "50,000,000"]
+    assert "holds most: 12.107 GiB" in printed and "fits: each worker has room for 20.0 GiB" in printed
+    with pytest.raises(UserError, match=r"worker 0 of 2 would hold 24.21 GiB .* row-wise \(12.11 GiB\)"):
+        plan_here(capsys, *flags, "--tables.sharding", "table-wise")
+
+
 def test_a_language_model_is_planned_by_its_config_alone(config_of_a_model, capsys):
     flags = ["--workers", "4", "--users", "839", "--items", "3256", "--llm", str(config_of_a_model), "--rows", "33891"]
     flags += ["--recipe", "collm-ml-1m", "sella-official", "--mfu", "0.4", "--gpu", "H100"]

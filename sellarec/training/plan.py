@@ -23,6 +23,9 @@ CACHED_SHARE = 0.2
 COLUMNS = 4
 """Columns that the kernels take at once: a worker holds a multiple of them."""
 
+MOST_HELD = 1.25
+"""What auto lets a worker hold at most, in equal shares of all bytes, where a table of its can be cut."""
+
 GIB = 2**30
 
 
@@ -96,7 +99,7 @@ def place(
     if storage.sharding == "column-wise":
         return [Placement(table, "column-wise") for table in tables]
     if storage.sharding == "auto":
-        return _planned(tables, storage, workers, device)
+        return balanced(_planned(tables, storage, workers, device), storage, optimizer, workers)
     size = {t.name: sum(row_bytes(whole(t), storage, optimizer_of(optimizer, t))) * t.rows for t in tables}
     held = [0] * workers
     placed = {}
@@ -111,6 +114,25 @@ def _row_wise(table: Table, workers: int) -> Placement:
     """A table of which a worker would get no row lies whole on the first: kernels fail that hold no row of any table."""
     placement = Placement(table, "row-wise")
     return placement if placement.rows(workers - 1, workers) else Placement(table, "table-wise", 0)
+
+
+def balanced(
+    placements: Sequence[Placement], storage: Tables, optimizer: Sparse | None, workers: int
+) -> list[Placement]:
+    """As long as a worker holds more than MOST_HELD equal shares of all bytes, the largest whole table of the one that holds most
+    is cut by rows, where it can be.
+
+    What a worker has room for isn't asked: a stage's workers place tables too, and all have to find the same.
+    """
+    placed = list(placements)
+    while True:
+        held = worker_bytes(placed, storage, optimizer, workers)
+        fullest = max(range(workers), key=held.__getitem__)
+        found = [p for p in placed if p.worker == fullest and _row_wise(p.table, workers).worker is None]
+        if held[fullest] * workers <= MOST_HELD * sum(held) or not found:
+            return placed
+        largest = max(found, key=lambda p: p.table.rows * _held_bytes(p, fullest, workers, storage, optimizer))
+        placed = [_row_wise(p.table, workers) if p is largest else p for p in placed]
 
 
 def check_sharding(storage: Tables, optimizer: Sparse | None, stage: str | None = None) -> None:
@@ -271,7 +293,7 @@ def check_fits(
         whose: what has that room, for the message.
 
     Raises:
-        UserError: with the arithmetic.
+        UserError: with the arithmetic, and row-wise as the way out where that fits.
     """
     held = worker_bytes(placements, storage, optimizer, workers)
     fullest = max(range(workers), key=held.__getitem__)
@@ -282,8 +304,10 @@ def check_fits(
             for p in placements
             if p.rows(fullest, workers)
         )
+        by_rows = max(worker_bytes([_row_wise(p.table, workers) for p in placements], storage, optimizer, workers))
+        fits = f"--tables.sharding row-wise ({by_rows / GIB:.2f} GiB), " if by_rows <= room else ""
         raise UserError(
             f"worker {fullest} of {workers} would hold {held[fullest] / GIB:.2f} GiB of tables ({sums}), but {whose} has room "
-            f"for {room / GIB:.2f} GiB: take a smaller width, rows stored as float16 (tables.dtype), an optimizer with less "
-            "state (table_optimizer), or more machines"
+            f"for {room / GIB:.2f} GiB: take {fits}a smaller width, rows stored as float16 (tables.dtype), an optimizer with "
+            "less state (table_optimizer), or more machines"
         )

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from sellarec.config import Sparse, Tables
 from sellarec.errors import UserError
-from sellarec.training.plan import Placement, check_fits, check_kernels, describe, place, row_bytes, whole, worker_bytes
+from sellarec.training.plan import (
+    Placement,
+    balanced,
+    check_fits,
+    check_kernels,
+    describe,
+    place,
+    row_bytes,
+    whole,
+    worker_bytes,
+)
 from sellarec.training.table import MAX_COLUMNS, Table
 
 FLOAT32 = Tables()
@@ -106,6 +116,39 @@ def test_torchrecs_planner_places_every_table(workers, name):
     assert [placement.table for placement in found] == tables
     assert all(p.worker is None or 0 <= p.worker < workers for p in found)
     assert found == place(tables, Tables(sharding="auto"), optimizer(name), workers, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("users", "items", "placed"),
+    [
+        (100_000_000, 1000, [None, 1]),  # one table is nearly all there is
+        (54_500_000, 48_200_000, [0, 1]),  # even already
+    ],
+)
+def test_a_whole_table_is_cut_where_its_worker_would_hold_far_more_than_others(users, items, placed):
+    """As TorchRec's planner looks at time alone, it puts both whole on a worker each."""
+    settings = optimizer("rowwise-adagrad")
+    found = place([table("user", users, 64), table("item", items, 64)], Tables(sharding="auto"), settings, 2, "cpu")
+    assert [p.worker for p in found] == placed
+    held = worker_bytes(found, FLOAT32, settings, 2)
+    assert max(held) <= 1.25 * sum(held) / 2
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=6), st.integers(1, 5), st.data())
+def test_what_is_balanced_leaves_no_worker_with_too_much(rows, workers, data):
+    """More than 1.25 equal shares only of rows that can't be cut; and none is moved elsewhere."""
+    settings = optimizer("rowwise-adagrad")
+    tables = [table(f"t{number}", count, 4 * (number + 1)) for number, count in enumerate(rows)]
+    first = [Placement(t, "table-wise", data.draw(st.integers(0, workers - 1))) for t in tables]
+    found = balanced(first, FLOAT32, settings, workers)
+    held = worker_bytes(found, FLOAT32, settings, workers)
+    fullest = held.index(max(held))
+    can_be_cut = [-(-t.rows // workers) * (workers - 1) < t.rows for t in tables]
+    left = [p for p, can in zip(found, can_be_cut, strict=True) if p.worker == fullest and can]
+    assert held[fullest] <= 1.25 * sum(held) / workers or not left
+    for before, after, can in zip(first, found, can_be_cut, strict=True):
+        assert after == before or (can and after == Placement(before.table, "row-wise"))
+    assert max(worker_bytes(first, FLOAT32, settings, workers)) > 1.25 * sum(held) / workers or found == first
 
 
 @pytest.mark.parametrize(
@@ -227,6 +270,17 @@ def test_tables_that_do_not_fit_are_refused_with_the_arithmetic():
         check_fits(*arguments, 4 << 30, "each")
     with pytest.raises(UserError):
         check_fits(*arguments, held - 1, "each")
+
+
+def test_row_wise_is_advised_where_it_fits():
+    user, item = table("user", 1 << 20, 256), table("item", 1 << 10, 256)
+    placements = [Placement(user, "table-wise", 0), Placement(item, "table-wise", 1)]
+    arguments = (placements, FLOAT32, optimizer("sgd"), 2)
+    by_rows = (user.rows + item.rows) // 2 * 1024
+    with pytest.raises(UserError, match=r"take --tables.sharding row-wise \(0.50 GiB\), a smaller width"):
+        check_fits(*arguments, by_rows, "each")
+    with pytest.raises(UserError, match=r"take a smaller width"):
+        check_fits(*arguments, by_rows - 1, "each")
 
 
 def test_the_fullest_worker_decides():
