@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sellarec.config import DENSE_TABLE_OPTIMIZERS, Dense, Sparse, Tables
+from sellarec.errors import UserError
 from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, column_share, describe
 from sellarec.training.table import Jagged, Table, initial_rows
 
@@ -50,6 +51,10 @@ class ShardedTables:
 
     Args:
         optimizer: None where the rows are only looked up.
+
+    Raises:
+        UserError: on a worker that meets them: a row that a table starts from can't be read, is not finite, or too large for the
+            type that rows are stored in.
     """
 
     def __init__(
@@ -122,7 +127,9 @@ class ShardedTables:
                 for start in range(0, len(rows), size):
                     block = rows[start : start + size]
                     fresh = initial_rows(table, seed, row + start, row + start + len(block))
-                    block.copy_(torch.from_numpy(fresh[:, column : column + block.shape[1]]))
+                    values = torch.from_numpy(fresh[:, column : column + block.shape[1]])
+                    block.copy_(values)
+                    _check_stored(table, row + start, values, block)
         self._steps = 0
         self._adam = None
         if optimizer is not None and self._dense:
@@ -394,6 +401,23 @@ class ShardedTables:
     def plan(self) -> list[dict[str, Any]]:
         """One line a table: where it lies, and the bytes of the worker that holds most of it."""
         return describe(self.placements, self._storage, self._settings, self.world_size)
+
+
+def _check_stored(table: Table, first: int, values: Tensor, block: Tensor) -> None:
+    """Raises UserError where finite values have become infinite in the type of the block that they were copied to.
+
+    Args:
+        first: row of the table that the block begins with.
+    """
+    if bool(block.isfinite().all()):
+        return
+    row, column = (~block.isfinite()).nonzero()[0].tolist()
+    kind = str(block.dtype).removeprefix("torch.")
+    raise UserError(
+        f"table {table.name}: row {first + row} of those that it starts from holds {float(values[row, column]):g}, but "
+        f"tables.dtype is {kind}, which holds {torch.finfo(block.dtype).max:g} at most: scale its source down, or take "
+        "tables.dtype float32"
+    )
 
 
 def made(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

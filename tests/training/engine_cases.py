@@ -40,7 +40,7 @@ class Run:
         start_at, start_from: a step, and the checkpoint that is loaded before it.
         output: what is exported goes there.
         damage: (rank, column, value): the worker's last valid row of the first step gets that value.
-        broken: the item table's row `broken` is read as NaN.
+        broken: (row, value): a row that the item table is read from holds that value.
     """
 
     settings: Collab
@@ -55,7 +55,7 @@ class Run:
     start_from: Path | None = None
     output: Path | None = None
     damage: tuple[int, str, int] | None = None
-    broken: int | None = None
+    broken: tuple[int, float] | None = None
 
 
 def rate_at(step: int) -> float:
@@ -68,7 +68,7 @@ def task_of(run: Run) -> CollabTask:
     task = build_collab(read_log(run.log), run.settings, None, run.log / "counts.npy", seed=SEED)
     if run.broken is not None:
         task.tables = tuple(
-            replace(table, read=Broken(run.broken, table.dim)) if table.name == "item" else table
+            replace(table, read=Broken(*run.broken, table.dim)) if table.name == "item" else table
             for table in task.tables
         )
     return task
@@ -77,12 +77,13 @@ def task_of(run: Run) -> CollabTask:
 @dataclass(frozen=True)
 class Broken:
     row: int
+    value: float
     columns: int
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         rows = np.ones((stop - start, self.columns), np.float32)
         if start <= self.row < stop:
-            rows[self.row - start, 1] = np.nan
+            rows[self.row - start, 1] = self.value
         return rows
 
 

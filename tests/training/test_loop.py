@@ -422,18 +422,29 @@ def test_settings_that_have_changed_since_a_checkpoint_hold_after_it(gloo, log, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["mf, bce", "lightgcn, bpr", "sasrec, bce"])
+@pytest.mark.parametrize(
+    ("case", "sharding", "workers"),
+    [
+        ("mf, bce", "row-wise", 2),
+        ("lightgcn, bpr", "row-wise", 2),
+        ("sasrec, bce", "row-wise", 2),
+        ("mf, bce", "row-wise", 1),
+        ("lightgcn, bpr", "row-wise", 3),
+        ("sasrec, bce", "table-wise", 3),
+        ("mf without biases", "column-wise", 3),
+    ],
+)
 @pytest.mark.parametrize(("column", "value"), [("item", ITEMS + 1), ("user", -1)])
-def test_an_id_that_a_table_does_not_have_ends_all_workers_alike(gloo, log, case, column, value):
+def test_an_id_that_a_table_does_not_have_ends_all_workers_alike(gloo, log, case, sharding, workers, column, value):
     """Before any of them waits for another in a collective; when training and when scoring."""
-    facts = read_log(log).facts
-    run = Run(settings_of(**CASES[case]), log, damage=(1, column, value), steps=1)
-    found = gloo.call(2, engine_cases.refusal, run)
+    facts, last = read_log(log).facts, workers - 1
+    run = Run(settings_of(**CASES[case]), log, Tables(sharding=sharding), damage=(last, column, value), steps=1)
+    found = gloo.call(workers, engine_cases.refusal, run)
     rows = [each.pop("rows") for each in found]
-    assert found[0] == found[1]
+    assert all(each == found[0] for each in found)
     for what in ("step", "score"):
         told = found[0][what]
-        assert told.startswith(f"UserError: {column} is {value} in row {rows[1][-1]} (worker 1), but"), told
+        assert told.startswith(f"UserError: {column} is {value} in row {rows[last][-1]} (worker {last}), but"), told
         assert f"table {column} has the ids 0 to {facts[f'{column}s'] - 1}" in told
 
 
@@ -458,13 +469,47 @@ def test_a_checkpoint_of_another_model_is_refused_by_all_workers(gloo, log, tmp_
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", ["mf, bce", "lightgcn, bce", "sasrec, bce"])
-@pytest.mark.parametrize("sharding", ["row-wise", "table-wise"])
+@pytest.mark.parametrize(
+    ("case", "sharding", "workers"),
+    [
+        ("mf, bce", "row-wise", 2),
+        ("mf, bce", "table-wise", 2),
+        ("lightgcn, bce", "row-wise", 2),
+        ("sasrec, bce", "table-wise", 2),
+        ("mf, bce", "row-wise", 1),
+        ("sasrec, bce", "row-wise", 3),
+        ("lightgcn, bce", "table-wise", 3),
+        ("mf without biases", "column-wise", 2),
+        ("mf without biases", "column-wise", 3),
+    ],
+)
 @pytest.mark.parametrize("row", [0, -1])
-def test_a_row_that_is_not_finite_is_refused_by_all_workers(gloo, log, case, sharding, row):
+def test_a_row_that_is_not_finite_is_refused_by_all_workers(gloo, log, case, sharding, workers, row):
     """Though only one of them reads it."""
     row %= read_log(log).facts["items"]
-    run = Run(settings_of(**CASES[case]), log, Tables(sharding=sharding), broken=row)
-    found = gloo.call(2, engine_cases.refusal, run)
-    assert found[0] == found[1]
+    run = Run(settings_of(**CASES[case]), log, Tables(sharding=sharding), broken=(row, np.nan))
+    found = gloo.call(workers, engine_cases.refusal, run)
+    assert all(each == found[0] for each in found)
     assert f"table item: row {row} of those that it starts from holds a value that is not finite" in found[0]["made"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("case", "sharding", "workers"),
+    [
+        ("mf, bce", "row-wise", 1),
+        ("sasrec, bce", "row-wise", 3),
+        ("lightgcn, bce", "table-wise", 2),
+        ("mf without biases", "column-wise", 3),
+    ],
+)
+def test_a_value_that_rows_of_its_type_cannot_hold_is_refused_by_all_workers(gloo, log, case, sharding, workers):
+    """It is finite as it is read, by one of them; float16 would make infinity of it."""
+    row = read_log(log).facts["items"] - 1
+    run = Run(settings_of(**CASES[case]), log, Tables(sharding=sharding, dtype="float16"), broken=(row, -1e6))
+    found = gloo.call(workers, engine_cases.refusal, run)
+    assert all(each == found[0] for each in found)
+    told = f"table item: row {row} of those that it starts from holds -1e+06, but tables.dtype is float16, which holds 65504"
+    assert told in found[0]["made"]
+    held = gloo.call(workers, engine_cases.refusal, replace(run, broken=(row, -65504.0)))
+    assert all("made" not in each for each in held)
