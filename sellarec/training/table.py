@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sellarec.errors import UserError
@@ -169,14 +169,25 @@ class SavedTable:
         return json.loads((self.folder / f"{self.name}.json").read_text())
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """float32 [stop - start, D]."""
+        """float32 [stop - start, D].
+
+        Raises:
+            UserError: a file of the table is not there, is cut off or damaged.
+        """
         facts = self.facts
         rows = np.empty((stop - start, facts["columns"]), np.float32)
         for shard in facts["shards"]:
             low, high = max(start, shard["start"]), min(stop, shard["start"] + shard["rows"])
             if low < high:
-                with safe_open(self.folder / shard["file"], "np") as file:
-                    part = file.get_slice("rows")[low - shard["start"] : high - shard["start"]]
+                path = self.folder / shard["file"]
+                try:
+                    with safe_open(path, "np") as file:
+                        part = file.get_slice("rows")[low - shard["start"] : high - shard["start"]]
+                except (FileNotFoundError, SafetensorError) as error:
+                    raise UserError(
+                        f"table {self.name}: its rows {low} to {high - 1} can't be read from {path} ({error}): copy the artifact "
+                        "again from where it is whole, or delete its folder and run its stage again"
+                    ) from error
                 columns = slice(shard["column"], shard["column"] + shard["columns"])
                 rows[low - start : high - start, columns] = part
         return rows
@@ -185,7 +196,7 @@ class SavedTable:
         """float32 [n, D]: the rows of int64 ids [n], in any order, without loading the rest.
 
         Raises:
-            UserError: an id that the table doesn't have.
+            UserError: an id that the table doesn't have, or as `read`.
         """
         count = self.facts["rows"]
         bad = np.flatnonzero((ids < 0) | (ids >= count))

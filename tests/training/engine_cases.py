@@ -40,6 +40,7 @@ class Run:
         start_at, start_from: a step, and the checkpoint that is loaded before it.
         output: what is exported goes there.
         damage: (rank, column, value): the worker's last valid row of the first step gets that value.
+        init_from: folder of an artifact whose tables and dense weights are started from.
         broken: (row, value): a row that the item table is read from holds that value.
     """
 
@@ -55,6 +56,7 @@ class Run:
     start_from: Path | None = None
     output: Path | None = None
     damage: tuple[int, str, int] | None = None
+    init_from: Path | None = None
     broken: tuple[int, float] | None = None
 
 
@@ -65,7 +67,7 @@ def rate_at(step: int) -> float:
 def task_of(run: Run) -> CollabTask:
     """The same on all workers."""
     torch.manual_seed(SEED)
-    task = build_collab(read_log(run.log), run.settings, None, run.log / "counts.npy", seed=SEED)
+    task = build_collab(read_log(run.log), run.settings, run.init_from, run.log / "counts.npy", seed=SEED)
     if run.broken is not None:
         task.tables = tuple(
             replace(table, read=Broken(*run.broken, table.dim)) if table.name == "item" else table

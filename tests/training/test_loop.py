@@ -3,6 +3,7 @@
 The engine is the loop's own, with its tables, its graph and FSDP2, in processes over gloo and without Ray.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -513,3 +514,16 @@ def test_a_value_that_rows_of_its_type_cannot_hold_is_refused_by_all_workers(glo
     assert told in found[0]["made"]
     held = gloo.call(workers, engine_cases.refusal, replace(run, broken=(row, -65504.0)))
     assert all("made" not in each for each in held)
+
+
+@pytest.mark.distributed
+def test_a_file_of_earlier_rows_that_was_cut_off_is_refused_by_all_workers(gloo, log, tmp_path):
+    """Though its rows are those of the second worker alone."""
+    run = Run(settings_of(**CASES["mf, bce"]), log, output=tmp_path, steps=1)
+    gloo.call(2, engine_cases.train, run)
+    later = replace(run, init_from=tmp_path)
+    assert all("made" not in each for each in gloo.call(2, engine_cases.refusal, later))
+    *_, path = sorted((tmp_path / "tables").glob("item-*"))
+    os.truncate(path, path.stat().st_size - 1)
+    for worker in gloo.call(2, engine_cases.refusal, later):
+        assert "table item: its rows " in worker["made"] and f"can't be read from {path}" in worker["made"]

@@ -1,6 +1,8 @@
 """Declared tables: initial rows that don't depend on sharding, pieces, files and their index."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +158,25 @@ def test_saved_tables_that_do_not_fit_are_refused(tmp_path, table, message):
     save_table(tmp_path, "user", numbered(6, 4)[0])
     with pytest.raises(UserError, match=message):
         saved_rows(table, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda path: os.truncate(path, path.stat().st_size - 1), "file not fully covered"),
+        (lambda path: os.truncate(path, 0), "header too small"),
+        (Path.unlink, "No such file"),
+        (lambda path: save_file({"rows": np.zeros((5, 4), np.float32)}, path), "index 5 out of bounds"),
+        (lambda path: save_file({"weight": np.zeros((6, 4), np.float32)}, path), "does not contain tensor rows"),
+    ],
+)
+def test_a_file_of_saved_rows_that_is_damaged_is_named(tmp_path, damage, told):
+    save_table(tmp_path, "user", numbered(6, 4)[0])
+    path = tmp_path / part("user", 0, 6, 0, 4)["file"]
+    damage(path)
+    for read in (lambda saved: saved.read(2, 6), lambda saved: saved.rows(np.array([5]))):
+        with pytest.raises(UserError, match=f"table user: its rows . to 5 can't be read from {path} .*{told}"):
+            read(SavedTable(tmp_path, "user"))
 
 
 @given(st.lists(st.integers(0, 8), max_size=12))
