@@ -207,10 +207,10 @@ class Engine:
             self.tables, self.frozen_tables = (together(partial(make, frozen), workers) for frozen in (False, True))
         self._graph = None
         if task.graph is not None:
-            paths, sizes = task.graph.paths, (task.graph.users, task.graph.items)
-            self._graph = ShardedGraph.read(
-                paths, *sizes, workers.tables if workers.world_size > 1 else None, workers.device
-            )
+            group = workers.tables if workers.world_size > 1 else None
+            of = (task.graph.paths, task.graph.users, task.graph.items, group, workers.device)
+            # a worker may find the files unreadable alone
+            self._graph = together(partial(ShardedGraph.read, *of), workers)
         self._smoothed: Tensor | None = None
         self.table_seconds = 0.0
         """What steps have spent on tables so far: lookups, the exchange of their vectors and gradients, waiting for other workers

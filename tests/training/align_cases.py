@@ -21,6 +21,7 @@ from sellarec.collab.task import build_collab
 from sellarec.config import Align, Collab, Tables
 from sellarec.data.keys import uniform
 from sellarec.data.log import read_log
+from sellarec.errors import UserError
 from sellarec.training import engine as engine_module
 from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, row_groups, slices
@@ -107,6 +108,19 @@ def train(run: Run) -> dict[str, Any]:
         "state": sorted(engine._state()["tables"].get("rows", {})),
         "measured": (before, engine.measure()),
     }
+
+
+def refusal(run: Run, unread: int) -> str:
+    """What a worker is refused in making the engine, where the log's train split is there for all but worker `unread`."""
+    workers, task = engine_cases.workers_of(), task_of(run)
+    assert task.graph is not None and task.model is not None
+    if workers.rank == unread:
+        task.graph = replace(task.graph, paths=(str(run.log / "gone.parquet"),))
+    try:
+        Engine(task, workers, SEED, run.settings, run.storage, "float32")
+    except UserError as error:
+        return str(error)
+    return "nothing"
 
 
 def score(run: Run) -> dict[str, Any]:

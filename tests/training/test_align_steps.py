@@ -164,3 +164,12 @@ def test_no_distilled_vector_is_looked_up_to_score(gloo, log, case, workers):
     for worker in found:
         assert set(worker["asked"]) == {"user", "item"} and set(worker["given"]) == {4}
     assert sum(worker["asked"]["item"] for worker in found) >= len(expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("workers", "unread"), [(1, 0), (2, 1), (3, 0)])
+def test_a_graph_that_one_worker_cannot_read_is_refused_by_all(gloo, log, workers, unread):
+    """Before the others wait for it, to share out dense weights."""
+    run = run_of(log, "rlmrec-gen")
+    for told in gloo.call(workers, align_cases.refusal, run, unread):
+        assert told.startswith("Cannot read the prepared log: ") and "gone.parquet" in told
