@@ -51,8 +51,14 @@ def main(arguments: list[str]) -> None:
     how = f"{settings.device}, {storage.placement}, {settings.table_optimizer}"
     print(f"{workers} workers ({how}): {sum(held) / GIB:.3f} GiB in all")
     print(f"worker {fullest} holds most: {held[fullest] / GIB:.3f} GiB ({held[fullest]:,} bytes)")
+    on_device, in_host = (worker_bytes(placements, storage, optimizer, workers, which) for which in ("device", "host"))
+    if storage.placement != "device":
+        print(
+            f"of each worker at most {max(on_device) / GIB:.3f} GiB ({max(on_device):,} bytes) on its GPU, and "
+            f"{max(in_host) / GIB:.3f} GiB ({max(in_host):,} bytes) in its host's memory"
+        )
     if settings.llm is not None:
-        plan_language_model(settings, config, sum(held))
+        plan_language_model(settings, config, sum(on_device))
         if settings.memory_per_worker is None:
             return
     room = settings.memory_per_worker
@@ -62,7 +68,14 @@ def main(arguments: list[str]) -> None:
         )
     room = room or room_of_worker(workers) / GIB
     check_fits(placements, storage, optimizer, workers, int(room * GIB), "each worker")
-    print(f"fits: each worker has room for {room:.1f} GiB")
+    fits = f"fits: each worker has room for {room:.1f} GiB"
+    if settings.host_memory_per_worker is not None:
+        host = settings.host_memory_per_worker
+        check_fits(placements, storage, optimizer, workers, int(host * GIB), "each worker", "host")
+        fits += f", and for {host:.1f} GiB in its host's memory"
+    elif storage.placement != "device":
+        fits += "; its host's memory is not checked without --host-memory-per-worker"
+    print(fits)
 
 
 def with_tables_of(settings: "Planning", config: "Config") -> "Planning":
@@ -94,7 +107,7 @@ def plan_language_model(settings: "Planning", config: "Config", tables: int) -> 
 
     Args:
         config: the settings of the stages that run it.
-        tables: bytes of all embedding tables.
+        tables: bytes of all embedding tables on the workers' devices.
     """
     from sellarec.language import cost
     from sellarec.language.llm import LlmSource, context_length, read_config

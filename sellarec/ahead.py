@@ -178,8 +178,7 @@ def room_of(this: Run) -> tuple[int, str] | None:
     if this.gpus():
         return free_gpu_memory(this.cluster.share), "its share of a GPU"
     if this.cluster.local:
-        # its workers' own memory was seen to be free before Ray was started
-        return room_of_worker(at_once), f"each of {at_once} workers on this machine"
+        return _room_here(at_once)
     rooms = []
     for machine in this.cluster.machines:
         there = min(at_once, machine.places)
@@ -188,9 +187,14 @@ def room_of(this: Run) -> tuple[int, str] | None:
     return min(rooms, default=None)
 
 
+def _room_here(workers: int) -> tuple[int, str]:
+    """As `room_of`, of this machine's memory: its workers' own was seen to be free before Ray was started."""
+    return room_of_worker(workers), f"each of {workers} workers on this machine"
+
+
 def check_tables(this: Run, tables: Sequence[Any], settings: Any, room: tuple[int, str] | None) -> int:
-    """Bytes of the tables on the worker that holds most of them. Rows that GPUs read from their host's memory
-    (`tables.placement`) don't count.
+    """Bytes of the tables on the device of the worker that holds most of them there. Rows that GPUs read from their host's
+    memory (`tables.placement`) are compared with what that has free, where it is this machine.
 
     Raises:
         UserError: the kernels can't do what is asked of the tables, or a worker has no room for its part of them.
@@ -200,11 +204,14 @@ def check_tables(this: Run, tables: Sequence[Any], settings: Any, room: tuple[in
     workers, storage = this.config.least_workers, this.config.tables
     optimizer = None if all(table.frozen for table in tables) else settings
     placements = place(tables, storage, optimizer, workers, "cuda" if this.gpus() else "cpu")
-    if storage.placement != "device":
-        return 0
     if room is not None:
         check_fits(placements, storage, optimizer, workers, *room)
-    return max(worker_bytes(placements, storage, optimizer, workers))
+    assert this.cluster is not None
+    # how many workers find GPUs on each machine of a cluster isn't known
+    if storage.placement != "device" and this.cluster.local:
+        host = _room_here(workers * this.cluster.groups)
+        check_fits(placements, storage, optimizer, workers, *host, "host")
+    return max(worker_bytes(placements, storage, optimizer, workers, "device"))
 
 
 def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: tuple[int, str] | None) -> None:

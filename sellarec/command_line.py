@@ -229,6 +229,11 @@ def parse_planning(arguments: Sequence[str]) -> Planning:
     check_width("dim", settings.dim)
     if settings.mfu > 1:
         raise UserError(f"mfu is {settings.mfu}: a share above 0, at most 1, is needed")
+    if settings.host_memory_per_worker is not None and settings.tables.placement == "device":
+        raise UserError(
+            "host_memory_per_worker is given, but tables.placement is device, which puts no rows into the host's memory: leave "
+            "it out, or take uvm or uvm-caching"
+        )
     defaults = Planning(workers=1, users=1, items=1)
     for name in ("recipe", "rows", "gpu", "mfu"):
         if settings.llm is None and getattr(settings, name) != getattr(defaults, name):

@@ -804,8 +804,10 @@ class Planning:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the workers run. No GPU is needed to plan for some."""
     memory_per_worker: float | None = None
-    """Memory for tables on each worker (GiB; of its GPU, or with uvm of its share of the host). Default: on CPUs an equal share
-    of what is free on this machine, beside the worker itself."""
+    """Memory for tables on each worker (GiB; with --device cuda of its GPU). Default: on CPUs an equal share of what is free on
+    this machine, beside the worker itself."""
+    host_memory_per_worker: float | None = None
+    """Memory of its host for the tables of each worker (GiB), where their rows lie there (tables.placement uvm, uvm-caching)."""
     tables: Tables = field(default_factory=Tables)
     table_optimizer: Literal["rowwise-adagrad", "adagrad", "sgd", "adam", "adamw"] = "rowwise-adagrad"
     """Optimizer of the tables: its state lies beside the rows."""

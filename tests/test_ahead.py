@@ -134,9 +134,27 @@ def test_learned_tokens_are_as_wide_as_the_language_model(of, monkeypatch):
         check_ahead(this, ["fuse"])
 
 
-def test_rows_in_the_hosts_memory_are_not_weighed(of, monkeypatch):
-    set_room(monkeypatch, max(BATCH.values()))
-    check_ahead(of(ON_GPUS, tables=Tables(placement="uvm")), ["collab", "align"])
+def test_rows_in_the_hosts_memory_are_weighed_there(of, monkeypatch):
+    """The GPU has the batch, and a float of the optimizer a row."""
+    this = of(replace(ON_GPUS, local=True), tables=Tables(placement="uvm"))
+    rows = ROWS["user"] + ROWS["item"]
+    on_gpu, in_host = BATCH["collab"] + 4 * rows, 4 * DIM * rows
+
+    def rooms(gpu: int, host: int) -> None:
+        monkeypatch.setattr(ahead, "free_gpu_memory", lambda share: gpu)
+        monkeypatch.setattr(ahead, "room_of_worker", lambda workers, memory=None: host)
+
+    rooms(on_gpu, in_host)
+    check_ahead(this, ["collab"])
+    rooms(on_gpu - 1, in_host)
+    with pytest.raises(UserError, match=r"collab.batch is 256"):
+        check_ahead(this, ["collab"])
+    rooms(on_gpu, in_host - 1)
+    with pytest.raises(
+        UserError, match=r"of tables in its host's memory .*but each of 2 workers on this machine has room"
+    ):
+        check_ahead(this, ["collab"])
+    check_ahead(of(ON_GPUS, tables=Tables(placement="uvm")), ["collab"])  # nothing is known of other machines' GPUs
 
 
 def test_tables_and_the_language_model_of_stage_fuse_are_weighed_together(of, monkeypatch, capsys):

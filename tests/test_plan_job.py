@@ -100,6 +100,24 @@ def test_auto_fits_where_one_table_is_nearly_all(capsys):
         plan_here(capsys, *flags, "--tables.sharding", "table-wise")
 
 
+def test_rows_in_the_hosts_memory_are_told_apart_from_what_lies_on_the_gpu(capsys):
+    """10 million rows of 256 bytes a worker; of a fifth of them a copy on the GPU."""
+    flags = ["--workers", "4", "--users", "40000000", "--items", "100", "--dim", "64", "--device", "cuda"]
+    flags += ["--tables.placement", "uvm-caching", "--memory-per-worker", "1"]
+    printed = plan_here(capsys, *flags)
+    device, host = 10_000_025 * (4 + 4 + 55), 10_000_025 * 256
+    assert f"({device:,} bytes) on its GPU, and {host / 2**30:.3f} GiB ({host:,} bytes) in its host's memory" in printed
+    assert "not checked without --host-memory-per-worker" in printed.splitlines()[-1]
+    printed = plan_here(capsys, *flags, "--host-memory-per-worker", "3")
+    assert printed.splitlines()[-1] == "fits: each worker has room for 1.0 GiB, and for 3.0 GiB in its host's memory"
+    with pytest.raises(UserError, match=r"would hold 2.38 GiB of tables in its host's memory .*has room for 2.00 GiB"):
+        plan_here(capsys, *flags, "--host-memory-per-worker", "2")
+    with pytest.raises(UserError, match=r"would hold 0.59 GiB of tables \(.*has room for 0.50 GiB"):
+        plan_here(capsys, *flags[:-1], "0.5")
+    with pytest.raises(UserError, match=r"host_memory_per_worker is given, but tables.placement is device"):
+        plan_here(capsys, *flags[:10], "--host-memory-per-worker", "2")
+
+
 def test_a_language_model_is_planned_by_its_config_alone(config_of_a_model, capsys):
     flags = ["--workers", "4", "--users", "839", "--items", "3256", "--llm", str(config_of_a_model), "--rows", "33891"]
     flags += ["--recipe", "collm-ml-1m", "sella-official", "--mfu", "0.4", "--gpu", "H100"]

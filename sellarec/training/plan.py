@@ -4,6 +4,7 @@ Shapes: R rows of a table, D columns, W workers.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,9 @@ KERNELS = {"device": "fused", "uvm": "fused_uvm", "uvm-caching": "fused_uvm_cach
 
 CACHED_SHARE = 0.2
 """What of a table a cache on the GPU holds, with placement uvm-caching."""
+
+CACHE_BYTES = 4, 16
+"""What that cache keeps beside its rows: of each row of the table, and of each that it holds (which it is, when it was used)."""
 
 COLUMNS = 4
 """Columns that the kernels take at once: a worker holds a multiple of them."""
@@ -83,6 +87,23 @@ def row_bytes(columns: Sequence[range], storage: Tables, optimizer: Sparse | Non
     state = {"sgd": 0, "rowwise-adagrad": 4 * len(columns), "adagrad": 4 * count}
     state |= dict.fromkeys(DENSE_TABLE_OPTIMIZERS, 12 * count)
     return count * ITEM_BYTES[storage.dtype], state[optimizer.table_optimizer] if optimizer else 0
+
+
+Memory = Literal["device", "host"]
+
+
+def row_memory(columns: Sequence[range], storage: Tables, optimizer: Sparse | None) -> dict[Memory, int]:
+    """Bytes that those columns of a row, with the optimizer's state, take on the worker's device and in its host's memory. As
+    fbgemm has it, rows in the host's memory leave what is one float a row on the GPU, and a cache there is beside them."""
+    weights, state = row_bytes(columns, storage, optimizer)
+    if storage.placement == "device":
+        return {"device": weights + state, "host": 0}
+    by_rows = state if optimizer and optimizer.table_optimizer == "rowwise-adagrad" else 0
+    cache = 0
+    if storage.placement == "uvm-caching":
+        of_each, of_held = (count * len(columns) for count in CACHE_BYTES)
+        cache = of_each + math.ceil(CACHED_SHARE * (weights + of_held))
+    return {"device": by_rows + cache, "host": weights + state - by_rows}
 
 
 def place(
@@ -270,44 +291,73 @@ def describe(
     return lines
 
 
-def worker_bytes(placements: Sequence[Placement], storage: Tables, optimizer: Sparse | None, workers: int) -> list[int]:
-    """Bytes of tables and their optimizer on each worker."""
+def worker_bytes(
+    placements: Sequence[Placement],
+    storage: Tables,
+    optimizer: Sparse | None,
+    workers: int,
+    memory: Memory | None = None,
+) -> list[int]:
+    """Bytes of tables and their optimizer on each worker.
+
+    Args:
+        memory: only what lies there, a cache included; None: the rows and their optimizer, wherever.
+    """
     return [
-        sum(p.rows(w, workers) * _held_bytes(p, w, workers, storage, optimizer) for p in placements)
+        sum(p.rows(w, workers) * _held_bytes(p, w, workers, storage, optimizer, memory) for p in placements)
         for w in range(workers)
     ]
 
 
-def _held_bytes(placement: Placement, worker: int, workers: int, storage: Tables, optimizer: Sparse | None) -> int:
-    """Bytes of what a worker holds of a row, its optimizer's state included."""
-    return sum(row_bytes(placement.columns(worker, workers), storage, optimizer_of(optimizer, placement.table)))
+def _held_bytes(
+    placement: Placement,
+    worker: int,
+    workers: int,
+    storage: Tables,
+    optimizer: Sparse | None,
+    memory: Memory | None = None,
+) -> int:
+    """Bytes of what a worker holds of a row, its optimizer's state included: as `worker_bytes`."""
+    columns, of_table = placement.columns(worker, workers), optimizer_of(optimizer, placement.table)
+    if memory is None:
+        return sum(row_bytes(columns, storage, of_table))
+    return row_memory(columns, storage, of_table)[memory]
 
 
 def check_fits(
-    placements: Sequence[Placement], storage: Tables, optimizer: Sparse | None, workers: int, room: int, whose: str
+    placements: Sequence[Placement],
+    storage: Tables,
+    optimizer: Sparse | None,
+    workers: int,
+    room: int,
+    whose: str,
+    memory: Memory = "device",
 ) -> None:
     """Refuse tables of which a worker would hold more than it has room for.
 
     Args:
         room: bytes for the tables of one worker.
         whose: what has that room, for the message.
+        memory: where that room is.
 
     Raises:
         UserError: with the arithmetic, and row-wise as the way out where that fits.
     """
-    held = worker_bytes(placements, storage, optimizer, workers)
+    held = worker_bytes(placements, storage, optimizer, workers, memory)
     fullest = max(range(workers), key=held.__getitem__)
     if held[fullest] > room:
         sums = " + ".join(
             f"{p.table.name} {p.rows(fullest, workers):,} rows x "
-            f"{_held_bytes(p, fullest, workers, storage, optimizer):,} bytes"
+            f"{_held_bytes(p, fullest, workers, storage, optimizer, memory):,} bytes"
             for p in placements
             if p.rows(fullest, workers)
         )
-        by_rows = max(worker_bytes([_row_wise(p.table, workers) for p in placements], storage, optimizer, workers))
+        cut = [_row_wise(p.table, workers) for p in placements]
+        by_rows = max(worker_bytes(cut, storage, optimizer, workers, memory))
+        where = " in its host's memory" if memory == "host" else ""
         fits = f"--tables.sharding row-wise ({by_rows / GIB:.2f} GiB), " if by_rows <= room else ""
         raise UserError(
-            f"worker {fullest} of {workers} would hold {held[fullest] / GIB:.2f} GiB of tables ({sums}), but {whose} has room "
-            f"for {room / GIB:.2f} GiB: take {fits}a smaller width, rows stored as float16 (tables.dtype), an optimizer with "
-            "less state (table_optimizer), or more machines"
+            f"worker {fullest} of {workers} would hold {held[fullest] / GIB:.2f} GiB of tables{where} ({sums}), but {whose} has "
+            f"room for {room / GIB:.2f} GiB: take {fits}a smaller width, rows stored as float16 (tables.dtype), an optimizer "
+            "with less state (table_optimizer), or more machines"
         )

@@ -17,6 +17,7 @@ from sellarec.training.plan import (
     describe,
     place,
     row_bytes,
+    row_memory,
     whole,
     worker_bytes,
 )
@@ -211,6 +212,34 @@ def test_bytes_of_a_row():
     assert row_bytes(columns, FLOAT32, optimizer("adamw")) == (128, 3 * 128)
     assert row_bytes(columns, FLOAT32, optimizer("sgd")) == (128, 0)
     assert row_bytes(columns, FLOAT32, None) == (128, 0)
+
+
+def test_bytes_of_a_row_in_the_hosts_memory():
+    """States of a float a row stay on the GPU, as fbgemm's `construct_split_state` has them, others lie with the rows. Its cache
+    has a fifth of the rows and 16 bytes for each, and 4 bytes for each row of the table."""
+    columns, half = [range(8, 40)], {"dtype": "float16"}
+    for name, uvm, caching in (("rowwise-adagrad", (4, 64), 24), ("adagrad", (0, 64 + 128), 20), ("sgd", (0, 64), 20)):
+        settings = optimizer(name)
+        found = row_memory(columns, Tables(placement="uvm", **half), settings)
+        assert (found["device"], found["host"]) == uvm
+        found = row_memory(columns, Tables(placement="uvm-caching", **half), settings)
+        assert (found["device"], found["host"]) == (caching, uvm[1])
+        assert row_memory(columns, Tables(**half), settings) == {"device": sum(uvm), "host": 0}
+    # of two pieces, each a table to the kernels
+    both = row_memory([range(4), range(4, 8)], Tables(placement="uvm-caching"), None)
+    assert (both["device"], both["host"]) == (2 * 4 + 13, 32)
+
+
+def test_both_memories_have_to_hold_their_part():
+    storage, settings = Tables(placement="uvm-caching"), optimizer("rowwise-adagrad")
+    placements = place([table("user", 10, 32)], storage, settings, 2, "cuda")
+    assert worker_bytes(placements, storage, settings, 2) == [5 * 132] * 2
+    arguments = (placements, storage, settings, 2)
+    for where, of_row, told in (("device", 4 + 4 + 29, "of tables"), ("host", 128, "of tables in its host's memory")):
+        assert worker_bytes(*arguments, where) == [5 * of_row] * 2
+        check_fits(*arguments, 5 * of_row, "each", where)
+        with pytest.raises(UserError, match=rf"{told} \(user 5 rows x {of_row} bytes\)"):
+            check_fits(*arguments, 5 * of_row - 1, "each", where)
 
 
 def test_a_frozen_table_has_no_state_of_an_optimizer():
