@@ -25,6 +25,10 @@ SEED = 5
 BATCH, STEPS = 16, 6
 SEQUENCES = 4
 """Sequences of a global batch."""
+QUERIES = 3
+"""Queries of a global batch that is ranked: of the last one some workers have padding alone."""
+CUT = 5
+"""Places of a short list."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Run:
     """A model that is trained for some steps.
 
     Attributes:
-        log: folder of a prepared log, with `counts.npy` and `sequences.parquet` in it.
+        log: folder of a prepared log, as `engine_log` writes it.
         rate: what the learning rates are multiplied by at a step.
         max_columns: wider tables are cut into pieces.
         file_rows: rows of a file of what is exported, at most.
@@ -101,9 +105,16 @@ def valid_order_of(run: Run) -> Order:
     return Order(tuple(row_groups(paths)), 7, None)
 
 
-def rows_of(order: Order, task: CollabTask, how: Prepare | None, first: int, last: int) -> Any:
-    """All rows of some steps as the reading tasks prepare them, in tables of any size."""
-    return chain.from_iterable(prepared(order, piece, task.columns, how) for piece in order.pieces(first, last))
+def rows_of(
+    order: Order, task: CollabTask, how: Prepare | None, first: int, last: int, also: tuple[str, ...] = ()
+) -> Any:
+    """All rows of some steps as the reading tasks prepare them, in tables of any size.
+
+    Args:
+        also: columns beside those of the task.
+    """
+    columns = list(dict.fromkeys((*task.columns, *also)))
+    return chain.from_iterable(prepared(order, piece, columns, how) for piece in order.pieces(first, last))
 
 
 def workers_of() -> Workers:
@@ -128,8 +139,17 @@ def dense_of(task: CollabTask) -> dict[str, np.ndarray]:
     return {name: weight.detach().numpy().copy() for name, weight in task.network.state_dict().items()}
 
 
+def ranked(run: Run, engine: Engine, task: CollabTask, k: int) -> np.ndarray | None:
+    """The k best items for each of the log's queries, on worker 0."""
+    order = Order(tuple(row_groups([str(run.log / "queries.parquet")])), QUERIES, None)
+    steps = order.steps_per_epoch
+    rows = rows_of(order, task, task.prepare_to_score, 0, steps, ("excluded",))
+    return engine.rank(slices(rows, order, 0, 1, 0, steps), k, lambda _: None)
+
+
 def train(run: Run) -> dict[str, Any]:
-    """What a worker finds: the losses, the initial dense weights, and on worker 0 scores of the valid split."""
+    """What a worker finds: the losses, the initial dense weights; and on worker 0 scores of the valid split and, of a model
+    whose score is a product, whole lists and short ones of the queries."""
     table_module.MAX_COLUMNS, tables_module.FILE_ROWS = run.max_columns, run.file_rows
     try:
         return _train(run)
@@ -153,9 +173,11 @@ def _train(run: Run) -> dict[str, Any]:
     valid = valid_order_of(run)
     blocks = rows_of(valid, task, task.prepare_to_score, 0, valid.steps_per_epoch)
     scored = engine.score(slices(blocks, valid, rank, workers.world_size, 0, valid.steps_per_epoch), lambda _: None)
+    places = read_log(run.log).facts["items"] + 1
+    lists = [ranked(run, engine, task, k) for k in (places, CUT)] if run.settings.model != "din" else None
     if run.output is not None:
         engine.export(Place.of(str(run.output)), storage_of(workers))
-    return {"losses": losses, "dense": dense, "scores": scored}
+    return {"losses": losses, "dense": dense, "scores": scored, "lists": lists}
 
 
 def optimizers_after_loading(run: Run) -> dict[str, dict[str, Any]]:

@@ -159,7 +159,9 @@ class PlainCollab:
         return self.constant + items[:, :-1] @ user[:-1] + user[-1] + items[:, -1]
 
     def user(self, rows: dict[str, Tensor], target: Target) -> Tensor:
-        own = rows["user"][target.user] * target.is_user_seen if "user" in rows else torch.zeros(())
+        own = (
+            rows["user"][target.user] * target.is_user_seen if "user" in rows else torch.zeros((), dtype=torch.float64)
+        )
         history = list(target.history)
         match self.settings.model:
             case "fism":  # labels don't move the vectors of items

@@ -12,38 +12,25 @@ import checkpoint_cases
 import engine_cases
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from engine_cases import Run
+from engine_log import HISTORY, ITEMS, write_log
 from plain_collab import PlainCollab, Target, World
-from prepared import prepare_into, rules, source_of
 from safetensors.numpy import load_file
 
 from sellarec.config import Collab, Tables
-from sellarec.data.log import item_counts, read_log, write_sequences
+from sellarec.data.log import read_log
 from sellarec.training.table import SavedTable, initial_rows
 
 LOSS = {"rtol": 2e-5, "atol": 1e-6}
 ROWS = {"rtol": 1e-4, "atol": 5e-5}
 """Tables, dense weights and scores in float32 against float64, after STEPS steps."""
 
-USERS, ITEMS = 9, 13
-
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory) -> Path:
-    """Some 70 train rows; users and items that only other splits have; repeated pairs."""
-    folder = tmp_path_factory.mktemp("log")
-    generator = np.random.default_rng(4)
-    count = 90
-    user = np.minimum(generator.integers(0, USERS, count), generator.integers(0, USERS, count))
-    item = np.minimum(generator.integers(0, ITEMS, count), generator.integers(0, ITEMS, count))
-    user[-4:], item[-6:-3] = USERS, ITEMS  # new ones
-    label = generator.random(count) < 0.65
-    rows = {"user": user, "item": item, "label": pa.array(label, pa.int8()), "timestamp": np.arange(count)}
-    log = prepare_into(folder, source_of(pa.table(rows)), rules(history_cap=6))
-    np.save(folder / "counts.npy", item_counts(log))
-    write_sequences(log, folder / "sequences.parquet", SASREC["history"] + 1)
-    return folder
+    return write_log(tmp_path_factory.mktemp("log"))
 
 
 def settings_of(**changes: Any) -> Collab:
@@ -53,7 +40,7 @@ def settings_of(**changes: Any) -> Collab:
     return Collab(**usual | changes)
 
 
-SASREC: dict[str, Any] = {"model": "sasrec", "layers": 2, "heads": 2, "history": 4}
+SASREC: dict[str, Any] = {"model": "sasrec", "layers": 2, "heads": 2, "history": HISTORY}
 SEQUENCES: dict[str, Any] = SASREC | {"train_on": "sequences", "user_rows": False}
 DIN: dict[str, Any] = {"model": "din", "hidden": (6, 5), "history": 4}
 RANKING: dict[str, dict[str, Any]] = {
@@ -192,6 +179,9 @@ def raw_rows(log: Path) -> dict[int, dict]:
     }
 
 
+READS_HISTORY = ("svdpp", "sasrec", "din", "fism")
+
+
 def targets_of(log: Path, settings: Collab, world: World, rows: pa.Table) -> list[Target]:
     """Of prepared rows; all but the drawn negatives is made once more from the log."""
     raw, out = raw_rows(log), []
@@ -215,7 +205,7 @@ def targets_of(log: Path, settings: Collab, world: World, rows: pa.Table) -> lis
                     row["user"],
                     item,
                     row["label"],
-                    tuple(before) if settings.model in ("svdpp", "sasrec", "din", "fism") else (),
+                    tuple(before) if settings.model in READS_HISTORY else (),
                     row["user_seen"],
                     row["item_seen"],
                     tuple(prepared.get("negative", ())[drawn]),
@@ -226,8 +216,24 @@ def targets_of(log: Path, settings: Collab, world: World, rows: pa.Table) -> lis
     return out
 
 
+def catalog_scores(log: Path, settings: Collab, world: World, plain: PlainCollab) -> np.ndarray:
+    """Of all items for each query, float64 [queries, items]; -inf where an item is excluded."""
+    found = pq.read_table(log / "queries.parquet").to_pylist()
+    scores = []
+    for query in found:
+        history = [item for item in query["history"] if world.seen[item]][-settings.history :]
+        read = tuple(history) if settings.model in READS_HISTORY else ()
+        scores += plain.score(
+            [Target(query["user"], i, 0, read, query["user_seen"], world.seen[i]) for i in range(world.items)]
+        ).tolist()
+    matrix = np.array(scores).reshape(len(found), world.items)
+    for row, query in zip(matrix, found, strict=True):
+        row[query["excluded"]] = -np.inf
+    return matrix
+
+
 class Twin:
-    """What the engine has to find: losses, scores of the valid split, tables and dense weights."""
+    """What the engine has to find: losses, scores of the valid split and of the catalog, tables and dense weights."""
 
     def __init__(self, run: Run, dense: dict[str, np.ndarray]) -> None:
         task, order, settings = engine_cases.task_of(run), engine_cases.order_of(run), run.settings
@@ -242,6 +248,7 @@ class Twin:
         valid = read_log(run.log).split("valid", ["row"])
         scored = replace(settings, train_on="rows")
         self.scores = plain.score(targets_of(run.log, scored, world, valid))
+        self.catalog = catalog_scores(run.log, settings, world, plain) if settings.model != "din" else None
         self.tables = {name: rows.detach().numpy() for name, rows in plain.tables.items()}
         self.dense = {name: weight.detach().numpy() for name, weight in plain.dense.items()}
         self.idle = {name: elements.numpy() for name, elements in plain.idle.items()}
@@ -271,6 +278,18 @@ def idle_weights(settings: Collab) -> set[str]:
     return set()
 
 
+def close_lists(lists: np.ndarray, scores: np.ndarray) -> None:
+    """Each list has all items but the excluded ones by their plain scores, of equal ones the smaller id first, and no other."""
+    for found, of_items in zip(lists, scores, strict=True):
+        expected = np.lexsort((np.arange(len(of_items)), -of_items))[: np.isfinite(of_items).sum()]
+        listed = found[: len(expected)]
+        assert sorted(listed) == sorted(expected) and (found[len(expected) :] == -1).all()
+        # scores that are nearly equal may lie in another order in float32
+        np.testing.assert_allclose(of_items[listed], of_items[expected], err_msg="ranking", **ROWS)
+        are_tied = np.diff(of_items[listed]) == 0
+        assert (np.diff(listed)[are_tied] > 0).all(), f"of equal scores the larger id is first: {listed}"
+
+
 def close(found: list[dict], run: Run, twin: Twin, first: int = 0) -> None:
     assert run.output is not None
     for worker in found:
@@ -280,6 +299,10 @@ def close(found: list[dict], run: Run, twin: Twin, first: int = 0) -> None:
     if run.settings.model == "din" and idle:
         shift = (scores - twin.scores).mean()
     np.testing.assert_allclose(scores - shift, twin.scores, err_msg="scores", **ROWS)
+    if twin.catalog is not None:
+        whole, short = found[0]["lists"]
+        close_lists(whole, twin.catalog)
+        np.testing.assert_array_equal(short, whole[:, : engine_cases.CUT])
     for name, rows in twin.tables.items():
         saved = SavedTable(run.output / "tables", name)
         np.testing.assert_allclose(saved.read(0, len(rows)), rows, err_msg=name, **ROWS)
@@ -295,8 +318,9 @@ def close(found: list[dict], run: Run, twin: Twin, first: int = 0) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(("case", "sharding", "workers"), grid())
 def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, twins, log, tmp_path, case, sharding, workers):
-    """Losses of each step; then tables, dense weights, and scores of the valid split. Two epochs begin, of which the first
-    ends with a short batch: of three workers two have padding alone there."""
+    """Losses of each step; then tables, dense weights, scores of the valid split, and rankings of the whole catalog, on every
+    worker count and sharding. Two epochs begin, of which the first ends with a short batch: of three workers two have padding
+    alone there."""
     run = Run(settings_of(**CASES[case]), log, Tables(sharding=sharding), output=tmp_path)
     found = gloo.call(workers, engine_cases.train, run)
     close(found, run, twin_of(twins, run, found))
