@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from engine_log import write_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -627,14 +628,47 @@ assert torch.isfinite(align.loss(align.model, batch, vectors_of(align, batch), A
 """
 
 
+TRAIN = """
+import engine_cases, numpy as np
+from gloo_workers import Gloo
+from sellarec.config import Collab
+from sellarec.data.log import read_log
+from sellarec.training.table import SavedTable
+log, gloo, losses = pathlib.Path(sys.argv[2]), Gloo(folder), []
+collab = Collab(model="popularity", dim=4, table_learning_rate=0.3)
+unseen = ~read_log(log).items(["seen"])["seen"].to_numpy()
+excluded = [query["excluded"] for query in engine_cases.queries_of(log)]
+try:
+    for workers in (1, 2):
+        output = folder / f"of-{workers}"
+        found = gloo.call(workers, engine_cases.train, engine_cases.Run(collab, log, steps=30, output=output))
+        losses.append(np.reshape(found[0]["losses"], (6, 5)))  # epochs of five steps
+        assert np.isfinite(losses[-1]).all() and losses[-1][5].mean() < 0.95 * losses[-1][0].mean(), losses
+        biases = SavedTable(output / "tables", "item").read(0, len(unseen))[:, -1]
+        biases[unseen] = 0
+        by_bias = np.lexsort((np.arange(len(biases)), -biases)).tolist()
+        for listed, left_out in zip(found[0]["lists"][0].tolist(), excluded, strict=True):
+            assert [item for item in listed if item >= 0] == [item for item in by_bias if item not in left_out], listed
+finally:
+    gloo.end()
+np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)
+"""
+
+
+@pytest.mark.distributed
 def test_a_file_in_the_folder_of_models_is_a_model(tmp_path):
-    """A copy of the package with one file more, and nothing else changed."""
+    """A copy of the package with one file more, and nothing else changed: it is trained on one worker and on two, to the same
+    losses, which fall, and ranks the catalog."""
     source = Path(sellarec.__file__).parent
     shutil.copytree(source, tmp_path / "sellarec", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "sellarec" / "collab" / "models" / "popularity.py").write_text(FIFTH)
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+    (tmp_path / "log").mkdir()
+    log = write_log(tmp_path / "log")
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join(str(folder) for folder in (tmp_path, tests / "collab", tests / "training"))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", USE, str(tmp_path)], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-c", USE + TRAIN, str(tmp_path), str(log)], env=environment, capture_output=True, text=True,
+        cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

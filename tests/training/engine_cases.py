@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
@@ -137,6 +138,10 @@ def engine_of(run: Run, task: CollabTask, workers: Workers) -> Engine:
 
 def dense_of(task: CollabTask) -> dict[str, np.ndarray]:
     return {name: weight.detach().numpy().copy() for name, weight in task.network.state_dict().items()}
+
+
+def queries_of(log: Path) -> list[dict[str, Any]]:
+    return pq.read_table(log / "queries.parquet").to_pylist()
 
 
 def ranked(run: Run, engine: Engine, task: CollabTask, k: int) -> np.ndarray | None:

@@ -12,7 +12,6 @@ import checkpoint_cases
 import engine_cases
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from engine_cases import Run
 from engine_log import HISTORY, ITEMS, write_log
@@ -225,16 +224,15 @@ def targets_of(log: Path, settings: Collab, world: World, rows: pa.Table) -> lis
 
 def catalog_scores(log: Path, settings: Collab, world: World, plain: PlainCollab) -> np.ndarray:
     """Of all items for each query, float64 [queries, items]; -inf where an item is excluded."""
-    found = pq.read_table(log / "queries.parquet").to_pylist()
-    scores = []
-    for query in found:
+    queries, scores = engine_cases.queries_of(log), []
+    for query in queries:
         history = [item for item in query["history"] if world.seen[item]][-settings.history :]
         read = tuple(history) if settings.model in READS_HISTORY else ()
         scores += plain.score(
             [Target(query["user"], i, 0, read, query["user_seen"], world.seen[i]) for i in range(world.items)]
         ).tolist()
-    matrix = np.array(scores).reshape(len(found), world.items)
-    for row, query in zip(matrix, found, strict=True):
+    matrix = np.array(scores).reshape(len(queries), world.items)
+    for row, query in zip(matrix, queries, strict=True):
         row[query["excluded"]] = -np.inf
     return matrix
 
