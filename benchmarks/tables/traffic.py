@@ -6,6 +6,8 @@ Each case trains matrix factorisation (two tables, BCE) with the training loop's
     table-wise       row-wise Adagrad, each table on one worker
     adam             adam, row-wise, whose lookups are pooled bags
     lightgcn         the product with the sharded graph, forwards and backwards, of a log of MovieLens-1M's shape
+    lightgcn step    LightGCN's whole training step on that graph (BCE), row-wise Adagrad, row-wise; also table-wise, and
+                     by adam
 
 Bytes are those that the kernel counted on the worker's own TCP connections (TCP_INFO: sent without what was sent again, and
 received), so headers of TCP are left out and everything that gloo sends is in. Collectives are those that torch's profiler
@@ -14,6 +16,7 @@ machine's cores are shared, so no rows/s are given. Batches are of one size for 
 its own, of one size a worker.
 
     python benchmarks/tables/traffic.py --quick --out FILE.json     (a minute)
+    python benchmarks/tables/traffic.py --cases 'lightgcn step' --out FILE.json
 """
 
 import argparse
@@ -36,11 +39,12 @@ from processes import measure, popularity, write
 from torch.profiler import ProfilerActivity, profile
 
 from sellarec.collab.model import Sizes
-from sellarec.collab.models.mf import Model
+from sellarec.collab.models import lightgcn, mf
 from sellarec.collab.task import CollabTask
 from sellarec.config import Collab, Tables
 from sellarec.training.engine import Engine, Workers
 from sellarec.training.graph import ShardedGraph
+from sellarec.training.task import Graph
 
 CASES = {
     "row-wise": ("row-wise", "rowwise-adagrad", False),
@@ -49,6 +53,14 @@ CASES = {
     "adam": ("row-wise", "adam", False),
 }
 """By name: sharding, optimizer, whether the global batch grows with the workers."""
+
+PRODUCT = "lightgcn"
+GRAPH_STEPS = {
+    "lightgcn step": ("row-wise", "rowwise-adagrad"),
+    "lightgcn step, table-wise": ("table-wise", "rowwise-adagrad"),
+    "lightgcn step, adam": ("row-wise", "adam"),
+}
+"""By name: sharding, optimizer."""
 
 USERS, ITEMS, EDGES = 6_040, 3_706, 575_281
 """MovieLens-1M's users and items, and its ratings of 4 and more."""
@@ -132,29 +144,38 @@ def observed(take_step: Any, settings: argparse.Namespace) -> tuple[dict[str, An
     return facts, np.array(rounds)
 
 
-def train(rank: int, workers: int, settings: argparse.Namespace, name: str) -> dict:
-    sharding, optimizer, grows = CASES[name]
-    batch = settings.batch * (workers if grows else 1)
-    share = batch // workers
-    collab = Collab(
-        dim=settings.dim, biases=False, global_mean=False, l2=0.0, table_optimizer=optimizer, table_learning_rate=0.01
-    )
-    task = CollabTask(Model(Sizes(settings.rows // 2, settings.rows // 2, 0.5), collab), collab, np.ones(0, bool))
+def graph_formula(sharding: str, dim: int, layers: int, sent: float, asked: float, workers: int) -> float:
+    """Bytes a worker sends in LightGCN's step, the mean over workers (docs/collab.md).
+
+    Args:
+        sent: rows that a product with the graph sends.
+        asked: distinct users and items that a worker's rows name and others hold.
+    """
+    products = 2 * layers * 4 * dim * sent
+    rows = (8 + 2 * 4 * 2 * dim) * asked  # smoothed beside initial ones, and gradients of both
+    share = (USERS + ITEMS) * (workers - 1) / workers**2 if sharding == "table-wise" else 0
+    return products + rows + (8 + 2 * 4 * dim) * share
+
+
+def draw(generator: np.random.Generator, users: int, items: int, rows: int) -> pa.Table:
+    ids = {kind: generator.integers(0, number, rows) for kind, number in (("user", users), ("item", items))}
+    known = np.ones(rows, bool)
+    label = generator.integers(0, 2, rows).astype(np.int8)
+    weight = np.ones(rows, np.float32)
+    return pa.table({**ids, "user_seen": known, "item_seen": known, "label": label, "weight": weight})
+
+
+def train(
+    rank: int, workers: int, settings: argparse.Namespace, task: CollabTask, collab: Collab, sharding: str,
+    batches: list[pa.Table],
+) -> dict[str, Any]:  # fmt: skip
+    """What training takes on these slices in turns."""
     group = dist.new_group()
     engine = Engine(
         task, Workers(rank, workers, torch.device("cpu"), group, dist.new_group()), 0, collab, Tables(sharding=sharding),
         "float32",
     )  # fmt: skip
-    generator = np.random.default_rng(rank)
-
-    def draw() -> pa.Table:
-        ids = {kind: generator.integers(0, settings.rows // 2, share) for kind in ("user", "item")}
-        known = np.ones(share, bool)
-        label = generator.integers(0, 2, share).astype(np.int8)
-        weight = np.ones(share, np.float32)
-        return pa.table({**ids, "user_seen": known, "item_seen": known, "label": label, "weight": weight})
-
-    batches, taken = [draw() for _ in range(4)], 0
+    taken = 0
 
     def take_step() -> None:
         nonlocal taken
@@ -162,13 +183,10 @@ def train(rank: int, workers: int, settings: argparse.Namespace, name: str) -> d
         taken += 1
 
     facts, rounds = observed(take_step, settings)
+    batch = workers * len(batches[0])
     user, system = np.median(rounds, axis=0) / batch
     total = rounds.sum(1) / batch
     return {
-        "case": name,
-        "workers": workers,
-        "batch": batch,
-        "formula bytes": formula(name, share, settings.dim, workers),
         **facts,
         "CPU microseconds a row": 1e6 * statistics.median(total),
         "lowest, highest": [1e6 * min(total), 1e6 * max(total)],
@@ -176,8 +194,60 @@ def train(rank: int, workers: int, settings: argparse.Namespace, name: str) -> d
     }
 
 
+def collab_of(dim: int, optimizer: str, **changes: Any) -> Collab:
+    changes |= {"table_optimizer": optimizer, "table_learning_rate": 0.01}
+    return Collab(dim=dim, biases=False, global_mean=False, l2=0.0, **changes)
+
+
+def factorise(rank: int, workers: int, settings: argparse.Namespace, name: str) -> dict[str, Any]:
+    sharding, optimizer, grows = CASES[name]
+    batch = settings.batch * (workers if grows else 1)
+    share, rows = batch // workers, settings.rows // 2
+    collab = collab_of(settings.dim, optimizer)
+    task = CollabTask(mf.Model(Sizes(rows, rows, 0.5), collab), collab, np.ones(0, bool))
+    generator = np.random.default_rng(rank)
+    batches = [draw(generator, rows, rows, share) for _ in range(4)]
+    return {
+        "case": name,
+        "workers": workers,
+        "batch": batch,
+        "formula bytes": formula(name, share, settings.dim, workers),
+        **train(rank, workers, settings, task, collab, sharding, batches),
+    }
+
+
+def step_on_graph(rank: int, workers: int, settings: argparse.Namespace, name: str, path: str) -> dict[str, Any]:
+    sharding, optimizer = GRAPH_STEPS[name]
+    collab = collab_of(settings.dim, optimizer, model="lightgcn")
+    model = lightgcn.Model(Sizes(USERS, ITEMS, 0.5), collab)
+    task = CollabTask(model, collab, np.ones(ITEMS, bool), graph=Graph((path,), USERS, ITEMS))
+    generator = np.random.default_rng(rank)
+    batches = [draw(generator, USERS, ITEMS, settings.batch // workers) for _ in range(4)]
+    asked = 0
+    for batch in batches:
+        for kind, number in (("user", USERS), ("item", ITEMS)):
+            owners = np.unique(batch[kind].to_numpy()) // -(-number // workers)
+            asked += np.count_nonzero(owners != rank) / len(batches)
+    graph = read_graph(workers, path)
+    sent, mean_asked = of_workers(graph.sent, asked).mean(0)
+    return {
+        "case": name,
+        "workers": workers,
+        "batch": settings.batch,
+        "layers": collab.layers,
+        "rows sent by a product": sent,
+        "distinct rows of others asked for": mean_asked,
+        "formula bytes": graph_formula(sharding, settings.dim, collab.layers, sent, mean_asked, workers),
+        **train(rank, workers, settings, task, collab, sharding, batches),
+    }
+
+
+def read_graph(workers: int, path: str) -> ShardedGraph:
+    return ShardedGraph.read([path], USERS, ITEMS, dist.group.WORLD if workers > 1 else None, torch.device("cpu"))
+
+
 def smooth(workers: int, settings: argparse.Namespace, path: str) -> dict:
-    graph = ShardedGraph.read([path], USERS, ITEMS, dist.group.WORLD if workers > 1 else None, torch.device("cpu"))
+    graph = read_graph(workers, path)
     rows = torch.randn(graph.rows, settings.dim, requires_grad=True)
 
     def take_step() -> None:
@@ -186,7 +256,7 @@ def smooth(workers: int, settings: argparse.Namespace, path: str) -> dict:
     facts, rounds = observed(take_step, settings)
     rows_of = of_workers(graph.sent, graph.received)
     return {
-        "case": "lightgcn",
+        "case": PRODUCT,
         "workers": workers,
         "formula bytes": 2 * 4 * settings.dim * rows_of[:, 0].mean(),  # forwards, and as much backwards
         **facts,
@@ -198,8 +268,15 @@ def smooth(workers: int, settings: argparse.Namespace, path: str) -> dict:
 
 
 def worker(rank: int, workers: int, settings: argparse.Namespace, path: str) -> dict:
-    cases = [train(rank, workers, settings, name) for name in CASES]
-    return {"cases": [*cases, smooth(workers, settings, path)]}
+    cases = []
+    for name in settings.cases:
+        if name in CASES:
+            cases.append(factorise(rank, workers, settings, name))
+        elif name == PRODUCT:
+            cases.append(smooth(workers, settings, path))
+        else:
+            cases.append(step_on_graph(rank, workers, settings, name, path))
+    return {"cases": cases}
 
 
 def write_edges(path: Path) -> None:
@@ -223,6 +300,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12_288, help="rows of the global batch; a multiple of the workers")
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=7)
+    names = [*CASES, PRODUCT, *GRAPH_STEPS]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="one round of few steps with one and two workers")
     parser.add_argument("--out", type=Path, required=True)
     settings = parser.parse_args()
