@@ -16,10 +16,11 @@ import pytest
 from engine_cases import Run
 from engine_log import HISTORY, ITEMS, write_log
 from plain_collab import PlainCollab, Target, World
+from prepared import prepare_into, rules, source_of
 from safetensors.numpy import load_file
 
 from sellarec.config import Collab, Tables
-from sellarec.data.log import read_log
+from sellarec.data.log import item_counts, read_log
 from sellarec.training.table import SavedTable, initial_rows
 
 LOSS = {"rtol": 2e-5, "atol": 1e-6}
