@@ -17,14 +17,19 @@ HISTORY = 4
 
 
 def write_log(folder: Path) -> Path:
-    """Some 70 train rows; users and items that only other splits have; repeated pairs; queries of both other splits."""
+    """Some 70 train rows; users and items that only other splits have; repeated pairs."""
     generator = np.random.default_rng(4)
     count = 90
     user = np.minimum(generator.integers(0, USERS, count), generator.integers(0, USERS, count))
     item = np.minimum(generator.integers(0, ITEMS, count), generator.integers(0, ITEMS, count))
     user[-4:], item[-6:-3] = USERS, ITEMS  # new ones
     label = generator.random(count) < 0.65
-    rows = {"user": user, "item": item, "label": pa.array(label, pa.int8()), "timestamp": np.arange(count)}
+    return write_rows(folder, user, item, label)
+
+
+def write_rows(folder: Path, user: np.ndarray, item: np.ndarray, label: np.ndarray) -> Path:
+    """A log of such rows, in the order of time, with what models read beside it, and queries of the valid and test splits."""
+    rows = {"user": user, "item": item, "label": pa.array(label, pa.int8()), "timestamp": np.arange(len(user))}
     log = prepare_into(folder, source_of(pa.table(rows)), rules(history_cap=6))
     np.save(folder / "counts.npy", item_counts(log))
     write_sequences(log, folder / "sequences.parquet", HISTORY + 1)

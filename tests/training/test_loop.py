@@ -14,13 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from engine_cases import Run
-from engine_log import HISTORY, ITEMS, write_log
+from engine_log import HISTORY, ITEMS, write_log, write_rows
 from plain_collab import PlainCollab, Target, World
-from prepared import prepare_into, rules, source_of
 from safetensors.numpy import load_file
 
 from sellarec.config import Collab, Tables
-from sellarec.data.log import item_counts, read_log
+from sellarec.data.log import read_log
 from sellarec.training.table import SavedTable, initial_rows
 
 LOSS = {"rtol": 2e-5, "atol": 1e-6}
@@ -385,9 +384,7 @@ def with_dislikes(tmp_path_factory) -> tuple[Path, int, int]:
     generator = np.random.default_rng(3)
     user, item = generator.integers(0, 6, 70), generator.integers(0, 8, 70)
     label = (generator.random(70) < 0.7) & (user != 2) & (item != 3)
-    rows = {"user": user, "item": item, "label": pa.array(label, pa.int8()), "timestamp": np.arange(70)}
-    log = prepare_into(folder, source_of(pa.table(rows)), rules(history_cap=6))
-    np.save(folder / "counts.npy", item_counts(log))
+    log = read_log(write_rows(folder, user, item, label))
     return folder, *(
         table["external_id"].to_pylist().index(one) for table, one in ((log.users(), "2"), (log.items(), "3"))
     )
