@@ -157,6 +157,10 @@ def index(table: Table, written: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": table.rows, "columns": table.dim, "shards": shards}
 
 
+COPY_AGAIN = "copy the artifact again from where it is whole, or delete its folder and run its stage again"
+"""What to do about a damaged table."""
+
+
 @dataclass(frozen=True)
 class SavedTable:
     """A table in an artifact: `read` and `rows` give rows without loading the rest."""
@@ -166,7 +170,17 @@ class SavedTable:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return json.loads((self.folder / f"{self.name}.json").read_text())
+        """As of `index`.
+
+        Raises:
+            FileNotFoundError: the folder has no such table.
+            UserError: the file is cut off or damaged.
+        """
+        path = self.folder / f"{self.name}.json"
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} can't be read ({error}): {COPY_AGAIN}") from error
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """float32 [stop - start, D].
@@ -185,8 +199,7 @@ class SavedTable:
                         part = file.get_slice("rows")[low - shard["start"] : high - shard["start"]]
                 except (FileNotFoundError, SafetensorError) as error:
                     raise UserError(
-                        f"table {self.name}: its rows {low} to {high - 1} can't be read from {path} ({error}): copy the artifact "
-                        "again from where it is whole, or delete its folder and run its stage again"
+                        f"table {self.name}: its rows {low} to {high - 1} can't be read from {path} ({error}): {COPY_AGAIN}"
                     ) from error
                 columns = slice(shard["column"], shard["column"] + shard["columns"])
                 rows[low - start : high - start, columns] = part

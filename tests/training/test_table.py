@@ -179,6 +179,16 @@ def test_a_file_of_saved_rows_that_is_damaged_is_named(tmp_path, damage, told):
             read(SavedTable(tmp_path, "user"))
 
 
+def test_an_index_that_was_cut_off_is_named(tmp_path):
+    save_table(tmp_path, "user", numbered(6, 4)[0])
+    path = tmp_path / "user.json"
+    os.truncate(path, path.stat().st_size // 2)
+    saved, table = SavedTable(tmp_path, "user"), Table("user", 6, 4, ("user",))
+    for read in (lambda: saved.read(2, 6), lambda: saved.rows(np.array([5])), lambda: saved_rows(table, tmp_path)):
+        with pytest.raises(UserError, match=f"{path} can't be read .*copy the artifact again"):
+            read()
+
+
 @given(st.lists(st.integers(0, 8), max_size=12))
 def test_saved_rows_are_found_in_any_order(tmp_path_factory, ids):
     folder = tmp_path_factory.mktemp("tables")
