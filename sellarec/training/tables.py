@@ -27,8 +27,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_ROWS = 1 << 20
 """Rows of an exported file at most."""
 
-BLOCK_BYTES = 1 << 28
-"""What is read or drawn at once of the rows that a table starts from: no table is ever whole in memory twice."""
+BLOCK_BYTES = 1 << 25
+"""What is read or drawn at once of the rows that a table starts from: no table is ever whole in memory twice, and workers keep
+what they have freed (`launch.KEEP_FREED_MEMORY`)."""
 
 FUSED = {"EXACT_SGD": "SGD", "EXACT_ADAGRAD": "Adagrad", "EXACT_ROWWISE_ADAGRAD": "row-wise Adagrad"}
 """Optimizers of the kernels, as fbgemm names them and as they are known."""
@@ -409,7 +410,7 @@ def _check_stored(table: Table, first: int, values: Tensor, block: Tensor) -> No
     Args:
         first: row of the table that the block begins with.
     """
-    if bool(block.isfinite().all()):
+    if all(math.isfinite(extreme) for extreme in block.aminmax()):  # without a copy of the block, as `isfinite` makes
         return
     row, column = (~block.isfinite()).nonzero()[0].tolist()
     kind = str(block.dtype).removeprefix("torch.")
