@@ -1,6 +1,7 @@
-"""Run the grid of a table and write it with intervals: `python jobs/reproduce.py TABLE [--into FILE.md] [flags of train.py]`.
+"""Run the grid of a table and write it with intervals: `python jobs/reproduce.py TABLE [--seeds 1,2] [--into FILE.md] [flags]`.
 
-What stands is not run again, so an interrupted table goes on where it was. The table goes to WORKSPACE/tables, and with
+The flags are those of train.py. `--seeds` takes others than the table's own, fewer or more. What stands is not run again, so an
+interrupted table goes on where it was. The table goes to WORKSPACE/tables, and with
 `--into` between the lines `<!-- TABLE -->` and `<!-- end of TABLE -->` of a Markdown file (at its end, where it has none);
 TABLE.json beside it, with `--into` in a folder of the file's name, has every run's resolved settings and its values.
 """
@@ -8,7 +9,7 @@ TABLE.json beside it, with `--into` in a folder of the file's name, has every ru
 import statistics
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,16 +210,18 @@ def main(arguments: list[str]) -> None:
     name, flags = arguments[0], arguments[1:]
     own = [flag for flag in flags if flag.split("=")[0] in ("--seed", "--name", "--stages")]
     if own or (flags and not flags[0].startswith("-")):
-        raise UserError(f"{(own or flags)[0]} is given, but a table sets its recipes, seeds, names and stages itself")
-    table, into = TABLES[name], None
-    for flag in [flag for flag in flags if flag == "--into" or flag.startswith("--into=")]:
-        at = flags.index(flag)
-        into = Path(flag.partition("=")[2] or "".join(flags[at + 1 : at + 2]))
-        del flags[at : at + (1 if "=" in flag else 2)]
-        if not into.parent.is_dir() or into.is_dir():
-            raise UserError(
-                f"--into is '{into}', where no file can be written: give a Markdown file in a folder that exists"
-            )
+        raise UserError(
+            f"{(own or flags)[0]} is given, but a table sets its recipes, names and stages itself, and its seeds, or --seeds does"
+        )
+    table, into, chosen = TABLES[name], taken(flags, "--into"), taken(flags, "--seeds")
+    if into is not None and (not Path(into).parent.is_dir() or Path(into).is_dir()):
+        raise UserError(
+            f"--into is '{into}', where no file can be written: give a Markdown file in a folder that exists"
+        )
+    if chosen is not None:
+        if not all(seed.isdecimal() for seed in chosen.split(",")):
+            raise UserError(f"--seeds is '{chosen}': give whole numbers with commas between them, as --seeds 1,2")
+        table = replace(table, seeds=tuple(dict.fromkeys(map(int, chosen.split(",")))))
     check_environment()
     from sellarec.artifacts import Place, in_json
     from sellarec.command_line import parse
@@ -226,8 +229,9 @@ def main(arguments: list[str]) -> None:
     from sellarec.pipeline import run
     from sellarec.run import Run
 
-    if into is not None:
-        around(into, name)
+    file = None if into is None else Path(into)
+    if file is not None:
+        around(file, name)
     of_each = len(table.variants)
     print(
         f"table {name}: {len(table.seeds) * of_each} runs, one after the other ({of_each} of each of {len(table.seeds)} seeds; "
@@ -267,13 +271,24 @@ def main(arguments: list[str]) -> None:
     place.write_json(f"{name}.json", made)
     place.write_text(f"{name}.md", markdown(records, table.published))
     print(f"table        {place}/{name}.txt, {name}.md, {name}.json")
-    if into is not None:
-        beside = into.with_suffix("") / f"{name}.json"
+    if file is not None:
+        beside = file.with_suffix("") / f"{name}.json"
         beside.parent.mkdir(exist_ok=True)
         beside.write_text(in_json(made), encoding="utf-8")
-        link = f"Resolved settings and values of each run: [{beside.name}]({beside.relative_to(into.parent)})."
-        put_between(into, name, f"{markdown(records, table.published)}\n{link}\n")
-        print(f"written into {into}, {beside}")
+        link = f"Resolved settings and values of each run: [{beside.name}]({beside.relative_to(file.parent)})."
+        put_between(file, name, f"{markdown(records, table.published)}\n{link}\n")
+        print(f"written into {file}, {beside}")
+
+
+def taken(flags: list[str], name: str) -> str | None:
+    """The value of a flag of this job's own, `--name VALUE` or `--name=VALUE`, which is taken out; None where it isn't given, ''
+    where it has no value."""
+    value = None
+    while found := [flag for flag in flags if flag.partition("=")[0] == name]:
+        at, long = flags.index(found[0]), "=" not in found[0]
+        value = "".join(flags[at + 1 : at + 2]) if long else found[0].partition("=")[2]
+        del flags[at : at + 1 + long]
+    return value
 
 
 def resolved(this: Any) -> dict[str, Any]:

@@ -140,6 +140,8 @@ def test_a_file_with_one_of_the_lines_is_refused_before_the_grid(tmp_path: Path)
         (["moon"], "not moon"),
         (["collm-mf", "--seed", "3"], "--seed is given"),
         (["collm-mf", "--into", "/nowhere/at/all.md"], "no file can be written"),
+        (["collm-mf", "--seeds", "1,two"], "--seeds is '1,two'"),
+        (["collm-mf", "--seeds"], "--seeds is ''"),
     ],
 )
 def test_mistakes_are_told(arguments: list[str], message: str) -> None:

@@ -140,6 +140,10 @@ class Order:
 
     def read(self, piece: Piece, columns: Sequence[str]) -> pa.Table:
         """The rows of a piece, in order."""
+        return take(*self.window(piece, columns))
+
+    def window(self, piece: Piece, columns: Sequence[str]) -> tuple[pa.Table, np.ndarray]:
+        """The rows of the window that a piece lies in, and which of them the piece has, in its order: int64 [n]."""
         windows = self.windows(piece.epoch)
         before = sum(group.rows for window in windows[: piece.window] for group in window)
         table = pa.concat_tables(
@@ -150,7 +154,7 @@ class Order:
         if self.seed is not None:
             shuffled = np.random.default_rng([self.seed, piece.epoch, piece.window]).permutation(len(table))
             wanted = shuffled[wanted]
-        return take(table.combine_chunks(), wanted)
+        return table.combine_chunks(), wanted
 
 
 def take(table: pa.Table, rows: np.ndarray) -> pa.Table:
@@ -178,14 +182,15 @@ def _is_list_of_numbers(column: pa.ChunkedArray) -> bool:
 
 def prepared(order: Order, piece: Piece, columns: Sequence[str], prepare: Prepare | None) -> Iterator[pa.Table]:
     """The rows of a piece in order, some at a time, as they come out of `prepare`."""
-    table = order.read(piece, columns)
+    window, wanted = order.window(piece, columns)
     if prepare is None:
-        yield table
+        yield take(window, wanted)
         return
     step = piece.epoch * order.steps_per_epoch + np.arange(piece.start, piece.stop) // order.batch
-    for start in range(0, len(table), PREPARED_ROWS):
+    for start in range(0, len(wanted), PREPARED_ROWS):
         part = slice(start, start + PREPARED_ROWS)
-        yield prepare(table.slice(start, PREPARED_ROWS), piece.epoch, step[part])
+        # taken some at a time too: histories of a whole window, each value's place beside it, don't fit into a cache
+        yield prepare(take(window, wanted[part]), piece.epoch, step[part])
 
 
 def slice_rows(batch: int, world_size: int) -> int:

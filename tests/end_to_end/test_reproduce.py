@@ -29,11 +29,12 @@ USER = {reproduce.MAIN: (), "user only": ("--fuse.tokens", "user")}
 
 
 @pytest.mark.parametrize(
-    ("table", "last", "model"),
+    ("table", "seeds", "last", "model"),
     [
-        (reproduce.Table((), (1, 2), reproduce.SCORES, published={"mf": ".6482 / .6361"}), "tiny-seed-2", "mf"),
+        (reproduce.Table((), (1, 2), reproduce.SCORES, published={"mf": ".6482 / .6361"}), (1, 2), "tiny-seed-2", "mf"),
         (
-            reproduce.Table((), (1,), variants=USER, published={"user only": ".7606 / .7464"}),
+            reproduce.Table((), (2, 3), variants=USER, published={"user only": ".7606 / .7464"}),
+            (1,),
             "tiny-user-only-seed-1",
             "user only",
         ),
@@ -42,6 +43,7 @@ USER = {reproduce.MAIN: (), "user only": ("--fuse.tokens", "user")}
 )
 def test_a_table_goes_on_where_it_was_and_is_not_made_again(
     table: reproduce.Table,
+    seeds: tuple[int, ...],
     last: str,
     model: str,
     tmp_path: Path,
@@ -54,6 +56,8 @@ def test_a_table_goes_on_where_it_was_and_is_not_made_again(
     monkeypatch.setitem(reproduce.TABLES, "tiny", dataclasses.replace(table, recipes=("demo", str(recipe))))
     file.write_text("# Results\n\n<!-- tiny -->\nNot run.\n<!-- end of tiny -->\n\n## More\n")
     arguments = ["tiny", "--workspace", str(workspace), "--workers", "1", "--into", str(file)]
+    if seeds != table.seeds:
+        arguments += ["--seeds", ",".join(map(str, seeds))]
 
     with monkeypatch.context() as interrupted:
         run = pipeline.run
@@ -77,13 +81,13 @@ def test_a_table_goes_on_where_it_was_and_is_not_made_again(
     beside = tmp_path / "a" / "tiny.json"
     assert beside.read_text().strip() == (workspace / "tables" / "tiny.json").read_text().strip()
     runs = json.loads(beside.read_text())
-    assert [found["seed"] for found in runs] == [seed for seed in table.seeds for _ in table.variants]
+    assert [found["seed"] for found in runs] == [seed for seed in seeds for _ in table.variants]
     for found in runs:
         assert found["stages"]["collab"]["settings"]["seed"] == found["seed"] and found["values"]
         assert found["stages"]["collab"]["settings"]["collab"]["model"] == "mf"
     assert "[tiny.json](a/tiny.json)" in text
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {model} |")]
-    assert row.endswith(f"| {table.published[model]} | {', '.join(map(str, table.seeds))} |")
+    assert row.endswith(f"| {table.published[model]} | {', '.join(map(str, seeds))} |")
     assert table.published[model] in printed
 
     reproduce.main(arguments)
