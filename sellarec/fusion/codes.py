@@ -89,7 +89,7 @@ def build_codes(
     folder = source.folder()
     model = llms.load_model(folder, source.storage, source.attention)
     if settings.loss != "answer":
-        llms.check_output_layer(model)
+        llms.check_logits(model)
     codes = {table.name: codes_of(table) for table in tables}
     kind, coded = ("fused", coded_as(settings, tables[0].dim)) if tables else ("text", None)
     prompts = make_prompts(folder, titles, prompt, noun, model, kind, settings.loss, tuple(codes), coded)

@@ -281,7 +281,7 @@ def build_fuse(
     model = llms.load_model(folder, source.storage, source.attention)
     tokens = soft_tokens(settings)
     if settings.loss != "answer":
-        llms.check_output_layer(model)
+        llms.check_logits(model)
     prompts = make_prompts(folder, titles, prompt, noun, model, "fused", settings.loss, tokens)
     norm, width = llms.embedding_norm(model), model.get_input_embeddings().embedding_dim
     adapted = llms.with_adapter(model, adapter, trains="adapter" in settings.train)

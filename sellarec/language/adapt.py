@@ -239,7 +239,7 @@ def build_adapt(
         source = replace(source, storage="float32")
     model = llms.load_model(folder, source.storage, source.attention)
     if {settings.loss, later_loss} != {"answer"}:
-        llms.check_output_layer(model)
+        llms.check_logits(model)
     prompts = make_prompts(folder, titles, prompt, noun, model, "text", settings.loss)
     if is_full:
         return TextTask(source, model, prompts, settings.loss)

@@ -344,9 +344,25 @@ def read_config(name: str | Path, revision: str | None = None) -> Any:
         raise UserError(f"{name}/config.json is no model's config ({str(error).splitlines()[0]})") from error
 
 
-def check_output_layer(model: Any) -> None:
-    """Refuse a model whose logits are more than its output layer makes of the last hidden states (scaled, or capped). One without
-    weights isn't looked at.
+def logits_of(model: Any, found: Any, hidden: "Tensor") -> "Tensor":
+    """What a causal model makes of some last hidden states, [n, H] -> [n, V]: its output layer's logits, and what it does to them
+    beside, as to scale (Cohere, Granite) or to cap them (Gemma).
+
+    The model's own forward pass makes them, but for its decoder, which isn't run.
+
+    Args:
+        found: what its decoder has given.
+    """
+    given, decoder = type(found)(**{**found, "last_hidden_state": hidden[None]}), model.base_model
+    decoder.forward = lambda *_, **__: given
+    try:
+        return model(inputs_embeds=hidden[None], use_cache=False).logits[0]
+    finally:
+        del decoder.forward
+
+
+def check_logits(model: Any) -> None:
+    """Refuse a model whose logits are made of more than its decoder's last hidden states. One without weights isn't looked at.
 
     Raises:
         UserError: the loss over tokens, which makes logits for some positions at a time, can't be taken of it.
@@ -361,12 +377,14 @@ def check_output_layer(model: Any) -> None:
     with torch.no_grad():
         tokens = torch.arange(2, device=model.device)[None]
         logits = model(input_ids=tokens, use_cache=False).logits
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        output = model.get_output_embeddings()
-        if output is None or not torch.allclose(output(hidden).float(), logits.float(), rtol=1e-4, atol=1e-4):
+        found = model.base_model(input_ids=tokens, use_cache=False)
+        has_layer = model.get_output_embeddings() is not None
+        made = logits_of(model, found, found.last_hidden_state[0]) if has_layer else logits[0, :0]
+        if made.shape != logits[0].shape or not torch.allclose(made.float(), logits[0].float(), rtol=1e-4, atol=1e-4):
             raise UserError(
-                f"a model of type {model.config.model_type} makes more of its output layer's logits, so a loss over tokens can't "
-                "be taken of it: take adapt.loss and fuse.loss answer, and leave out pretrain.continued"
+                f"a model of type {model.config.model_type} doesn't make its logits of its decoder's last hidden states alone, "
+                "so a loss over tokens can't be taken of it: take adapt.loss and fuse.loss answer, and leave out "
+                "pretrain.continued"
             )
     if attention == FLASH_ATTENTION:
         model.set_attn_implementation(attention)

@@ -127,5 +127,5 @@ def build_pretrain(folder: Path, settings: Pretrain, attention: str = "auto") ->
     """
     lines, tokenizer = make_lines(folder, settings)
     model = llms.load_model(folder, attention=attention)
-    llms.check_output_layer(model)
+    llms.check_logits(model)
     return PretrainTask(model, tokenizer, lines)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sellarec.language.llm import decoder_layers, has_full_attention
+from sellarec.language.llm import decoder_layers, has_full_attention, logits_of
 
 LOGIT_BYTES = 64 << 20
 """Logits that the loss over tokens holds at once, about, of each of the few tensors of their size."""
@@ -88,8 +88,7 @@ class PromptScorer(nn.Module):
         if targets is None:
             return self._last_logits(**given)
         model = base_model(self.llm)
-        hidden = model.base_model(**given).last_hidden_state
-        return token_losses(model.get_output_embeddings(), hidden, targets[:, padding:])
+        return token_losses(model, model.base_model(**given), targets[:, padding:])
 
     def _after_prefixes(self, embedded: Tensor, lengths: Tensor, prefix: Tensor, prefix_tokens: Tensor) -> Tensor:
         """Logits as `forward` gives them, in two passes whatever is shared: layers that are sharded over workers are
@@ -163,29 +162,29 @@ def _chosen_logits(output: nn.Linear, hidden: Tensor) -> Tensor:
     return F.linear(hidden.float(), output.weight[chosen].float(), bias)
 
 
-def token_losses(output: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def token_losses(model: nn.Module, found: Any, targets: Tensor) -> Tensor:
     """Cross-entropy over the vocabulary, float32 [b], summed over each row's targets.
 
     Some positions at a time, whose logits are made again in the backward pass: [b, T, V] is never held, and no logits are made
     where there is no target.
 
     Args:
-        output: the output layer, H -> V.
-        hidden: float [b, T, H], the last hidden states.
+        model: the causal model.
+        found: what its decoder has given, with the last hidden states [b, T, H].
         targets: int64 [b, T], NO_TARGET where there is none.
     """
     row, at = (targets != NO_TARGET).nonzero(as_tuple=True)
-    hidden, wanted = hidden[row, at], targets[row, at]
+    hidden, wanted = found.last_hidden_state[row, at], targets[row, at]
 
     def losses(some: Tensor, of_them: Tensor) -> Tensor:
-        return F.cross_entropy(output(some).float(), of_them, reduction="none")
+        return F.cross_entropy(logits_of(model, found, some).float(), of_them, reduction="none")
 
-    size = max(1, LOGIT_BYTES // (4 * output.weight.shape[0]))
-    found = [
+    size = max(1, LOGIT_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))
+    of_each = [
         checkpoint(losses, some, of_them, use_reentrant=False)
         for some, of_them in zip(hidden.split(size), wanted.split(size), strict=True)
     ]
-    return torch.zeros(len(targets), device=hidden.device).index_add(0, row, torch.cat(found))
+    return torch.zeros(len(targets), device=hidden.device).index_add(0, row, torch.cat(of_each))
 
 
 def left_padded(rows: pa.Table) -> dict[str, Tensor]:

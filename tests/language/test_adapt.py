@@ -15,7 +15,14 @@ from language_cases import Case
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from sellarec.config import Adapt, Config, Distil, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
@@ -152,16 +159,44 @@ def test_a_saved_adapter_that_lacks_a_tensor_ends_the_stage(models, titles, tmp_
         check(task, tmp_path, computed)
 
 
-def test_logits_that_no_loss_over_tokens_can_be_taken_of_are_refused_long_before_fuse(models, titles, tmp_path):
-    shutil.copytree(models["llama"], tmp_path / "capped")
+class CopyingConfig(LlamaConfig):
+    model_type = "copying"
+
+
+class Copying(LlamaForCausalLM):
+    """Makes the tokens that it reads likelier, so its logits take more than the last hidden states."""
+
+    config_class = CopyingConfig
+
+    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **given: Any) -> Any:  # type: ignore[override]
+        found = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **given)
+        read = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        found.logits = found.logits + self.lm_head(read)
+        return found
+
+
+@pytest.mark.parametrize("is_capped", [True, False], ids=["capped", "of more than states"])
+def test_logits_that_no_loss_over_tokens_can_be_taken_of_are_refused_long_before_fuse(
+    models, titles, tmp_path, is_capped
+):
+    """Those that a model caps are not among them."""
+    shutil.copytree(models["llama"], tmp_path / "model")
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 0.1}
+    sizes |= {"num_attention_heads": 2, "vocab_size": len(llms.load_tokenizer(models["llama"]))}
     torch.manual_seed(0)
-    vocabulary = len(llms.load_tokenizer(models["llama"]))
-    Gemma2ForCausalLM(Gemma2Config(vocab_size=vocabulary, **sizes)).save_pretrained(tmp_path / "capped")
-    source, settings = llms.find_llm(str(tmp_path / "capped"), None), Adapt(rank=4, targets=("q_proj",))
+    if is_capped:
+        model: Any = Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=1, final_logit_softcapping=0.1))
+    else:
+        AutoConfig.register("copying", CopyingConfig, exist_ok=True)
+        AutoModelForCausalLM.register(CopyingConfig, Copying, exist_ok=True)
+        model = Copying(CopyingConfig(**sizes, initializer_range=0.5))
+    model.save_pretrained(tmp_path / "model")
+    source, settings = llms.find_llm(str(tmp_path / "model"), None), Adapt(rank=4, targets=("q_proj",))
     given = source, titles, Prompt(), "movie", settings
     build_adapt(*given)
+    if is_capped:
+        build_adapt(*given, "sequence")
+        return
     with pytest.raises(UserError, match=r"take adapt.loss and fuse.loss answer"):
         build_adapt(*given, "sequence")
 

@@ -11,19 +11,26 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from sellarec.errors import UserError
 from sellarec.language import scorer
-from sellarec.language.llm import check_output_layer, load_model
+from sellarec.language.llm import check_logits, load_model
 from sellarec.language.scorer import (
     NO_TARGET,
     PromptScorer,
@@ -75,6 +82,28 @@ def gemma2() -> Gemma2ForCausalLM:
     return Gemma2ForCausalLM(config)
 
 
+SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+def granite() -> GraniteForCausalLM:
+    """Divides its logits."""
+    torch.manual_seed(3)
+    return GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0))
+
+
+def cohere() -> CohereForCausalLM:
+    """Multiplies its logits, and ties its output layer to the input embeddings."""
+    torch.manual_seed(3)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return CohereForCausalLM(CohereConfig(**SMALL, **special, logit_scale=0.1))
+
+
+def mixtral() -> MixtralForCausalLM:
+    """Its decoder gives more than states: what its router says."""
+    torch.manual_seed(3)
+    return MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2))
+
+
 @pytest.mark.parametrize("make", [llama, gemma2])
 @pytest.mark.parametrize("is_adapted", [False, True], ids=["plain", "adapter on the output layer"])
 def test_the_logits_of_answers_are_those_of_whole_logits(make, is_adapted):
@@ -107,11 +136,13 @@ def test_targets_are_the_tokens_that_follow_but_for_padding_and_slots():
     assert answers.tolist() == [[none, none, 8, 9, none], [none, none, none, 3, none], [none, none, none, 6, none]]
 
 
-@pytest.mark.parametrize("positions", [1, 3, 100])
-def test_the_loss_over_tokens_is_that_of_whole_logits(monkeypatch, positions):
-    """So are the gradients; made of some positions at a time."""
+@pytest.mark.parametrize(
+    ("make", "positions"), [(llama, 1), (llama, 3), (llama, 100), (gemma2, 3), (granite, 3), (cohere, 3), (mixtral, 3)]
+)
+def test_the_loss_over_tokens_is_that_of_whole_logits(monkeypatch, make, positions):
+    """So are the gradients, whatever the model does to its logits; made of some positions at a time."""
     monkeypatch.setattr(scorer, "LOGIT_BYTES", positions * 4 * 50)
-    model = llama()
+    model = make()
     batch = left_padded(ROWS)
     targets = next_tokens(batch, None)
     weight = torch.tensor([1.0, 0.0, 2.0])
@@ -140,14 +171,14 @@ def test_logits_are_made_for_positions_with_a_target_only(monkeypatch):
     model.lm_head.register_forward_hook(lambda module, given, found: seen.append(tuple(found.shape)))
     batch = left_padded(ROWS)
     loss = PromptScorer(model)(batch["tokens"], batch["mask"], {}, {}, next_tokens(batch, torch.tensor([2, 1, 2])))
-    assert seen == [(2, 50), (2, 50), (1, 50)]
+    assert seen == [(1, 2, 50), (1, 2, 50), (1, 1, 50)]
     loss.sum().backward()
     assert sorted(seen[3:]) == sorted(seen[:3]), "made again, some at a time"
 
 
 def test_rows_without_targets_have_no_loss():
     hidden = torch.randn(2, 3, 16, requires_grad=True)
-    found = token_losses(llama().lm_head, hidden, torch.full((2, 3), NO_TARGET))
+    found = token_losses(llama(), BaseModelOutputWithPast(hidden), torch.full((2, 3), NO_TARGET))
     assert found.tolist() == [0.0, 0.0]
     found.sum().backward()
     assert hidden.grad.abs().sum() == 0
@@ -169,25 +200,30 @@ def test_memory_is_bounded_by_logits_of_some_positions():
     """Forward and backward hold at most 4 tensors of LOGIT_BYTES; the logits of all positions alone are 8 times LOGIT_BYTES."""
     vocabulary, length = 16_384, 8192
     assert 4 * vocabulary * length == 8 * scorer.LOGIT_BYTES
-    head = torch.nn.Linear(16, vocabulary, bias=False).requires_grad_(False)
+    model = llama(vocabulary).requires_grad_(False)
     hidden = torch.randn(1, length, 16, requires_grad=True)
     targets = torch.randint(vocabulary, (1, length))
-    used = peak_bytes(lambda: token_losses(head, hidden, targets).sum().backward())
+    used = peak_bytes(lambda: token_losses(model, BaseModelOutputWithPast(hidden), targets).sum().backward())
     assert hidden.grad is not None and 0 < used < 4 * scorer.LOGIT_BYTES, used
 
 
-def test_a_model_that_does_more_to_its_logits_is_refused():
-    check_output_layer(llama())
-    check_output_layer(GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).eval())
+class Copying(LlamaForCausalLM):
+    """Makes the tokens that it reads likelier, as a copying head does."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, **given):
+        found = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **given)
+        read = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        found.logits = found.logits + self.lm_head(read)
+        return found
+
+
+def test_a_model_whose_logits_take_more_than_the_last_hidden_states_is_refused():
+    for make in (llama, gemma2, granite, cohere, mixtral):
+        check_logits(make().eval())
+    check_logits(GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).eval())
     torch.manual_seed(0)
-    capped = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.1,
-        )
-    ).eval()  # fmt: skip
-    with pytest.raises(UserError, match=r"gemma2.*adapt\.loss and fuse\.loss answer"):
-        check_output_layer(capped)
+    with pytest.raises(UserError, match=r"llama.*adapt\.loss and fuse\.loss answer"):
+        check_logits(Copying(LlamaConfig(**SMALL, initializer_range=0.5)).eval())
 
 
 BEGINNINGS = ([1, 5, 0, 7], [1, 5, 0, 7, 8, 9, 2, 11, 6], [1, 4])
