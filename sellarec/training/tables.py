@@ -470,13 +470,14 @@ def _sharding(placement: Placement, width: int, workers: int, kernel: str) -> An
     """TorchRec's sharding of a piece so wide."""
     from torchrec.distributed.sharding_plan import column_wise, row_wise, table_wise
 
-    if placement.sharding == "row-wise":
+    if placement.sharding == "row-wise" and workers > 1:
         return row_wise(compute_kernel=kernel)
     if placement.sharding == "column-wise":
         shares = [len(column_share(range(width), worker, workers)) for worker in range(workers)]
         # only of those that hold any: TorchRec takes no empty ones
         return column_wise(size_per_rank=[columns for columns in shares if columns], compute_kernel=kernel)
-    return table_wise(rank=placement.worker, compute_kernel=kernel)
+    # one worker's rows are a whole table: ids need no sorting by the workers that hold them
+    return table_wise(rank=placement.worker or 0, compute_kernel=kernel)
 
 
 def _collection(bags: bool, width: int, pieces: Sequence[tuple[str, Placement]], storage: Tables) -> nn.Module:

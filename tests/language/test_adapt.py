@@ -15,14 +15,7 @@ from language_cases import Case
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from sellarec.config import Adapt, Config, Distil, Llm, Pretrain, Prompt
 from sellarec.errors import UserError
@@ -159,46 +152,22 @@ def test_a_saved_adapter_that_lacks_a_tensor_ends_the_stage(models, titles, tmp_
         check(task, tmp_path, computed)
 
 
-class CopyingConfig(LlamaConfig):
-    model_type = "copying"
-
-
-class Copying(LlamaForCausalLM):
-    """Makes the tokens that it reads likelier, so its logits take more than the last hidden states."""
-
-    config_class = CopyingConfig
-
-    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **given: Any) -> Any:  # type: ignore[override]
-        found = super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **given)
-        read = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        found.logits = found.logits + self.lm_head(read)
-        return found
-
-
-@pytest.mark.parametrize("is_capped", [True, False], ids=["capped", "of more than states"])
-def test_logits_that_no_loss_over_tokens_can_be_taken_of_are_refused_long_before_fuse(
-    models, titles, tmp_path, is_capped
-):
-    """Those that a model caps are not among them."""
-    shutil.copytree(models["llama"], tmp_path / "model")
+def test_a_model_that_caps_its_logits_takes_a_loss_over_tokens(models, titles, tmp_path):
+    """That of the logits as it caps them."""
+    shutil.copytree(models["llama"], tmp_path / "capped")
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    sizes |= {"num_attention_heads": 2, "vocab_size": len(llms.load_tokenizer(models["llama"]))}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 0.1}
     torch.manual_seed(0)
-    if is_capped:
-        model: Any = Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=1, final_logit_softcapping=0.1))
-    else:
-        AutoConfig.register("copying", CopyingConfig, exist_ok=True)
-        AutoModelForCausalLM.register(CopyingConfig, Copying, exist_ok=True)
-        model = Copying(CopyingConfig(**sizes, initializer_range=0.5))
-    model.save_pretrained(tmp_path / "model")
-    source, settings = llms.find_llm(str(tmp_path / "model"), None), Adapt(rank=4, targets=("q_proj",))
-    given = source, titles, Prompt(), "movie", settings
-    build_adapt(*given)
-    if is_capped:
-        build_adapt(*given, "sequence")
-        return
-    with pytest.raises(UserError, match=r"take adapt.loss and fuse.loss answer"):
-        build_adapt(*given, "sequence")
+    vocabulary = len(llms.load_tokenizer(models["llama"]))
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=vocabulary, **sizes)).save_pretrained(tmp_path / "capped")
+    settings = Adapt(rank=4, targets=("q_proj",), loss="sequence")
+    task = build_adapt(llms.find_llm(str(tmp_path / "capped"), None), titles, Prompt(), "movie", settings)
+    batch = task.collate(language_cases.prepared(task, 0), 0)
+    found = task.loss(task.model, batch, {}, None)
+    logits = task.model.llm(input_ids=batch["tokens"], attention_mask=batch["mask"].long()).logits
+    assert logits.abs().max() <= 0.1
+    tokens = int((batch["targets"] >= 0).sum())
+    assert found.item() == pytest.approx(tokens * np.log(vocabulary), rel=0.02), "a cap of .1 leaves hardly a choice"
 
 
 def test_a_saved_adapter_that_is_applied_otherwise_ends_the_stage(models, titles, tmp_path):
