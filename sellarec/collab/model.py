@@ -223,5 +223,10 @@ def places(lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 def padded(values: Tensor, there: Tensor) -> Tensor:
     """Values of lists [n, ...] one after the other -> [b, L, ...], with zeros after a list's end."""
-    out = values.new_zeros(*there.shape, *values.shape[1:])
-    return out.index_put((there,), values)
+    out = values.new_zeros(there.numel(), *values.shape[1:])
+    return out.index_copy_(0, there.flatten().nonzero()[:, 0], values).unflatten(0, there.shape)
+
+
+def values_of(lists: Tensor, there: Tensor) -> Tensor:
+    """The values that `padded` was given, of [b, L, ...]."""
+    return lists.flatten(0, 1).index_select(0, there.flatten().nonzero()[:, 0])

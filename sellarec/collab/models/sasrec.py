@@ -1,13 +1,18 @@
 """SASRec (Kang and McAuley, 2018): a causal transformer over the items of a history."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sellarec.collab.model import CollabModel, Sizes, padded, places
+from sellarec.collab.model import CollabModel, Sizes, padded, places, values_of
 from sellarec.config import DENSE_SETTINGS, Collab
 from sellarec.training.table import Jagged, Table
 from sellarec.training.task import Batch, Vectors
+
+FEW = 8
+"""Items of histories that are padded to one length, however short."""
 
 
 class Model(CollabModel):
@@ -38,18 +43,33 @@ class Model(CollabModel):
 
     def user(self, batch: Batch, vectors: Vectors) -> Tensor:
         history = vectors["history"]
-        there, place = places(history.lengths)
-        # one after the other, without padding, but for the attention
+        _, place = places(history.lengths)
+        # one after the other, without padding, but for the attention; the shortest histories first, so that there is little of it
         states = self.dropout(history.values * history.values.shape[1] ** 0.5 + self.position[place])
+        lengths, order = history.lengths.sort(stable=True)
+        at = torch.repeat_interleave(history.lengths.cumsum(0)[order] - lengths.cumsum(0), lengths)
+        at = at + torch.arange(len(at), device=at.device)
+        states, groups = states.index_select(0, at), alike_long(lengths)
         for block in self.blocks:
-            states = block(states, there)
+            states = block(states, groups)
         states = self.norm(states)
         if isinstance(vectors.get("item"), Jagged):  # the next item at every position of a sequence
-            return states
+            return states.index_select(0, at.argsort())
         users = states.new_zeros(len(history), states.shape[1])
-        some = history.lengths > 0
-        users = users.index_put((some,), states[history.lengths.cumsum(0)[some] - 1])
+        some = lengths > 0
+        users = users.index_put((order[some],), states[lengths.cumsum(0)[some] - 1])
         return users + super().user(batch, vectors) if self.has_user_rows else users
+
+
+def alike_long(lengths: Tensor) -> list[Tensor]:
+    """Lists of int64 [b] lengths, the shortest first, in groups whose longest is FEW items long, or twice as long as that of the
+    group before: of each group bool [b_g, L_g], where there is a value."""
+    longest, ends = int(lengths[-1]) if len(lengths) else 0, [FEW]
+    while 2 * ends[-1] < longest:
+        ends.append(2 * ends[-1])
+    last = torch.searchsorted(lengths, lengths.new_tensor(ends), right=True).tolist()
+    rows = zip([0, *last], [*last, len(lengths)], strict=True)
+    return [places(lengths[start:end])[0] for start, end in rows if start < end]
 
 
 class Block(nn.Module):
@@ -60,22 +80,26 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.rate = heads, dropout
+        self.heads = heads
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-8) for _ in range(2))
         self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
         self.forward_1, self.forward_2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, states: Tensor, there: Tensor) -> Tensor:
-        """float [n, D], the states of b histories one after the other, and bool [b, L], where they lie -> the same."""
+    def forward(self, states: Tensor, groups: Sequence[Tensor]) -> Tensor:
+        """float [n, D], the states of histories one after the other, and where they lie (`alike_long`) -> the same."""
         query = self.norms[0](states)  # keys and values are the states themselves, as published
-        q, k, v = (self._heads(part, there) for part in (self.query(query), self.key(states), self.value(states)))
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.rate if self.training else 0.0)
-        states = query + self.out(found.transpose(1, 2)[there].flatten(1))
+        all_three = torch.stack([self.query(query), self.key(states), self.value(states)], dim=1)
+        parts = all_three.split([int(there.sum()) for there in groups])
+        found = [self._attend(part, there) for part, there in zip(parts, groups, strict=True)]
+        states = query + self.out(torch.cat([*found, states[:0]]))
         states = self.norms[1](states)
         inner = self.dropout(F.relu(self.forward_1(states)))
         return states + self.dropout(self.forward_2(inner))
 
-    def _heads(self, states: Tensor, there: Tensor) -> Tensor:
-        """[n, D] -> [b, heads, L, D / heads]."""
-        return padded(states, there).unflatten(2, (self.heads, -1)).transpose(1, 2)
+    def _attend(self, states: Tensor, there: Tensor) -> Tensor:
+        """Queries, keys and values [n, 3, D] of lists that lie where bool [b, L] says -> [n, D]."""
+        q, k, v = padded(states, there).unflatten(3, (self.heads, -1)).permute(2, 0, 3, 1, 4)
+        rate = self.dropout.p if self.training else 0.0
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate)
+        return values_of(found.transpose(1, 2).flatten(2), there)
