@@ -118,6 +118,17 @@ def test_sides_that_do_not_do_the_same_are_refused(tmp_path):
     assert found.returncode == 1 and "the sides don't do the same work" in found.stderr
 
 
+def test_the_page_has_the_figures_of_the_results_that_stand(tmp_path):
+    docs = BENCHMARKS.parent / "docs"
+    page = tmp_path / "performance.md"
+    page.write_text((docs / "performance.md").read_text())
+    found = command("collect", "--into", page)
+    assert found.returncode == 0, found.stderr
+    assert page.read_text() == (docs / "performance.md").read_text()
+    for image in (tmp_path / "images").iterdir():
+        assert (docs / "images" / image.name).is_file()
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_results_are_collected_into_a_page(tmp_path):
