@@ -505,7 +505,7 @@ def _collection(bags: bool, width: int, pieces: Sequence[tuple[str, Placement]],
 
 def _take_rows_by_bags(collection: Any) -> None:
     """Have the CPU kernels of a sharded collection take rows as bags of one id where they are to be trained: the backward pass of
-    bags is several times as fast as that of rows (docs/collab.md, "Measured").
+    bags is faster than that of rows.
 
     A kernel gets n_1 to n_F ids of F features, and gives float32 [n_1 + ... + n_F, D] as it did. It makes as many bags of each
     feature, so where they differ much (an item, and the items of a history) it takes rows as rows.
