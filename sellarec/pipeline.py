@@ -79,13 +79,31 @@ def run(this: Run) -> None:
 
 
 def _run(this: Run) -> None:
-    config, console = this.config, this.console
+    config = this.config
     check_trackers(config.trackers)
     check_given_cluster(this.store.workspace)
     read = _closure(("evaluate",), config, set())
     wanted = config.stages or tuple(stage for stage in STAGES if stage in read)
     this.store.check_writable()
     _check_sharding(this, wanted)
+    try:
+        # checked before files are read, of which a hash takes minutes where they are large
+        if joins_cluster() and this.cluster is None:
+            this.connect()
+        _check_settings(this, wanted)
+        _run_stages(this, wanted)
+    finally:
+        if this.cluster is not None:
+            import ray
+
+            ray.shutdown()
+    if "evaluate" in wanted:
+        _finish(this)
+
+
+def _check_settings(this: Run, wanted: tuple[str, ...]) -> None:
+    """Refuse what this machine, or the language model that --llm names, can't do."""
+    config = this.config
     _check_language_model(this, wanted)
     _check_layer(this, wanted)
     _check_width(this, wanted)
@@ -98,6 +116,10 @@ def _run(this: Run) -> None:
         if wanted != ("prepare",):
             check_room(config.workers)
             takes_gpus(gpus_here(config.device), config.workers, config.device, this.groups, this.share)
+
+
+def _run_stages(this: Run, wanted: tuple[str, ...]) -> None:
+    config, console = this.config, this.console
     settings = _check_name(this, origins_of(this, wanted))
     console.line(f"run {config.name}: stages {', '.join(wanted)}; workspace {this.store.workspace}")
     recorded = this.place.read_json("artifacts.json") or {}
@@ -109,8 +131,6 @@ def _run(this: Run) -> None:
     this.trackers = open_trackers(config.trackers, this.place, str(config.name), everything, console.line)
     failed = True
     try:
-        if joins_cluster():  # checked before any work
-            this.connect()
         _check_computing(this, wanted)
         for stage in STAGES:
             if stage in needed:
@@ -142,12 +162,6 @@ def _run(this: Run) -> None:
     finally:
         for tracker in this.trackers:
             tracker.close(failed)
-        if this.cluster is not None:
-            import ray
-
-            ray.shutdown()
-    if "evaluate" in wanted:
-        _finish(this)
 
 
 def _note_begun(this: Run, stage: str) -> None:
@@ -444,7 +458,7 @@ def _check_ahead(this: Run, wanted: Sequence[str]) -> None:
 
 def _check_computing(this: Run, wanted: Sequence[str]) -> None:
     """Raises UserError where attention can't be computed, or layers compiled, as asked for. Of a cluster's compilers and
-    packages, and of its GPUs before it is joined, nothing is known here: its workers say so."""
+    packages nothing is known here: its workers say so."""
     config, attention = this.config, this.config.llm.attention
     sections = [getattr(config, stage, None) for stage in wanted]
     if any(isinstance(section, Backpropagation) and section.compile for section in sections) and not joins_cluster():
@@ -465,12 +479,10 @@ def _check_computing(this: Run, wanted: Sequence[str]) -> None:
 
 
 def _has_gpus(this: Run) -> bool:
-    """Whether workers get a GPU each; taken to be so of a cluster that isn't joined yet."""
+    """Whether workers get a GPU each. A cluster is joined by now; Ray on this machine need not be started yet."""
     config = this.config
     if this.cluster is not None:
         return this.gpus()
-    if joins_cluster():
-        return config.device != "cpu"
     return takes_gpus(gpus_here(config.device), config.workers, config.device)
 
 

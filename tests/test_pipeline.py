@@ -10,11 +10,12 @@ import pytest
 from small import small_log
 
 from sellarec import ahead, pipeline
-from sellarec.command_line import parse
+from sellarec.command_line import parse, parse_sweep
 from sellarec.config import Align, Collab, Config, Data, Llm
 from sellarec.errors import StageFailed, UserError, exit_status
 from sellarec.run import Run
 from sellarec.training.cluster import Cluster
+from sellarec.tuning import sweep as tuning_sweep
 
 CAUSE = "stage collab failed, also when it was taken up again: worker 1: RuntimeError: it broke"
 
@@ -112,6 +113,47 @@ def test_a_name_belongs_to_the_settings_of_a_stage_that_has_left_a_checkpoint(tm
         pipeline._check_name(other, {})
     pipeline._check_name(this, {})
     pipeline._check_name(of("--fuse.learning-rate", "0.5"), {})  # a later stage's
+
+
+@pytest.mark.parametrize("job", ["run", "sweep"])
+def test_a_cluster_is_checked_before_files_are_read(
+    job: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hash of large files takes minutes."""
+    found: list[UserError | Cluster] = [UserError("it is too small"), Cluster(local=False, gpus=False)]
+
+    def join(*given: Any, **named: Any) -> Cluster:
+        answer = found.pop(0)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    class Read(Exception):
+        pass
+
+    def read(*given: Any, **named: Any) -> None:
+        raise Read
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    for module in (pipeline, tuning_sweep):
+        monkeypatch.setattr(module, "check_given_cluster", lambda workspace: None)
+    monkeypatch.setattr("sellarec.run.connect", join)
+    for name in ("run.file_hash", "run.file_hashes", "language.llm.file_hash", "pipeline.open_trackers"):
+        monkeypatch.setattr(f"sellarec.{name}", read)
+    for name in ("u.data", "u.item"):
+        (tmp_path / name).touch()
+    flags = ["ml-100k", "--data", str(tmp_path), "--llm", str(models["llama"]), "--workspace", str(tmp_path / "w")]
+
+    def start() -> None:
+        if job == "run":
+            pipeline.run(Run.of(parse(flags)))
+        else:
+            tuning_sweep.sweep(parse_sweep([*flags, "--stage", "adapt"]))
+
+    with pytest.raises(UserError, match="it is too small"):
+        start()
+    with pytest.raises(Read):
+        start()
 
 
 @pytest.mark.parametrize(

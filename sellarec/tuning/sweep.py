@@ -54,6 +54,11 @@ def sweep(settings: Sweep) -> None:
     _check_changes(settings, config, space)
     this = Run.of(config)
     this.store.check_writable()
+    this.groups, this.share = settings.concurrent, settings.share
+    if (
+        joins_cluster()
+    ):  # checked for all trials, before files are read, of which a hash takes minutes where they are large
+        this.connect()
     reads = check_space(space, config, stage, partial(_marks, this, stage))
     this.config = config
     check_stage(this, stage)
@@ -61,7 +66,7 @@ def sweep(settings: Sweep) -> None:
     state = place / STATE
     identity = _check_name(state, settings, config, space, origins_of(this, tuple(marks_of(this, stage))))
     with lease(state, console.line):
-        marks = _run_stages_before(config, stage, reads, settings)
+        marks = _run_stages_before(this, stage, reads)
         state.write_json("sweep.json", identity)
         rows = _finished(state)
         if rows is None:
@@ -127,10 +132,10 @@ def _check_name(
     return mine
 
 
-def _run_stages_before(config: Config, stage: str, reads: Sequence[str], settings: Sweep) -> dict[str, str]:
-    """Carry out what the trials read; the fingerprints by stage. A cluster that is joined is checked for all trials here."""
-    this = Run.of(dataclasses.replace(config, stages=tuple(name for name in STAGES if name in reads)))
-    this.groups, this.share = settings.concurrent, settings.share
+def _run_stages_before(swept: Run, stage: str, reads: Sequence[str]) -> dict[str, str]:
+    """Carry out what the trials read; the fingerprints by stage. Leaves the cluster that was joined."""
+    this = Run.of(dataclasses.replace(swept.config, stages=tuple(name for name in STAGES if name in reads)))
+    this.groups, this.share, this.cluster = swept.groups, swept.share, swept.cluster
     run(this)
     check_labels(this, (stage,))
     check_start(this, (stage,))
