@@ -221,18 +221,20 @@ def check_address(address: str) -> None:
     """Refuse what is no address of a cluster's head, or where no cluster answers, in seconds (Ray would try for minutes).
 
     Args:
-        address: RAY_ADDRESS; "auto" is left to Ray, which looks on this machine only.
+        address: RAY_ADDRESS; "auto" is what Ray finds on this machine.
 
     Raises:
         UserError: the address, and what is there.
     """
-    if address == "auto":
-        return
     if address.startswith("ray://"):
         raise UserError(
             f"RAY_ADDRESS is {address}: a run's driver has to be on the cluster, not at the other end of Ray's client: "
             "`ray job submit` brings it there (docs/cluster.md)"
         )
+    given = address
+    if address == "auto":
+        address = _address_here()
+        given = f"auto (Ray finds {address})"
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         raise UserError(
@@ -243,7 +245,7 @@ def check_address(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(
-            f"no cluster answers at RAY_ADDRESS {address} ({error}): correct it, start the cluster, or unset RAY_ADDRESS to run "
+            f"no cluster answers at RAY_ADDRESS {given} ({error}): correct it, start the cluster, or unset RAY_ADDRESS to run "
             "on this machine alone"
         ) from None
     if os.environ.get("RAY_USE_TLS", "0") != "0":
@@ -252,12 +254,28 @@ def check_address(address: str) -> None:
 
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
-        except grpc.FutureTimeoutError:
+            # without a token, which isn't for whoever listens there
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=CONNECT_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                return  # a head that wants a token: Ray says what is wrong with the one that it is given
             raise UserError(
-                f"something listens at RAY_ADDRESS {address}, but it is no head of a Ray cluster: give the head's port (6379 "
-                "unless it was started with another), not the dashboard's"
+                f"something listens at RAY_ADDRESS {given}, but it is no head of a Ray cluster ({error.code().name}): give the "
+                "head's port (6379 unless it was started with another), not the dashboard's"
             ) from None
+
+
+def _address_here() -> str:
+    """The head of the cluster of which this machine is a node."""
+    from ray._private.services import get_ray_address_from_environment
+
+    try:
+        return get_ray_address_from_environment("auto", None)
+    except ConnectionError:
+        raise UserError(
+            "RAY_ADDRESS is auto, but Ray finds no cluster of which this machine is a node: start one, give the HOST:PORT of a "
+            "head, or unset RAY_ADDRESS to run on this machine alone"
+        ) from None
 
 
 def check_workspace(workspace: Place) -> None:

@@ -5,10 +5,12 @@ import importlib.util
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 
 import sellarec.training.cluster
@@ -147,6 +149,66 @@ def test_addresses_where_no_cluster_answers(web_server: int) -> None:
             preflight.check_address(address)
     with refused("ray://", "ray job submit"):
         preflight.check_address("ray://127.0.0.1:10001")
+
+
+@pytest.fixture
+def grpc_server() -> Iterator[Callable[..., str]]:
+    """Starts servers that speak gRPC, and answer calls of these names of Ray's head with a status; their addresses."""
+    started: list[grpc.Server] = []
+
+    def start(**calls: grpc.StatusCode) -> str:
+        def answer(code: grpc.StatusCode) -> grpc.RpcMethodHandler:
+            def call(request: bytes, context: grpc.ServicerContext) -> bytes:
+                if code != grpc.StatusCode.OK:
+                    context.abort(code, "no")
+                return b""
+
+            return grpc.unary_unary_rpc_method_handler(call)
+
+        server = grpc.server(ThreadPoolExecutor(1))
+        handlers = {name: answer(code) for name, code in calls.items()}
+        service = grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", handlers)
+        server.add_generic_rpc_handlers((service,))
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        started.append(server)
+        return address
+
+    yield start
+    for server in started:
+        server.stop(None).wait()
+
+
+def test_what_speaks_as_a_head_does_and_is_none(
+    grpc_server: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = time.monotonic()
+    with refused("it is no head of a Ray cluster .UNIMPLEMENTED"):
+        preflight.check_address(grpc_server())
+    assert time.monotonic() - start < preflight.CONNECT_SECONDS
+    preflight.check_address(grpc_server(CheckAlive=grpc.StatusCode.OK))
+    preflight.check_address(grpc_server(CheckAlive=grpc.StatusCode.UNAUTHENTICATED))  # Ray says why
+    monkeypatch.setattr(preflight, "CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent, refused("it is no head of a Ray cluster .DEADLINE_EXCEEDED"):
+        preflight.check_address(f"127.0.0.1:{silent.getsockname()[1]}")
+
+
+def test_a_cluster_that_ray_is_to_find(
+    grpc_server: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of this machine's own raylets, which belong to others, none is seen."""
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with refused("RAY_ADDRESS is auto, but Ray finds no cluster of which this machine is a node"):
+        preflight.check_address("auto")
+    (tmp_path / "ray").mkdir()
+    current = tmp_path / "ray" / "ray_current_cluster"  # which `ray start` writes
+    current.write_text(grpc_server(CheckAlive=grpc.StatusCode.OK))
+    preflight.check_address("auto")
+    current.write_text(grpc_server())
+    with refused(f"listens at RAY_ADDRESS auto .Ray finds {current.read_text()}., but it is no head"):
+        preflight.check_address("auto")
 
 
 def test_the_job_asks_for_what_a_run_or_a_sweep_would_ask_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
