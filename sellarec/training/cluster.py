@@ -263,15 +263,25 @@ def free_gpu_memory(share: float) -> int:
     return min(free, int(total * share))
 
 
-def check_room(workers: int) -> None:
-    """Raises UserError where this machine's memory can't hold so many workers."""
+def check_room(workers: int, trials: int | None = None) -> None:
+    """Raises UserError where this machine's memory can't hold so many workers, or so many trials of a sweep at a time, each of
+    which has a process of its own beside its workers."""
     available = free_memory()[0]
-    needed = RAY_MEMORY + workers * WORKER_MEMORY
+    what, processes = f"{workers} workers", workers
+    if trials is not None:
+        what = f"{trials} trials at a time x ({workers} workers and a process of their own)"
+        processes = trials * (workers + 1)
+    needed = RAY_MEMORY + processes * WORKER_MEMORY
     if needed > available:
         room = (available - RAY_MEMORY) // WORKER_MEMORY
-        advice = f"lower --workers to {room}" if room > 0 else "free some memory, or take a larger machine"
+        if trials is None:
+            advice = f"lower --workers to {room}" if room > 0 else ""
+        elif room > workers:
+            advice = f"lower --concurrent to {room // (workers + 1)}"
+        else:
+            advice = f"give --concurrent 1 and --workers {room - 1}" if room > 1 else ""
         raise UserError(
-            f"{workers} workers x {WORKER_MEMORY / 2**30:.2f} GiB + {RAY_MEMORY / 2**30:.0f} GiB for Ray = "
+            f"{what} x {WORKER_MEMORY / 2**30:.2f} GiB + {RAY_MEMORY / 2**30:.0f} GiB for Ray = "
             f"{needed / 2**30:.1f} GiB (before any table or model), but {available / 2**30:.1f} GiB of memory are free on this "
-            f"machine: {advice}"
+            f"machine: {advice or 'free some memory, or take a larger machine'}"
         )

@@ -49,7 +49,7 @@ def sweep(settings: Sweep) -> None:
     if settings.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UserError("search is optuna, but optuna is not installed: pip install -e '.[tune]' in the checkout")
     if not joins_cluster():
-        check_room(settings.concurrent * (settings.workers + 1))  # a trial has a process of its own beside its workers
+        check_room(settings.workers, settings.concurrent)
     space = read_space(settings.space or stage)
     _check_changes(settings, config, space)
     this = Run.of(config)
