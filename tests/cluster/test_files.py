@@ -1,5 +1,6 @@
 """The files of cluster/ against what reads them: the operator's schemas, Ray's of launcher files, linters; what a job sends."""
 
+import copy
 import json
 import re
 import subprocess
@@ -12,6 +13,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -32,9 +34,21 @@ def strict(schema: Any) -> Any:
     return made
 
 
-def errors(manifest: Any, kuberay: Path, plural: str) -> list[str]:
+def schema_of(kuberay: Path, plural: str) -> dict[str, Any]:
     crd = yaml.load((kuberay / f"ray.io_{plural}.yaml").read_text(), Loader=yaml.CSafeLoader)
-    schema = next(v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"] if v["name"] == "v1")
+    return next(v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"] if v["name"] == "v1")
+
+
+def schema_of_claims(kuberay: Path) -> dict[str, Any]:
+    """Of a PersistentVolumeClaim, by that of the claims which a pod may bring with it."""
+    group = schema_of(kuberay, "rayclusters")["properties"]["spec"]["properties"]["workerGroupSpecs"]["items"]
+    pod = group["properties"]["template"]["properties"]["spec"]["properties"]
+    claim = pod["volumes"]["items"]["properties"]["ephemeral"]["properties"]["volumeClaimTemplate"]["properties"]
+    kind = {"apiVersion": {"const": "v1"}, "kind": {"const": "PersistentVolumeClaim"}}
+    return {"type": "object", "properties": {**kind, **claim}, "required": [*kind, "metadata", "spec"]}
+
+
+def errors(manifest: Any, schema: dict[str, Any]) -> list[str]:
     schema["properties"]["metadata"] = {"type": "object", "additionalProperties": {}}
     validator = jsonschema.Draft202012Validator(strict(schema))
     return [f"{'.'.join(map(str, error.path))}: {error.message}" for error in validator.iter_errors(manifest)]
@@ -53,12 +67,22 @@ KINDS = {"raycluster": "rayclusters", "rayjob": "rayjobs"}
 @pytest.mark.parametrize("name", KINDS)
 def test_manifests_fit_the_operators_schema(name: str, kuberay: Path) -> None:
     manifest = yaml.safe_load((CLUSTER / "kuberay" / f"{name}.yaml").read_text())
-    assert errors(manifest, kuberay, KINDS[name]) == []
+    assert errors(manifest, schema_of(kuberay, KINDS[name])) == []
     # and the schema does refuse: a field that it doesn't know, a wrong type
     manifest["spec"]["entrypiont"] = "x"
     manifest["spec"].get("rayClusterSpec", manifest["spec"])["workerGroupSpecs"][1]["maxReplicas"] = "8"
-    found = errors(manifest, kuberay, KINDS[name])
+    found = errors(manifest, schema_of(kuberay, KINDS[name]))
     assert len(found) == 2 and all(any(name in error for error in found) for name in ("entrypiont", "maxReplicas"))
+
+
+def test_the_volume_fits_kubernetes_schema(kuberay: Path) -> None:
+    claim = yaml.safe_load((CLUSTER / "kuberay" / "storage.yaml").read_text())
+    assert errors(claim, schema_of_claims(kuberay)) == []
+    claim["spec"]["accessMode"] = claim["spec"].pop("accessModes")
+    claim["kind"] = "PersistentVolume"
+    claim["spec"]["resources"]["requests"]["storage"] = [100]
+    found = errors(claim, schema_of_claims(kuberay))
+    assert len(found) == 3 and all(any(name in error for error in found) for name in ("accessMode", "kind", "storage"))
 
 
 def cluster_specs() -> Iterator[dict[str, Any]]:
@@ -102,6 +126,11 @@ def test_the_launchers_file_fits_rays_schema() -> None:
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     launcher = yaml.safe_load((CLUSTER / "launcher.yaml").read_text())
     assert list(jsonschema.Draft7Validator(schema).iter_errors(launcher)) == []
+    validate_config(
+        prepare_config(copy.deepcopy(launcher))
+    )  # as `ray up` does: defaults filled in, rules beyond the schema
+    with pytest.raises(ValueError, match="head_node_type"):
+        validate_config(prepare_config({**copy.deepcopy(launcher), "head_node_type": "heads"}))
     assert all("RAY_AUTH_MODE=token" in launcher[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
     launcher["provider"]["kind"] = launcher["provider"].pop("type")
     assert list(jsonschema.Draft7Validator(schema).iter_errors(launcher))
@@ -166,6 +195,11 @@ def package_size(*flags: str | Path, status: int = 0) -> tuple[str, str]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
+
+
+def test_a_job_brings_no_environment() -> None:
+    """Dependencies are in the image: a job that installed some would do so on every node, each time."""
+    assert list(yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())) == ["excludes"]
 
 
 def test_a_job_sends_code_alone(tmp_path: Path) -> None:
