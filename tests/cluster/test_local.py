@@ -209,36 +209,70 @@ sys.stdin.read()
 """
 
 
+HIDES = """
+import sys
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, *given): return None if name == "sellarec" else self.finder.find_spec(name, *given)
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+"""sitecustomize.py of a node that lacks the package."""
+
+MOUNTS = {
+    "storage": 'mount -t tmpfs none "$WORKSPACE"',
+    "read-only storage": 'mount --bind "$WORKSPACE" "$WORKSPACE" && mount -o remount,bind,ro "$WORKSPACE"',
+    "disk": 'mkdir -p "$TEMP" && mount -t tmpfs -o size=500m none "$TEMP"',
+}
+"""What a node sees that no other does."""
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["package", "storage"])
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("package", ["torchrec is not the same on all nodes: ", "; 1.7.0 on odd (127.0.0.1)"]),
+        ("code", ["package sellarec is not on odd (127.0.0.1): submit the job with --working-dir"]),
+        ("storage", ["/w is not seen by 1 of 4 nodes (odd (127.0.0.1): FileNotFoundError"]),
+        ("read-only storage", ["/w can't be written to by 1 of 4 nodes (odd (127.0.0.1): OSError", "Read-only"]),
+        ("disk", ["1 GiB of disk have to be free behind Ray's session folder: odd (127.0.0.1) has 0.4"]),
+        ("network", ["odd (127.0.0.1): ", "none0", "can't reach each other by gloo"]),
+    ],
+)
 def test_a_node_that_is_not_like_the_others_is_named(
-    what: str, variables: dict[str, str], state: Path, tmp_path: Path
+    what: str, expected: list[str], variables: dict[str, str], state: Path, tmp_path: Path
 ) -> None:
-    """One more node joins, with another torchrec installed, or with a file system of its own below the workspace."""
-    (tmp_path / "w").mkdir()
+    """One more node joins, with another torchrec installed, without the package, with a network interface that isn't there, or
+    with a file system of its own as the workspace or as its session folder."""
+    workspace, temp, site = tmp_path / "w", state / "ray" / what.replace(" ", "-"), tmp_path / "site"
+    workspace.mkdir()
+    site.mkdir()
     change: dict[str, str] = {}
-    command: list[str | Path] = [sys.executable, "-c", ODD, variables["RAY_ADDRESS"], state / "ray" / what]
+    command: list[str | Path] = [sys.executable, "-c", ODD, variables["RAY_ADDRESS"], temp]
     if what == "package":
-        folder = tmp_path / "site" / "torchrec-1.7.0.dist-info"
-        folder.mkdir(parents=True)
+        folder = site / "torchrec-1.7.0.dist-info"
+        folder.mkdir()
         (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: torchrec\nVersion: 1.7.0\n")
-        change["PYTHONPATH"] = f"{folder.parent}:{ROOT}"
-        expected = "torchrec is not the same on all nodes: ", "; 1.7.0 on odd (127.0.0.1)"
+        change["PYTHONPATH"] = f"{site}:{ROOT}"
+    elif what == "code":
+        (site / "sitecustomize.py").write_text(HIDES)
+        change["PYTHONPATH"] = str(site)
+    elif what == "network":
+        change["GLOO_SOCKET_IFNAME"] = "none0"
     else:
-        if os.geteuid() != 0:
+        if os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
             pytest.skip("a mount of its own takes root")
-        mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', tmp_path / "w"]
-        command = [*mount, *command]
-        expected = "is not seen by 1 of 4 nodes (odd (127.0.0.1): FileNotFoundError", str(tmp_path / "w")
+        command = ["unshare", "--mount", "sh", "-c", f'{MOUNTS[what]} && exec "$@"', "sh", *command]
     command.append(json.dumps(change))
     environment = {**CLEAN, **variables, "PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(state / "ray")}
+    environment |= {"WORKSPACE": str(workspace), "TEMP": str(temp)}  # for MOUNTS
     odd = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     try:
         assert odd.stdout is not None and odd.stdout.readline() == "up\n"
-        check = [sys.executable, ROOT / "jobs" / "preflight.py", "--workers", "3", "--workspace", tmp_path / "w"]
+        check = [sys.executable, ROOT / "jobs" / "preflight.py", "--workers", "3", "--workspace", workspace]
         done = subprocess.run(check, capture_output=True, text=True, env=environment)
         assert done.returncode == 2, done.stdout + done.stderr
         assert done.stderr.count("error: ") == 1
