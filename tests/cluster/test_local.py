@@ -320,21 +320,30 @@ def test_down_leaves_nothing(variables: dict[str, str], state: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_nodes_in_network_namespaces_have_addresses_of_their_own(tmp_path: Path) -> None:
+    """Two workers train, each on a node of its own, as none has CPUs for two."""
     folder = Path(f"/tmp/sellarec-ns-{os.getpid()}")
     if os.geteuid() != 0 or subprocess.run(["unshare", "--net", "ip", "link"], capture_output=True).returncode != 0:
         pytest.skip("network namespaces take root and iproute2")
-    printed = local("up", folder, "--nodes", "2", "--network", "namespaces")
+    printed = local("up", folder, "--nodes", "3", "--cpus", "1", "--network", "namespaces")
     try:
         command = [Path(sys.executable).parent / "ray", "job", "submit", "--working-dir", ROOT, "--runtime-env"]
-        command += [ROOT / "cluster" / "runtime_env.yaml", "--", "python", "jobs/preflight.py", "--workspace", tmp_path]
-        done = subprocess.run(command, capture_output=True, text=True, env={**CLEAN, **exported(printed)}, timeout=300)
+        command += [
+            ROOT / "cluster" / "runtime_env.yaml",
+            "--",
+            "python",
+            "jobs/train.py",
+            main_job.write_recipe(tmp_path),
+        ]
+        command += ["--name", "one", "--stages", "prepare,collab", "--workers", "2", "--workspace", tmp_path / "w"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**CLEAN, **exported(printed)}, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
         facts = json.loads((folder / "cluster.json").read_text())
-        assert len({node["ip"] for node in facts["nodes"]}) == 2
+        assert len({node["ip"] for node in facts["nodes"]}) == 3
         for node in facts["nodes"]:
-            assert f"{node['name']} ({node['ip']}): 2 CPUs" in done.stdout
-        # its all-reduce went from one address to the other
+            assert f"{node['name']} ({node['ip']}): 1 CPUs" in done.stdout
         assert preflight_seconds(done.stdout) <= PREFLIGHT_SECONDS
+        training = main_job.read_json(main_job.artifact(tmp_path / "w", "one", "collab") / "training.json")
+        assert training["workers"] == 2 and training["steps"] > 0
     finally:
         local("down", folder)
     namespaces = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
