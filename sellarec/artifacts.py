@@ -5,6 +5,7 @@ object stores, where a directory can't be moved. A lease file keeps two writers 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -88,8 +89,8 @@ class Place:
 
     def write_text(self, name: str, text: str) -> None:
         """Write one small file; on a local file system a reader sees the old one or the new one, never a part."""
+        self.make()
         filesystem, path = self._resolved
-        filesystem.create_dir(path, recursive=True)
         if self.is_local:
             unfinished = f"{path}/.{name}.{uuid.uuid4().hex}"
             try:
@@ -118,16 +119,33 @@ class Place:
                 filesystem.delete_dir(f"{path}/{name}")
 
     def names(self) -> list[str]:
-        """Names of the files and directories in here."""
+        """Names of the files and directories in here; none where there is no such directory.
+
+        Raises:
+            OSError: it can't be told, as where a file stands in its way.
+        """
         filesystem, path = self._resolved
-        selector = pyarrow.fs.FileSelector(path, allow_not_found=True)
-        return sorted(info.base_name for info in filesystem.get_file_info(selector))
+        try:
+            return sorted(info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path)))
+        except FileNotFoundError:
+            return []
+
+    def make(self) -> None:
+        """Make this directory, where it isn't there yet."""
+        filesystem, path = self._resolved
+        filesystem.create_dir(path, recursive=True)
+
+    def reach(self) -> None:
+        """Raises FileNotFoundError where a directory that has been made is not there: its storage is away, and what is then
+        written would make another one in its place. Object stores have no directories that could be missed."""
+        if self.is_local and not self.folder.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "its storage is away", str(self))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[Path]:
         """A local folder whose files are in this place once the block has ended without an error."""
+        self.make()
         filesystem, path = self._resolved
-        filesystem.create_dir(path, recursive=True)
         if self.is_local:
             yield self.folder
             return
@@ -222,9 +240,12 @@ def lease(place: Place, waiting: Callable[[str], None]) -> Iterator[Callable[[],
         while not ended.wait(LEASE_SECONDS / 4):
             with contextlib.suppress(OSError):  # a full disk, say: the next renewal is soon enough
                 now = place.read_json("lease.json")
-                if now is not None and now["token"] != owner["token"]:
+                if (
+                    now is None
+                ):  # storage is away, where nothing may be made in its place; after that it is there, but old
+                    continue
+                if now["token"] != owner["token"]:
                     return
-                # where storage is away for a while there is none, and after that one that has grown old
                 place.write_json("lease.json", {**owner, "renewed": time.time()})
 
     thread = threading.Thread(target=renew, daemon=True)

@@ -246,8 +246,13 @@ class Run:
         )
 
     def persist(self, what: str, act: Callable[[], Done]) -> Done:
-        """Write or read something, and again while storage fails."""
-        return persist(what, act, self.config.storage_timeout, self.console.line)
+        """Write or read something in the workspace, and again while storage fails."""
+
+        def reach_and_act() -> Done:
+            self.store.workspace.reach()
+            return act()
+
+        return persist(what, reach_and_act, self.config.storage_timeout, self.console.line)
 
 
 def facts_of(this: Run, stage: str) -> dict[str, Any]:

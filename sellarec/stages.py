@@ -345,6 +345,7 @@ def _weigh_language(this: Run) -> dict[str, Any]:
         "fuse", {"collab": collab, "sella-rec": _fuse_builder(this, "fuse")}, this.config.evaluate,
         _valid_order(this, "fuse", settings), where, dtype=this.config.llm.dtype, storage=this.config.tables,
     )  # fmt: skip
+    where.make()  # workers take it that storage is away where it is missing
     run_workers(score_worker, {"scoring": scoring}, "fuse", this.group(), this.console, partial(_track, this))
     scored = pq.read_table(where.local() / "scores.parquet")
     valid = this.log().split("valid", ["row", "user", "label"])

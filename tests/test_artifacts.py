@@ -234,6 +234,30 @@ def test_a_lease_is_held_on_when_storage_was_away_for_a_while(tmp_path, monkeypa
         assert is_held() and place.read_json("lease.json")["renewed"] > old
 
 
+def test_a_lease_is_not_written_where_its_folder_has_gone(tmp_path, monkeypatch):
+    """A folder that is made where storage is not mounted would pass for the artifact."""
+    monkeypatch.setattr(artifacts, "LEASE_SECONDS", 0.4)
+    place, away = Place.of(str(tmp_path / "w" / "x")), tmp_path / "away"
+    with artifacts.lease(place, print) as is_held:
+        (tmp_path / "w").rename(away)
+        time.sleep(0.5)
+        assert not (tmp_path / "w").exists()
+        with pytest.raises(FileNotFoundError, match="its storage is away"):
+            place.reach()
+        away.rename(tmp_path / "w")
+        place.reach()
+        old = place.read_json("lease.json")["renewed"]
+        time.sleep(0.5)
+        assert is_held() and place.read_json("lease.json")["renewed"] > old
+
+
+def test_names_of_what_is_no_folder_are_not_none(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(NotADirectoryError):
+            Place.of(str(path)).names()
+
+
 def test_writing_is_tried_again_until_storage_is_back(tmp_path):
     folder, said = tmp_path / "x", []
     folder.mkdir()

@@ -156,6 +156,7 @@ def evaluate_artifact(settings: Evaluation) -> list[dict[str, Any]]:
                     "evaluate", {name: build}, settings, order, where, storage=storage,
                     queries=queries if where is place else None, cutoffs=settings.cutoffs,
                 )  # fmt: skip
+                where.make()  # workers take it that storage is away where it is missing
                 run_workers(
                     score_worker,
                     {"scoring": scoring},

@@ -31,10 +31,10 @@ class Checkpoints:
         """Positions of the newest checkpoint and of the one before it."""
 
     def save(self, engine: Engine, position: dict[str, Any]) -> None:
-        """Write a checkpoint, and delete those that nothing goes back to.
+        """Write a checkpoint, and delete those before it that nothing goes back to.
 
         Kept are the newest and the one before it, which is gone back to where the newest turns out damaged, and of both the
-        best state that they name.
+        best state that they name. Those of later steps, which were passed over, stay until the training has come past them.
 
         Args:
             position: where the run stands, as JSON takes it, with `step` and `best_step` (0: none so far).
@@ -43,21 +43,18 @@ class Checkpoints:
         what = f"writing the checkpoint of step {position['step']} to {self._place / name}"
         self._storage.first(what, partial(self._place.delete, name))  # what an earlier attempt has left
         # each worker for itself: in what follows they wait for each other, so none may be missing
-        self._storage.attempt(what, partial(self._reach, self._place / name))
+        self._storage.attempt(what, (self._place / name).make)
         parts = self._storage.attempt(what, partial(self._write, engine, self._place / name))
         files = {file: found for part in parts for file, found in part.items()}
         record = {"position": position, "shapes": engine.shapes, "files": files}
         self._storage.first(what, partial((self._place / name).write_json, RECORD, record))
         self._newest = [*self._newest[-1:], position]
         kept = {_name(step) for held in self._newest for step in (held["step"], held["best_step"])}
-        self._storage.first(
-            f"deleting old checkpoints in {self._place}",
-            lambda: self._place.delete(*(_name(step) for step in self._steps() if _name(step) not in kept)),
-        )
+        self._storage.first(f"deleting old checkpoints in {self._place}", partial(self._delete, position["step"], kept))
 
-    def _reach(self, place: Place) -> None:
-        with place.writing():
-            pass
+    def _delete(self, before: int, kept: set[str]) -> None:
+        names = [_name(step) for step in self._steps() if step < before]
+        self._place.delete(*(name for name in names if name not in kept))
 
     def _write(self, engine: Engine, place: Place) -> dict[str, tuple[int, int]]:
         """Of the files that this worker has written, bytes and checksum by name."""

@@ -50,6 +50,7 @@ def encode_worker(config: dict[str, Any]) -> None:
     try:
         encode(encoding, Workers.join(encoding.timeout))
     except UserError as error:
+        encoding.output.reach()  # what isn't found while storage is away is no mistake: workers are started again, and wait
         ray.get(encoding.board.put.remote({"error": str(error)}))
     except StageFailed as error:
         ray.get(encoding.board.put.remote({"failed": str(error)}))
@@ -58,7 +59,8 @@ def encode_worker(config: dict[str, Any]) -> None:
 def encode(encoding: Encoding, workers: Workers) -> None:
     """Write the parts that don't stand yet. Each block of items is shared out evenly; worker 0 gathers its vectors."""
     settings, output = encoding.settings, encoding.output
-    storage = Storage(workers, "distil", encoding.storage_timeout, partial(note, encoding.board, "distil"))
+    storage = Storage(workers, "distil", encoding.storage_timeout, partial(note, encoding.board, "distil"), output)
+    storage.wait()
     written = storage.first(f"reading {output}", partial(what_stands, output, encoding.mark))
     make = partial(ItemEncoder, encoding.source, encoding.adapter, encoding.noun, settings, workers=workers)
     encoder = together_of_first(make, workers)

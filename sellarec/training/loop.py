@@ -140,6 +140,7 @@ def train_worker(config: dict[str, Any]) -> None:
     try:
         _train(training)
     except (UserError, FloatingPointError) as error:
+        training.output.reach()  # what isn't found while storage is away is no mistake: workers are started again, and wait
         # All workers end here together, and it would be the same again: report it and end, instead of retrying.
         ray.get(training.board.put.remote({"error": str(error)}))
     except StageFailed as error:
@@ -153,13 +154,14 @@ def _train(training: Training) -> None:
         training.board.put.remote({"group": group.id.hex()})  # first of all: who waits for it may lose this worker
     workers = Workers.join(training.timeout)
     seed_everything(training.seed, training.stage)
+    tell = partial(note, training.board, training.stage)
+    storage = Storage(workers, training.stage, training.storage_timeout, tell, training.output)
+    storage.wait()
     task = together_of_first(training.build, workers)
     engine = together(
         partial(Engine, task, workers, training.seed, settings, training.storage, training.dtype), workers
     )
     position = Position()
-    tell = partial(note, training.board, training.stage)
-    storage = Storage(workers, training.stage, training.storage_timeout, tell)
     checkpoints = Checkpoints(training.output / CHECKPOINTS, storage)
     found = checkpoints.newest()
     if found is not None:

@@ -58,6 +58,7 @@ def score_worker(config: dict[str, Any]) -> None:
     try:
         _score(scoring)
     except UserError as error:
+        scoring.output.reach()  # what isn't found while storage is away is no mistake: workers are started again, and wait
         ray.get(scoring.board.put.remote({"error": str(error)}))
     except StageFailed as error:
         ray.get(scoring.board.put.remote({"failed": str(error)}))
@@ -65,6 +66,9 @@ def score_worker(config: dict[str, Any]) -> None:
 
 def _score(scoring: Scoring) -> None:
     workers = Workers.join(scoring.timeout)
+    tell = partial(note, scoring.board, scoring.stage)
+    storage = Storage(workers, scoring.stage, scoring.storage_timeout, tell, scoring.output)
+    storage.wait()
     order = scoring.order
     columns: dict[str, np.ndarray] = {}
     histories: dict[str, dict[str, int]] = {}
@@ -106,8 +110,6 @@ def _score(scoring: Scoring) -> None:
             pq.write_table(pa.table(columns), folder / "scores.parquet")
         scoring.output.write_json("scoring.json", {"histories": histories})
 
-    tell = partial(note, scoring.board, scoring.stage)
-    storage = Storage(workers, scoring.stage, scoring.storage_timeout, tell)
     storage.first(f"writing {scoring.output}/scores.parquet", write)
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sellarec.artifacts import pauses
+from sellarec.artifacts import Place, pauses
 from sellarec.errors import StageFailed
 
 if TYPE_CHECKING:
@@ -26,12 +26,18 @@ class Storage:
         stage: named in messages.
         seconds: how long it is tried again, all pauses together.
         tell: takes a line about it, on worker 0.
+        output: the artifact that is made, whose folder the driver has made for the lease: where it is not there, storage is away.
     """
 
     workers: "Workers"
     stage: str
     seconds: float
     tell: Callable[[str], None]
+    output: Place
+
+    def wait(self) -> None:
+        """Wait until storage is there: what is not, says nothing of what it holds."""
+        self.first(f"reaching {self.output}", lambda: None)
 
     def attempt(self, what: str, act: Callable[[], Done]) -> list[Done]:
         """What `act` gives on each worker, by rank. All workers call it; `act` may call collectives where it fails on all alike.
@@ -41,20 +47,15 @@ class Storage:
         """
         waited = 0.0
         for pause in (*pauses(self.seconds), None):
-            done, failure = None, None
-            try:
-                done = act()
-            except (OSError, SafetensorError, CheckpointException) as error:
-                if isinstance(error, CheckpointException) and not _is_of_storage(error):
-                    raise  # on all workers, as it is
-                failure = _cause(error)
-            everyone: list[Any] = [None] * self.workers.world_size
-            dist.all_gather_object(everyone, (done, failure), group=self.workers.control)
-            failures = {told: rank for rank, (_, told) in reversed(list(enumerate(everyone))) if told is not None}
+            _, failures = self._on_all(
+                self.output.reach
+            )  # before collectives of `act`, in which no worker may be missing
+            if not failures:
+                done, failures = self._on_all(act)
             if not failures:
                 if waited:
                     self.tell_once(f"{what} succeeded, {waited:.0f} s after it had failed")
-                return [done for done, _ in everyone]
+                return done
             causes = "; ".join(f"worker {rank}: {told}" for told, rank in failures.items())
             if pause is None:
                 raise StageFailed(
@@ -65,6 +66,20 @@ class Storage:
             time.sleep(pause)
             waited += pause
         raise AssertionError("the last attempt returns or raises")
+
+    def _on_all(self, act: Callable[[], Done]) -> tuple[list[Done], dict[str, int]]:
+        """What `act` gives on each worker, by rank; how it failed, and the first worker on which it did so."""
+        done, failure = None, None
+        try:
+            done = act()
+        except (OSError, SafetensorError, CheckpointException) as error:
+            if isinstance(error, CheckpointException) and not _is_of_storage(error):
+                raise  # on all workers, as it is
+            failure = _cause(error)
+        everyone: list[Any] = [None] * self.workers.world_size
+        dist.all_gather_object(everyone, (done, failure), group=self.workers.control)
+        failures = {told: rank for rank, (_, told) in reversed(list(enumerate(everyone))) if told is not None}
+        return [done for done, _ in everyone], failures
 
     def first(self, what: str, act: Callable[[], Done]) -> Done:
         """What `act` gives on worker 0, which alone carries it out."""

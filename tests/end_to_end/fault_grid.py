@@ -33,6 +33,7 @@ FAULTS = {
     "test_fault[checkpoint_damaged]": "a checkpoint is damaged (after the job was killed)",
     "test_fault[storage_away]": "storage fails for a while",
     "test_fault[storage_away_for_too_long]": "storage fails for too long",
+    "test_workspace_away": "the workspace is out of sight for 20 seconds, and a worker is killed meanwhile",
     "test_a_node_that_is_lost_is_waited_for": "nodes are lost, and others take their place",
     "test_a_node_that_is_about_to_be_taken_away_is_left_in_time": "a node is about to be taken away",
     "test_nodes_that_do_not_come_back_and_a_head_that_is_lost": "nodes are lost for good, the head is lost",

@@ -160,6 +160,34 @@ def storage_away_for_too_long(stage: str, workspace: Path, log: Path) -> None:
     assert f"{stage:<9} goes on from its checkpoint at step" in printed
 
 
+@pytest.mark.parametrize("stage", ["collab", "adapt"])
+def test_workspace_away(stage: str, undisturbed: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    """All that a job reads and writes is out of sight, for longer than workers take to start again; one is killed meanwhile."""
+    inputs, expected = undisturbed(stage)
+    workspace, away, log = tmp_path / "w", tmp_path / "away", tmp_path / "log"
+    shutil.copytree(inputs, workspace)
+    job = main_job.start(*flags(stage, workspace), log=log)
+    try:
+        wait_for_checkpoints(1, workspace, stage, job, log)
+        workspace.rename(away)
+        gone = time.monotonic()
+        os.kill(main_job.training_workers(job)[1].pid, signal.SIGKILL)
+        main_job.wait_for(log, "was cut off", job)
+        again = len(log.read_text())
+        while time.monotonic() < gone + 20 or "tries again in 4 s" not in log.read_text()[again:]:
+            assert job.poll() is None and time.monotonic() < gone + 300, log.read_text()
+            time.sleep(0.1)
+        assert not workspace.exists(), "what is made there would hide it"
+        away.rename(workspace)
+        assert job.wait(600) == 0, log.read_text()
+    finally:
+        main_job.end(job)
+    printed = log.read_text()[again:]
+    assert f"reaching {workspace}/artifacts/{stage}-" in printed and "its storage is away" in printed
+    assert f"{stage:<9} goes on from its checkpoint at step" in printed
+    main_job.assert_same(stage, expected, workspace)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "fault",

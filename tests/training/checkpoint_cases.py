@@ -43,7 +43,9 @@ def engine_of(workers: Workers, rows: int = ROWS, seed: int = SEED) -> Engine:
 
 
 def checkpoints_of(workers: Workers, folder: Path, told: list[str], seconds: float = 0) -> Checkpoints:
-    return Checkpoints(Place.of(str(folder)), Storage(workers, "test", seconds, told.append))
+    return Checkpoints(
+        Place.of(str(folder)), Storage(workers, "test", seconds, told.append, Place.of(str(folder.parent)))
+    )
 
 
 def held(engine: Engine, workers: Workers, rows: int = ROWS) -> np.ndarray:
@@ -67,10 +69,10 @@ def save(folder: Path, positions: Sequence[tuple[int, int]], seconds: float = 0)
     return {"told": told, "failed": failed}
 
 
-def load(folder: Path) -> dict[str, Any]:
+def load(folder: Path, seconds: float = 0) -> dict[str, Any]:
     """What is found and loaded, and whether the rows are those that were saved."""
     workers, told = workers_of(), []
-    checkpoints = checkpoints_of(workers, folder, told)
+    checkpoints = checkpoints_of(workers, folder, told, seconds)
     try:
         found = checkpoints.newest()
     except StageFailed as error:
@@ -105,7 +107,7 @@ def newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 def export(folder: Path, seconds: float) -> dict[str, Any]:
     workers, told = workers_of(), []
     engine = engine_of(workers)
-    engine.export(Place.of(str(folder)), Storage(workers, "test", seconds, told.append))
+    engine.export(Place.of(str(folder)), Storage(workers, "test", seconds, told.append, Place.of(str(folder.parent))))
     return {"told": told, "rows": held(engine, workers)}
 
 

@@ -129,7 +129,7 @@ def workers_of() -> Workers:
 
 
 def storage_of(workers: Workers) -> Storage:
-    return Storage(workers, "test", 0, print)
+    return Storage(workers, "test", 0, print, Place.of("/"))
 
 
 def engine_of(run: Run, task: CollabTask, workers: Workers) -> Engine:

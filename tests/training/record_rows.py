@@ -112,6 +112,7 @@ def main(folder: Path, workers: int, least: int | None = None) -> None:
     connect(workers, console, Place.of(str(folder)), device="cpu")
     settings = Recording(batch=BATCH, epochs=EPOCHS, checkpoint_every=0.5, table_learning_rate=0.01)
     output = Place.of(str(folder / "output"))
+    output.make()
     training = Training("recording", partial(Recorder, folder), settings, SEED, order_of(folder), None, output)
     group = Group(workers, False, workers)
     if least is not None:

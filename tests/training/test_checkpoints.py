@@ -150,6 +150,42 @@ def test_storage_that_comes_back_loses_nothing(gloo, saved, tmp_path):
         assert found["position"] == {"step": 7, "best_step": 3} and found["same"]
 
 
+@pytest.mark.parametrize(
+    ("act", "arguments", "step"), [(checkpoint_cases.load, [], 6), (checkpoint_cases.save, [[(7, 3)]], 7)]
+)
+def test_an_artifact_that_is_out_of_sight_is_waited_for(gloo, saved, tmp_path, act, arguments, step):
+    """Not taken for one without checkpoints, nor made anew in another place."""
+    folder, away = tmp_path / "artifact" / "checkpoints", tmp_path / "away"
+    shutil.copytree(saved, folder)
+    folder.parent.rename(away)
+    timer = threading.Timer(1.5, away.rename, [folder.parent])
+    timer.start()
+    first, second = gloo.call(2, act, folder, *arguments, 30)
+    timer.join()
+    assert (
+        "FileNotFoundError: [Errno 2] its storage is away" in first["told"][0]
+        and str(folder.parent) in first["told"][0]
+    )
+    assert "s after it had failed" in first["told"][-1] and second["told"] == []
+    for found in gloo.call(2, checkpoint_cases.load, folder):
+        assert found["position"] == {"step": step, "best_step": 3} and found["same"]
+
+
+def test_later_checkpoints_outlive_a_run_that_began_before_them(gloo, saved, tmp_path):
+    """What was not to be read when the run began may be whole."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    (folder / "step-000000006" / "checkpoint.json").rename(tmp_path / "kept")
+    (folder / "step-000000005" / "checkpoint.json").unlink()
+    assert gloo.call(2, checkpoint_cases.save, folder, [(4, 3)])[0]["failed"] is None
+    (tmp_path / "kept").rename(folder / "step-000000006" / "checkpoint.json")
+    for found in gloo.call(2, checkpoint_cases.load, folder):
+        assert found["position"] == {"step": 6, "best_step": 3} and found["same"]
+    # and it goes as it has been passed
+    assert gloo.call(2, checkpoint_cases.save, folder, [(7, 3), (8, 3)])[0]["failed"] is None
+    assert names(folder) == [f"step-{step:09d}" for step in (3, 7, 8)]
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
     """A file system with room for little more than a checkpoint or two, and what makes it larger."""

@@ -65,6 +65,7 @@ def test_vectors_are_those_of_a_whole_model(gloo, models, adapter, titles, tmp_p
     distil = Distil(text="text", sharded=True, micro_batch=4, **settings)
     source, tuned = replace(llms.find_llm(str(models[name]), None), storage=storage), adapter(name)
     output = Place.of(str(tmp_path / "distil"))
+    output.make()
     encoding = Encoding(files, len(texts), distil, source, tuned, "movie", output, "mark", part_rows=20)
     found = gloo.call(workers, encoding_cases.run, encoding, 11)
     whole = ItemEncoder(source, tuned, "movie", distil)
@@ -101,6 +102,7 @@ def test_a_vector_that_is_not_finite_ends_all_workers(gloo, models, titles, tmp_
     _, files = catalog(tmp_path, titles, 12)
     source, output = llms.find_llm(str(folder), None), Place.of(str(tmp_path / "distil"))
     settings = Distil(text="text", sharded=True)
+    output.make()
     encoding = Encoding(files, 12, settings, source, None, "movie", output, "mark", part_rows=20)
     found = gloo.call(workers, encoding_cases.run, encoding, 50)
     assert {worker["failure"] for worker in found} == {
@@ -117,6 +119,7 @@ def test_parts_that_stand_are_kept_by_another_number_of_workers(gloo, models, ad
         Place.of(str(tmp_path / "distil")),
     )
     settings = Distil(text="text", sharded=True)
+    output.make()
     encoding = Encoding(files, 47, settings, source, tuned, "movie", output, "mark", part_rows=20, storage_timeout=0)
     broken = gloo.call(3, encoding_cases.run, encoding, 50, 1)
     assert all("OSError: the disk is full" in worker["failure"] for worker in broken)
