@@ -65,13 +65,16 @@ class Nodes:
         for name in names:
             os.kill(pids[name], signal.SIGKILL)
 
+    def workers(self) -> dict[str, list[psutil.Process]]:
+        """The workers of Ray Train, by node."""
+        return {
+            name: [p for p in psutil.Process(pid).children() if "RayTrainWorker" in " ".join(p.cmdline())]
+            for name, pid in self.raylets().items()
+        }
+
     def of_a_worker(self) -> str:
         """A node that is not the head, and has a worker of Ray Train."""
-        for name, pid in self.raylets().items():
-            children = psutil.Process(pid).children()
-            if name != "head" and any("RayTrainWorker" in " ".join(child.cmdline()) for child in children):
-                return name
-        raise AssertionError("only the head has workers")
+        return next(name for name, workers in self.workers().items() if workers and name != "head")
 
     def notify(self, name: str) -> None:
         """Tell Ray that a node is to be taken away in a minute."""
@@ -212,6 +215,30 @@ def test_a_node_that_is_about_to_be_taken_away_is_left_in_time(
         main_job.end(job)
     assert name not in nodes.raylets(), "a node that nothing runs on any more ends itself"
     assert "was cut off" not in log.read_text()
+    assert_alike(stage, expected, workspace)
+
+
+@pytest.mark.parametrize("stage", ["collab"])
+def test_a_driver_that_is_killed_alone_and_submitted_again(
+    stage: str, nodes: Nodes, folder: Path, tmp_path: Path
+) -> None:
+    """The cluster lives on, and ends the workers that the first driver has left before those of the second train."""
+    nodes.have(3)
+    expected, workspace, flags = prepared(stage, nodes, folder, tmp_path)
+    command, log = [*flags, "--workers", "2"], tmp_path / "log"
+    job = nodes.start(*command, log=log)
+    try:
+        wait_for_count(log, "valid AUC", 2, job)  # there is a checkpoint of the first
+        left = [process for workers in nodes.workers().values() for process in workers]
+        assert len(left) == 2
+        job.kill()
+        job.wait()  # a lease of a process that is not waited for counts as held
+        job = nodes.start(*command, log=log)
+        main_job.wait_for(log, f"{stage:<9} goes on from its checkpoint at step", job)
+        assert not any(process.is_running() for process in left)
+        assert job.wait(600) == 0, log.read_text()
+    finally:
+        main_job.end(job)
     assert_alike(stage, expected, workspace)
 
 
