@@ -15,6 +15,9 @@ import numpy as np
 import psutil
 import pytest
 from cluster_jobs import CLEAN, ROOT, exported, local
+from safetensors.numpy import load_file
+
+from sellarec.training.table import SavedTable
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -135,16 +138,29 @@ def prepared(stage: str, nodes: Nodes, folder: Path, tmp_path: Path) -> tuple[Pa
 
 
 def assert_alike(stage: str, undisturbed: Path, disturbed: Path) -> None:
-    """The same curve to its end, up to the order in which numbers are added up."""
-    expected, found = (
-        main_job.read_json(main_job.artifact(workspace, "run", stage) / "training.json")
-        for workspace in (undisturbed, disturbed)
-    )
+    """The same curve to its end and weights of the state that is kept, up to the order in which numbers are added up."""
+    folders = [main_job.artifact(workspace, "run", stage) for workspace in (undisturbed, disturbed)]
+    expected, found = (main_job.read_json(folder / "training.json") for folder in folders)
     assert found["steps"] == expected["steps"]
     np.testing.assert_allclose(found["first_losses"], expected["first_losses"], rtol=1e-5)
     curves = [[(step, m["auc"], m["uauc"]) for step, m in facts["evaluations"]] for facts in (expected, found)]
     assert len(curves[0]) > 5
     np.testing.assert_allclose(curves[1], curves[0], atol=1e-3)
+    assert found["kept_step"] == expected["kept_step"]
+    of_expected, of_found = map(saved_weights, folders)
+    assert of_found.keys() == of_expected.keys() and of_expected
+    for name, weight in of_expected.items():
+        np.testing.assert_allclose(of_found[name], weight, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def saved_weights(artifact: Path) -> dict[str, np.ndarray]:
+    """Rows of tables, and weights of files such as an adapter or a projection, by name."""
+    tables = [SavedTable(path.parent, path.stem) for path in (artifact / "tables").glob("*.json")]
+    found = {f"table {table.name}": table.read(0, table.facts["rows"]) for table in tables}
+    for path in artifact.rglob("*.safetensors"):
+        if path.parent.name != "tables":
+            found |= {f"{path.name}: {name}": weight for name, weight in load_file(path).items()}
+    return found
 
 
 def wait_for_count(log: Path, text: str, count: int, job: subprocess.Popen, seconds: float = 600) -> None:
