@@ -240,9 +240,7 @@ def lease(place: Place, waiting: Callable[[str], None]) -> Iterator[Callable[[],
         while not ended.wait(LEASE_SECONDS / 4):
             with contextlib.suppress(OSError):  # a full disk, say: the next renewal is soon enough
                 now = place.read_json("lease.json")
-                if (
-                    now is None
-                ):  # storage is away, where nothing may be made in its place; after that it is there, but old
+                if now is None:  # storage is away, where nothing may be made in its place
                     continue
                 if now["token"] != owner["token"]:
                     return

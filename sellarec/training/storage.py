@@ -47,9 +47,8 @@ class Storage:
         """
         waited = 0.0
         for pause in (*pauses(self.seconds), None):
-            _, failures = self._on_all(
-                self.output.reach
-            )  # before collectives of `act`, in which no worker may be missing
+            # before collectives of `act`, in which no worker may be missing
+            _, failures = self._on_all(self.output.reach)
             if not failures:
                 done, failures = self._on_all(act)
             if not failures:

@@ -55,9 +55,8 @@ def sweep(settings: Sweep) -> None:
     this = Run.of(config)
     this.store.check_writable()
     this.groups, this.share = settings.concurrent, settings.share
-    if (
-        joins_cluster()
-    ):  # checked for all trials, before files are read, of which a hash takes minutes where they are large
+    # checked for all trials, before files are read, of which a hash takes minutes where they are large
+    if joins_cluster():
         this.connect()
     reads = check_space(space, config, stage, partial(_marks, this, stage))
     this.config = config
