@@ -153,8 +153,10 @@ def storage_away_for_too_long(stage: str, workspace: Path, log: Path) -> None:
         assert job.wait(300) == 1, log.read_text()
     finally:
         main_job.end(job)
-    lines = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "and again for 2 s (storage_timeout)" in lines[0] and "NotADirectoryError" in lines[0]
+    *before, line = log.read_text().splitlines()
+    assert line.startswith("error: ") and not any(other.startswith("error: ") for other in before)
+    assert "and again for 2 s (storage_timeout)" in line and "NotADirectoryError" in line
+    assert list(workspace.glob("runs/*/logs/*/*")), "what workers have printed"
     bring_back(folder, away)
     printed = main_job.train(*flags(stage, workspace), log=log)
     assert f"{stage:<9} goes on from its checkpoint at step" in printed
