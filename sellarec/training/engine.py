@@ -30,6 +30,7 @@ from sellarec.errors import UserError
 from sellarec.evaluation.ranking import TopList, UserMetrics, merge, top_k, user_metrics
 from sellarec.language.llm import reading
 from sellarec.training import dense
+from sellarec.training.exchanges import Waited, counted
 from sellarec.training.graph import Kind, ShardedGraph
 from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
@@ -215,6 +216,8 @@ class Engine:
         self.table_seconds = 0.0
         """What steps have spent on tables so far: lookups, the exchange of their vectors and gradients, waiting for other workers
         in it, and the update of rows. On GPUs only what the host waits."""
+        self.exchanges = Waited()
+        """Of it the exchanges; none where there is one worker."""
         self.optimizer = None
         if task.model is not None:
             if isinstance(settings, Backpropagation) and settings.compile:
@@ -376,9 +379,8 @@ class Engine:
         count = self._agree(batch, rows, task.targets(batch).item())
         if self.tables is not None and self.trains_tables:
             self.tables.set_learning_rate(self.settings.table_learning_rate * rate)
-        start = time.perf_counter()
-        vectors = self._look_up(batch, step)
-        self.table_seconds += time.perf_counter() - start
+        with self._on_tables():
+            vectors = self._look_up(batch, step)
         trained = {name: value for name, value in vectors.items() if name not in self._frozen_features}
         found = {name: value.values if isinstance(value, Jagged) else value for name, value in trained.items()}
         leaves = {name: value.detach().requires_grad_(self.trains_tables) for name, value in found.items()}
@@ -414,11 +416,19 @@ class Engine:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         if self.tables is not None and self.trains_tables:
-            start = time.perf_counter()
-            torch.autograd.backward(list(found.values()), list(gradients.values()))
-            self.tables.step()
-            self.table_seconds += time.perf_counter() - start
+            with self._on_tables():
+                torch.autograd.backward(list(found.values()), list(gradients.values()))
+                self.tables.step()
         return mean
+
+    @contextlib.contextmanager
+    def _on_tables(self) -> Iterator[None]:
+        """Count the time as spent on tables, and of it the exchanges."""
+        start = time.perf_counter()
+        alone = self.workers.world_size == 1
+        with contextlib.nullcontext() if alone else counted(self.workers.tables, self.exchanges):
+            yield
+        self.table_seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def score(self, slices: Iterable[pa.Table], report: Callable[[int], None]) -> dict[str, np.ndarray] | None:

@@ -396,7 +396,7 @@ class _Reporter:
     def _clear(self) -> None:
         self._losses: list[float] = []
         self._rows = 0.0
-        self._spent = np.zeros((self._engine.workers.world_size, 3))
+        self._spent = np.zeros((self._engine.workers.world_size, 4))
         self._memory = np.zeros(self._engine.workers.world_size)
 
     @contextlib.contextmanager
@@ -405,28 +405,29 @@ class _Reporter:
         yield
         self._wait += time.monotonic() - start
 
-    def own(self, rows: pa.Table) -> tuple[float, float, float, float]:
-        """Of this worker since the last call: seconds of waiting for data, seconds spent on tables, tokens of the step's prompts,
-        and bytes of memory at the peak."""
+    def own(self, rows: pa.Table) -> tuple[float, ...]:
+        """Of this worker since the last call: seconds of waiting for data, seconds spent on tables and of these in exchanges,
+        tokens of the step's prompts, and bytes of memory at the peak."""
         tokens = pc.sum(pc.list_value_length(rows["tokens"])).as_py() if "tokens" in rows.column_names else 0
         device = self._engine.workers.device
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        own = self._wait, self._engine.table_seconds, float(tokens or 0), float(memory)
-        self._wait = self._engine.table_seconds = 0.0
+        engine = self._engine
+        own = self._wait, engine.table_seconds, engine.exchanges.seconds, float(tokens or 0), float(memory)
+        self._wait = engine.table_seconds = engine.exchanges.seconds = 0.0
         return own
 
     def step(self, position: Position, loss: float, rows: int, everyone: np.ndarray) -> None:
-        """A step was taken; `everyone` is `own` of each worker, [W, 4]."""
+        """A step was taken; `everyone` is `own` of each worker, [W, 5]."""
         if position.step == self._first_step + 1:
             # the first step starts things up, so the time left is told by those after it
             self._start = time.monotonic()
         self._losses.append(loss)
         self._rows += rows
-        self._spent += everyone[:, :3]
-        self._memory = everyone[:, 3]
+        self._spent += everyone[:, :4]
+        self._memory = everyone[:, 4]
         if time.monotonic() - self._clock > PROGRESS_SECONDS:
             self.flush(position)
 
@@ -440,7 +441,7 @@ class _Reporter:
         position.losses.append((position.step, loss))
         done = position.step - self._first_step - 1
         settings, rate = self._training.settings, self._engine.rate(position.step - 1, self._steps)
-        waited, tables, tokens = self._spent.T
+        waited, tables, exchanges, tokens = self._spent.T
         record = {
             "step": position.step,
             "steps": self._steps,
@@ -454,6 +455,7 @@ class _Reporter:
             record["tokens/s"] = tokens.sum() / seconds
         if self._engine.trains_tables and isinstance(settings, Sparse):
             record |= _mean_and_most("tables %", 100 * tables / seconds)
+            record |= _mean_and_most("all-to-all %", 100 * exchanges / seconds)
             record["table learning rate"] = settings.table_learning_rate * rate
         if self._engine.optimizer is not None and isinstance(settings, Dense):
             record["learning rate"] = settings.learning_rate * rate

@@ -149,8 +149,16 @@ def test_what_the_run_leaves(runs: Runs) -> None:
     for stage in TRAINED:
         shown = {"loss", "rows per s", "data wait (%)", "data wait (%), most", "memory GiB", "memory GiB, most"}
         shown |= {"learning rate", "tokens per s"} if stage in ("pretrain", "adapt", "fuse") else set()
-        shown |= {"table learning rate", "tables (%)"} if stage in ("collab", "align", "fuse") else set()
+        shown |= (
+            {"table learning rate", "tables (%)", "all-to-all (%)"} if stage in ("collab", "align", "fuse") else set()
+        )
         assert {f"{stage}/{name}" for name in shown} <= set(board.Tags()["scalars"])
+    for stage in ("collab", "align", "fuse"):
+        for most in ("", ", most"):
+            spent, exchanged = (
+                [e.value for e in board.Scalars(f"{stage}/{what} (%){most}")] for what in ("tables", "all-to-all")
+            )
+            assert all(0 < of_it < whole <= 100 for whole, of_it in zip(spent, exchanged, strict=True)), stage
     memory = {e.value for e in board.Scalars("collab/memory GiB, most")}
     assert all(0.2 < value < 8 for value in memory)
     for rank in range(2):

@@ -153,8 +153,8 @@ def ranked(run: Run, engine: Engine, task: CollabTask, k: int) -> np.ndarray | N
 
 
 def train(run: Run) -> dict[str, Any]:
-    """What a worker finds: the losses, the initial dense weights; and on worker 0 scores of the valid split and, of a model
-    whose score is a product, whole lists and short ones of the queries."""
+    """What a worker finds: the losses, the initial dense weights, the seconds of exchanges and of all that is done on tables; and
+    on worker 0 scores of the valid split and, of a model whose score is a product, whole lists and short ones of the queries."""
     table_module.MAX_COLUMNS, tables_module.FILE_ROWS = run.max_columns, run.file_rows
     try:
         return _train(run)
@@ -182,7 +182,8 @@ def _train(run: Run) -> dict[str, Any]:
     lists = [ranked(run, engine, task, k) for k in (places, CUT)] if run.settings.model != "din" else None
     if run.output is not None:
         engine.export(Place.of(str(run.output)), storage_of(workers))
-    return {"losses": losses, "dense": dense, "scores": scored, "lists": lists}
+    seconds = engine.exchanges.seconds, engine.table_seconds
+    return {"losses": losses, "dense": dense, "scores": scored, "lists": lists, "seconds": seconds}
 
 
 def optimizers_after_loading(run: Run) -> dict[str, dict[str, Any]]:

@@ -329,6 +329,8 @@ def test_any_number_of_workers_takes_the_steps_of_one_process(gloo, twins, log, 
     run = Run(settings_of(**CASES[case]), log, Tables(sharding=sharding), output=tmp_path)
     found = gloo.call(workers, engine_cases.train, run)
     close(found, run, twin_of(twins, run, found))
+    for exchanges, on_tables in (worker["seconds"] for worker in found):
+        assert 0 < exchanges < on_tables if workers > 1 else exchanges == 0
 
 
 @pytest.mark.distributed
