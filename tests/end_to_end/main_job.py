@@ -30,6 +30,9 @@ TINY: dict[str, Any] = {
 """A small world and few steps. The batch of 66 is no multiple of 4, so slices of some workers are padded; some histories don't
 fit beside soft tokens."""
 
+WEIGHTS = (0.0, 0.5, 1.0)
+FUSE = {**TINY["fuse"], "collab_score": True, "language_weights": list(WEIGHTS)}
+SETTINGS = {**TINY, "fuse": FUSE}
 
 LONGER = {
     "pretrain": ["--pretrain.max-steps", "400", "--pretrain.epochs", "400"],
@@ -154,3 +157,17 @@ def inputs_of(stage: str, folder: Path) -> Path:
     train("demo", write_recipe(folder), "--workspace", workspace, "--stages", BEFORE[stage], log=folder / "inputs.log")
     shutil.rmtree(workspace / "runs")
     return workspace
+
+
+class Runs(dict[int, tuple[Path, str]]):
+    """By number of workers: the workspace, and what the job printed. A run is made when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._recipe = folder, write_recipe(folder, SETTINGS)
+
+    def __missing__(self, workers: int) -> tuple[Path, str]:
+        workspace = self._folder / f"workers-{workers}"
+        arguments = ["demo", self._recipe, "--workers", str(workers), "--workspace", workspace, "--name", "run"]
+        arguments += ["--profile.stages", "collab", "--profile.first", "3", "--profile.steps", "2"]
+        self[workers] = (workspace, train(*arguments, log=self._folder / f"{workers}.log", seconds=1800))
+        return self[workers]

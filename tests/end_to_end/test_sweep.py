@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,55 @@ def test_trials_of_several_workers_that_share_cpus(tmp_path: Path, held: list) -
     for row in two:
         assert main_job.read_json(tmp_path / "two/w/artifacts" / row["artifact"] / "training.json")["workers"] == 2
     np.testing.assert_allclose([row["value"] for row in two], [row["value"] for row in one], atol=1e-4)
+
+
+OF_STAGES = {
+    "adapt": {"adapt.rank": {"choice": [2, 4, 8]}},
+    "align": {
+        "align.hidden": {"choice": [16, 32, 64]},
+        "align.layers": {"choice": [1, 2]},
+        "align.temperature": {"loguniform": [0.05, 1.0]},
+    },
+    "fuse": {
+        "fuse.tokens": {"choice": [["user", "item"], ["item", "semantic"], ["user", "item", "semantic"]]},
+        "fuse.warm_start": {"choice": [True, False]},
+    },
+}
+"""LoRA's rank; the projection's width and depth, and the temperature; the tokens that are injected, and the warm start."""
+
+
+@pytest.mark.parametrize("stage", OF_STAGES)
+def test_trials_share_what_they_read_and_read_no_test_rows(
+    stage: str, runs: main_job.Runs, tmp_path: Path, held: list
+) -> None:
+    """What a run has made stands. The test rows are not even there while the sweep runs."""
+    space, workspace, name = OF_STAGES[stage], tmp_path / "w", f"demo-tiny-{stage}"
+    earlier = main_job.BEFORE[stage].split(",")
+    for each in earlier:
+        made = main_job.artifact(runs[2][0], "run", each)
+        shutil.copytree(made, workspace / "artifacts" / made.name)
+    (test,) = workspace.glob("artifacts/prepare-*/interactions/test")
+    away = test.rename(tmp_path / "test")
+    recipe = main_job.write_recipe(tmp_path, main_job.SETTINGS)
+    files = [str(recipe), "--space", str(write_space(tmp_path, space))]
+    flags = ["--stage", stage, "--search", "random", "--trials", "3", "--workers", "1", "--workspace", str(workspace)]
+    sweep(parse_sweep(["demo", *files, *flags]))
+    away.rename(test)
+    assert held[-1] == 0
+    rows = pq.read_table(workspace / f"runs/{name}/trials.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["finished"] * 3
+    assert all(len({row[setting] for row in rows}) > 1 for setting in space), "each had several values"
+    drawn = {tuple(row[setting] for setting in space) for row in rows}
+    assert len({str(row["evaluations"]) for row in rows}) == len(drawn), "which made a difference"
+    names = [path.parent.name for path in workspace.glob("artifacts/*/manifest.json")]
+    assert sorted(each.partition("-")[0] for each in names) == sorted([*earlier, *[stage] * len(drawn)])
+    assert {row["artifact"] for row in rows} == {each for each in names if each.startswith(f"{stage}-")}
+
+    best, stages = workspace / f"runs/{name}/best.yaml", ",".join([*earlier, stage])
+    printed = main_job.train(best, "--stages", stages, log=tmp_path / "log")
+    assert printed.count("stands already") == len(earlier) + 1
+    winner = max(rows, key=lambda row: row["value"])
+    assert main_job.artifact(workspace, f"{name}-best", stage).name == winner["artifact"]
 
 
 POPULATION = ("--search", "pbt", "--trials", "4", "--perturb-every", "2", "--collab.epochs", "6")

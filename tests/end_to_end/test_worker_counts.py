@@ -11,6 +11,7 @@ import main_job
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from main_job import SETTINGS, WEIGHTS, Runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sellarec
@@ -23,32 +24,9 @@ ONE, THREE = (pytest.param(workers, marks=pytest.mark.slow) for workers in (1, 3
 """One and three workers: runs of their own, which `make test-all` makes. Without Ray, tests/training compares 1 to 3 workers in
 each run of the tests."""
 
-WEIGHTS = (0.0, 0.5, 1.0)
-FUSE = {**main_job.TINY["fuse"], "collab_score": True, "language_weights": list(WEIGHTS)}
-SETTINGS = {**main_job.TINY, "fuse": FUSE}
-
 TRAINED = ("pretrain", "adapt", "collab", "align", "fuse")
 FROM_TRAINED = ("adapt", "align", "fuse")
 """Stages that begin with what others have trained."""
-
-
-class Runs(dict[int, tuple[Path, str]]):
-    """By number of workers: the workspace, and what the job printed. A run is made when it is first asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._recipe = folder, main_job.write_recipe(folder, SETTINGS)
-
-    def __missing__(self, workers: int) -> tuple[Path, str]:
-        workspace = self._folder / f"workers-{workers}"
-        arguments = ["demo", self._recipe, "--workers", str(workers), "--workspace", workspace, "--name", "run"]
-        arguments += ["--profile.stages", "collab", "--profile.first", "3", "--profile.steps", "2"]
-        self[workers] = (workspace, main_job.train(*arguments, log=self._folder / f"{workers}.log"))
-        return self[workers]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 def first_losses(workspace: Path, stage: str) -> list[float]:
