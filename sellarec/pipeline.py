@@ -34,7 +34,7 @@ from sellarec.tracking import check_trackers, open_trackers
 from sellarec.training.cluster import check_given_cluster, check_room, gpus_here, joins_cluster, takes_gpus
 from sellarec.training.failures import keep_logs, last_line
 from sellarec.training.launch import CHECKPOINTS
-from sellarec.training.progress import duration
+from sellarec.training.progress import Console, duration
 
 PACKAGES = ("torch", "torchrec", "ray", "transformers", "peft", "pyarrow", "numpy")
 
@@ -157,7 +157,8 @@ def _run_stages(this: Run, wanted: tuple[str, ...]) -> None:
             _track_results(this)
         failed = False
     except StageFailed:
-        _keep_logs(this)  # as long as Ray runs
+        if this.cluster is not None:
+            keep_logs_of(this.place, this.console)  # as long as Ray runs
         raise
     finally:
         for tracker in this.trackers:
@@ -172,20 +173,19 @@ def _note_begun(this: Run, stage: str) -> None:
         this.persist(f"writing {this.place}/{BEGUN}", partial(this.place.write_json, BEGUN, begun))
 
 
-def _keep_logs(this: Run) -> None:
-    """Copy what the run's processes have printed on all nodes into its folder, in place of what an earlier failure left there."""
-    if this.cluster is None:
-        return
-    place = this.place / LOGS
+def keep_logs_of(run: Place, console: Console) -> None:
+    """Copy what this job's processes have printed on all nodes into a run's folder, in place of what an earlier failure left
+    there."""
+    place = run / LOGS
     try:
-        this.place.delete(LOGS)
+        run.delete(LOGS)
         left_out = keep_logs(place)
-    except Exception as error:  # told, as the stage's own failure, which is raised next, says more
+    except Exception as error:  # told, not raised: what failed says more, and is told next
         left_out = [last_line(error)]
     else:
-        this.console.line(f"what workers have printed is in {place}")
+        console.line(f"what workers have printed is in {place}")
     for why in left_out:
-        this.console.line(f"workers' logs that could not be copied, which Ray keeps in its session folder: {why}")
+        console.line(f"workers' logs that could not be copied, which Ray keeps in its session folder: {why}")
 
 
 def origins_of(this: Run, wanted: Sequence[str]) -> dict[str, Any]:

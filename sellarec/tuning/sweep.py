@@ -14,7 +14,7 @@ from sellarec.artifacts import Place, lease
 from sellarec.changes import windows
 from sellarec.config import CHANGEABLE, EMBEDDED, STAGES, Config, Sweep, result_settings, to_yaml
 from sellarec.errors import StageFailed, UserError
-from sellarec.pipeline import check_stage, marks_of, origins_of, run
+from sellarec.pipeline import check_stage, keep_logs_of, marks_of, origins_of, run
 from sellarec.run import Run
 from sellarec.training.cluster import check_given_cluster, check_room, connect, joins_cluster
 from sellarec.training.failures import last_line
@@ -69,7 +69,7 @@ def sweep(settings: Sweep) -> None:
         state.write_json("sweep.json", identity)
         rows = _finished(state)
         if rows is None:
-            rows = _run_trials(settings, config, space, marks, state, console)
+            rows = _run_trials(settings, config, space, marks, place, console)
         else:
             console.line(f"the sweep stands already: {place}")
         finished = sorted((row for row in rows if row.status == "finished"), key=lambda row: -(row.value or 0))
@@ -144,9 +144,9 @@ def _run_stages_before(swept: Run, stage: str, reads: Sequence[str]) -> dict[str
 
 
 def _run_trials(
-    settings: Sweep, config: Config, space: Sequence[Domain], marks: Mapping[str, str], state: Place, console: Console
+    settings: Sweep, config: Config, space: Sequence[Domain], marks: Mapping[str, str], place: Place, console: Console
 ) -> list[Row]:
-    """Run what is left of the trials; how all of them went."""
+    """Run what is left of the trials of the sweep whose folder is `place`; how all of them went."""
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # what they write is in our table
         "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the sweep as it ends any job
@@ -155,9 +155,9 @@ def _run_trials(
         "RAY_AIR_NEW_OUTPUT": "0",
     }.items():
         os.environ.setdefault(name, value)
-    place, concurrent = Place.of(config.workspace), settings.concurrent
+    state, concurrent, workspace = place / STATE, settings.concurrent, Place.of(config.workspace)
     cluster = connect(
-        settings.workers, console, place, concurrent, settings.share, stopping=concurrent, device=settings.device
+        settings.workers, console, workspace, concurrent, settings.share, stopping=concurrent, device=settings.device
     )
     import ray
     from ray import tune
@@ -170,7 +170,7 @@ def _run_trials(
     folder = _folder(state)
     try:
         if settings.search == "pbt":
-            return _run_population(settings, base, state, console)
+            return _with_logs(_run_population(settings, base, state, console), place, console)
         if tune.Tuner.can_restore(f"{folder}/tune"):
             console.line(f"the sweep goes on: {state}")
             tuner = tune.Tuner.restore(f"{folder}/tune", trainable, resume_unfinished=True, restart_errored=True)
@@ -187,7 +187,7 @@ def _run_trials(
                 run_config=_run_config(settings, state, Progress(console, space, settings.trials, state / "trials")),
             )
         results = tuner.fit()
-        rows = [_row(number, result, base) for number, result in enumerate(results, 1)]
+        rows = _with_logs([_row(number, result, base) for number, result in enumerate(results, 1)], place, console)
     finally:
         ray.shutdown()
     # what failed is tried again when the command is given again; where nothing was finished, everything is
@@ -195,6 +195,13 @@ def _run_trials(
         if any(row.status == "finished" for row in rows):
             state.write_json("trials.json", [dataclasses.asdict(row) for row in rows])
         state.delete("tune", "trials")
+    return rows
+
+
+def _with_logs(rows: list[Row], place: Place, console: Console) -> list[Row]:
+    """The trials; where some failed, what workers have printed is kept as long as Ray runs."""
+    if any(row.status == "failed" for row in rows):
+        keep_logs_of(place, console)
     return rows
 
 

@@ -123,13 +123,18 @@ def test_a_trial_whose_process_is_lost_is_taken_up_again(tmp_path: Path, held: l
     assert [row["status"] for row in table(tmp_path)] == ["finished", "finished"]
 
 
-def test_trials_that_all_fail_end_the_sweep_with_their_cause(tmp_path: Path, held: list) -> None:
+def test_trials_that_all_fail_end_the_sweep_with_their_cause(tmp_path: Path, held: list, capsys) -> None:
+    """And with what their workers have printed in one place."""
     space = {"collab.table_learning_rate": {"choice": [1e30, 1e31]}}
     with pytest.raises(StageFailed, match=r"none came to its end: .*stage collab"):
         sweep(parse_sweep(arguments(tmp_path, "--trials", "2", "--collab.table-optimizer", "sgd", space=space)))
     assert held[-1] == 0
     rows = table(tmp_path)
     assert [row["status"] for row in rows] == ["failed", "failed"] and all(row["cause"] for row in rows)
+    logs = tmp_path / "w/runs/demo-tiny-collab/logs"
+    assert f"what workers have printed is in {logs}" in capsys.readouterr().out
+    printed = [file.read_text() for file in logs.glob("*/worker-*")]
+    assert sum("starting 1 workers" in text for text in printed) == 2, "one of each trial's processes"
 
 
 def killed_at(text: str, folder: Path, *flags: str) -> tuple[list[str], dict[str, str]]:
