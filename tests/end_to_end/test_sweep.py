@@ -191,9 +191,10 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(search: str, tmp_path: Path
 
 
 def test_trials_of_several_workers_that_share_cpus(tmp_path: Path, held: list) -> None:
-    """Two trials at a time, of two workers each that take half a CPU: they come to what one worker comes to."""
+    """Two trials at a time, of two workers each that take half a CPU: they come to what one worker comes to. By UAUC, which each
+    trial keeps its state by too."""
     space = {"collab.l2": {"choice": [0.01, 0.1]}}
-    flags = ("--search", "random", "--trials", "2", "--collab.epochs", "2")
+    flags = ("--search", "random", "--trials", "2", "--collab.epochs", "2", "--metric", "uauc")
     for name, workers in (("two", ("--workers", "2", "--share", "0.5", "--concurrent", "2")), ("one", ())):
         (tmp_path / name).mkdir()
         sweep(parse_sweep([*arguments(tmp_path / name, space=space), *flags, *workers]))
@@ -201,8 +202,12 @@ def test_trials_of_several_workers_that_share_cpus(tmp_path: Path, held: list) -
     two, one = (sorted(table(tmp_path / name), key=lambda row: row["collab.l2"]) for name in ("two", "one"))
     assert [row["status"] for row in two] == ["finished"] * 2
     for row in two:
+        assert row["value"] == row["valid uauc"] == max(step["uauc"] for step in row["evaluations"])
         assert main_job.read_json(tmp_path / "two/w/artifacts" / row["artifact"] / "training.json")["workers"] == 2
     np.testing.assert_allclose([row["value"] for row in two], [row["value"] for row in one], atol=1e-4)
+    best = tmp_path / "two/w/runs/demo-tiny-collab/best.yaml"
+    assert parse([str(best)]).collab.select_on == "uauc"
+    assert parse([str(best)]).collab.l2 == max(two, key=lambda row: row["value"])["collab.l2"]
 
 
 OF_STAGES = {
