@@ -117,7 +117,9 @@ def train(given: dict[str, Any], rank: int) -> None:
         losses.append(engine.step(part, step, engine.rate(step, steps)))
     _, rows = batches("valid", config.evaluate.batch, None, [*task.columns, "row", "label"], 1)
     scored = engine.score(rows, lambda _: None)
-    engine.export(Place.of(given["out"]), Storage(joined, "collab", 0.0, print))
+    output = Place.of(given["out"])
+    output.make()
+    engine.export(output, Storage(joined, "collab", 0.0, print, output))
     if scored is not None:
         labels = log.split("valid", ["label"])["label"].to_numpy().astype(np.int64)
         found = {"losses": losses[:FIRST], "auc": auc(labels, scored["score"])}

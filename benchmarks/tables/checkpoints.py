@@ -57,7 +57,8 @@ def build(
     task = CollabTask(Model(Sizes(rows // 2, rows // 2, 0.5), collab), collab, np.ones(0, bool))
     group = Workers(rank, workers, torch.device("cpu"), dist.new_group(), dist.new_group())
     engine = Engine(task, group, seed, collab, Tables(), "float32")
-    return engine, Checkpoints(Place.of(folder), Storage(group, "benchmark", 0.0, print))
+    place = Place.of(folder)
+    return engine, Checkpoints(place, Storage(group, "benchmark", 0.0, print, place))
 
 
 def states(engine: Engine) -> Iterator[tuple[Table, int, Tensor, Tensor]]:
