@@ -213,8 +213,9 @@ def main(arguments: list[str]) -> None:
         raise UserError(
             f"{(own or flags)[0]} is given, but a table sets its recipes, names and stages itself, and its seeds, or --seeds does"
         )
-    table, into, chosen = TABLES[name], taken(flags, "--into"), taken(flags, "--seeds")
-    if into is not None and (not Path(into).parent.is_dir() or Path(into).is_dir()):
+    table, chosen, given = TABLES[name], taken(flags, "--seeds"), taken(flags, "--into")
+    into = None if given is None else Path(given)
+    if into is not None and (not into.parent.is_dir() or into.is_dir()):
         raise UserError(
             f"--into is '{into}', where no file can be written: give a Markdown file in a folder that exists"
         )
@@ -229,9 +230,8 @@ def main(arguments: list[str]) -> None:
     from sellarec.pipeline import run
     from sellarec.run import Run
 
-    file = None if into is None else Path(into)
-    if file is not None:
-        around(file, name)
+    if into is not None:
+        around(into, name)
     of_each = len(table.variants)
     print(
         f"table {name}: {len(table.seeds) * of_each} runs, one after the other ({of_each} of each of {len(table.seeds)} seeds; "
@@ -271,13 +271,13 @@ def main(arguments: list[str]) -> None:
     place.write_json(f"{name}.json", made)
     place.write_text(f"{name}.md", markdown(records, table.published))
     print(f"table        {place}/{name}.txt, {name}.md, {name}.json")
-    if file is not None:
-        beside = file.with_suffix("") / f"{name}.json"
+    if into is not None:
+        beside = into.with_suffix("") / f"{name}.json"
         beside.parent.mkdir(exist_ok=True)
         beside.write_text(in_json(made), encoding="utf-8")
-        link = f"Resolved settings and values of each run: [{beside.name}]({beside.relative_to(file.parent)})."
-        put_between(file, name, f"{markdown(records, table.published)}\n{link}\n")
-        print(f"written into {file}, {beside}")
+        link = f"Resolved settings and values of each run: [{beside.name}]({beside.relative_to(into.parent)})."
+        put_between(into, name, f"{markdown(records, table.published)}\n{link}\n")
+        print(f"written into {into}, {beside}")
 
 
 def taken(flags: list[str], name: str) -> str | None:

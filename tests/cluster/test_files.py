@@ -126,9 +126,8 @@ def test_the_launchers_file_fits_rays_schema() -> None:
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
     launcher = yaml.safe_load((CLUSTER / "launcher.yaml").read_text())
     assert list(jsonschema.Draft7Validator(schema).iter_errors(launcher)) == []
-    validate_config(
-        prepare_config(copy.deepcopy(launcher))
-    )  # as `ray up` does: defaults filled in, rules beyond the schema
+    # as `ray up` does: defaults filled in, rules beyond the schema
+    validate_config(prepare_config(copy.deepcopy(launcher)))
     with pytest.raises(ValueError, match="head_node_type"):
         validate_config(prepare_config({**copy.deepcopy(launcher), "head_node_type": "heads"}))
     assert all("RAY_AUTH_MODE=token" in launcher[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))

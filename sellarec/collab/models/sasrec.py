@@ -61,15 +61,16 @@ class Model(CollabModel):
         return users + super().user(batch, vectors) if self.has_user_rows else users
 
 
-def alike_long(lengths: Tensor) -> list[Tensor]:
+def alike_long(lengths: Tensor) -> list[tuple[Tensor, int]]:
     """Lists of int64 [b] lengths, the shortest first, in groups whose longest is FEW items long, or twice as long as that of the
-    group before: of each group bool [b_g, L_g], where there is a value."""
+    group before: of each group bool [b_g, L_g], where there is a value, and how many there are."""
     longest, ends = int(lengths[-1]) if len(lengths) else 0, [FEW]
     while 2 * ends[-1] < longest:
         ends.append(2 * ends[-1])
     last = torch.searchsorted(lengths, lengths.new_tensor(ends), right=True).tolist()
     rows = zip([0, *last], [*last, len(lengths)], strict=True)
-    return [places(lengths[start:end])[0] for start, end in rows if start < end]
+    found = [places(lengths[start:end]) for start, end in rows if start < end]
+    return [(there, len(place)) for there, place in found]
 
 
 class Block(nn.Module):
@@ -86,12 +87,12 @@ class Block(nn.Module):
         self.forward_1, self.forward_2 = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, states: Tensor, groups: Sequence[Tensor]) -> Tensor:
+    def forward(self, states: Tensor, groups: Sequence[tuple[Tensor, int]]) -> Tensor:
         """float [n, D], the states of histories one after the other, and where they lie (`alike_long`) -> the same."""
         query = self.norms[0](states)  # keys and values are the states themselves, as published
         all_three = torch.stack([self.query(query), self.key(states), self.value(states)], dim=1)
-        parts = all_three.split([int(there.sum()) for there in groups])
-        found = [self._attend(part, there) for part, there in zip(parts, groups, strict=True)]
+        parts = all_three.split([size for _, size in groups])
+        found = [self._attend(part, there) for part, (there, _) in zip(parts, groups, strict=True)]
         states = query + self.out(torch.cat([*found, states[:0]]))
         states = self.norms[1](states)
         inner = self.dropout(F.relu(self.forward_1(states)))
