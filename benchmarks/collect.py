@@ -89,6 +89,26 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def parts_table(results: list[dict[str, Any]]) -> str:
+    """Where the time of a first repetition went, of the sides that have found it (`parts`): a column a side."""
+    lines = []
+    for result in results:
+        sides = {
+            name: side["found"]["parts"] for name, side in result["sides"].items() if "parts" in side.get("found", {})
+        }
+        if not sides:
+            continue
+        cell = "".join(f", {name} {show(value)}" for name, value in cell_of(result).items())
+        lines += [
+            "",
+            f"| `{result['case']}`{cell}, first repetition | {' | '.join(sides)} |",
+            f"|---{'|---' * len(sides)}|",
+        ]
+        for part in next(iter(sides.values())):
+            lines.append(f"| {part} | {' | '.join(f'{found[part]:.3g}' for found in sides.values())} |")
+    return "\n".join([*lines, ""]) if lines else ""
+
+
 def origins(results: list[dict[str, Any]]) -> str:
     """Where, when and how the results were taken: a line for those that have it alike."""
     lines: dict[str, list[str]] = {}
@@ -153,7 +173,7 @@ def main() -> int:
     if not results:
         parser.error(f"there are no results in {arguments.results}: benchmarks/run.py all makes them")
     single = [result for result in results if not cell_of(result)]
-    text, pictures = f"{table(results)}\n\n{origins(results)}\n", []
+    text, pictures = f"{table(results)}\n{parts_table(results)}\n{origins(results)}\n", []
     images = (arguments.into.parent if arguments.into else Path()) / "images"
     if single and arguments.into:
         lines = sum(len(result["ratios"]) for result in single)

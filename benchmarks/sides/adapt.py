@@ -1,4 +1,4 @@
-"""Steps of LoRA tuning of a language model on prompts: the training loop's engine, and plain Transformers and PEFT.
+"""Steps of LoRA tuning of a language model on prompts: the training loop's engine, plain Transformers and PEFT, and the Trainer.
 
 All sides take the same global batches through the same micro-batches of rows, from the same weights, with the same loss (next-
 token cross-entropy of the answer's tokens) and optimizer, so their losses agree.
@@ -13,9 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from peft import PeftModel
 from sides.engine import engine_of, steps_of
 from sides.language import model_flops, model_folder, prompt_rows, titles, write_model
+from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from sellarec.config import Adapt, Prompt
 from sellarec.language.adapt import TextTask, build_adapt
@@ -71,6 +74,22 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
     return steps_of(engine, batches, real, model_flops(work, folder, settings, batches))
 
 
+def padded_on_the_left(tokens: list[list[int]], answers: list[int], longest: int) -> dict[str, Tensor]:
+    """Prompts [b, longest] as a causal model of Transformers takes them, with labels where the answer is."""
+    ids = torch.stack([F.pad(torch.tensor(text), (longest - len(text), 0)) for text in tokens])
+    places, lengths = torch.arange(longest), torch.tensor([len(text) for text in tokens])
+    answered = places >= longest - torch.tensor(answers)[:, None]
+    mask = (places >= longest - lengths[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(answered, ids, -100)}
+
+
+def published_model(work: dict[str, Any], folder: Path) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(
+        model_folder(work, folder), dtype=getattr(torch, work["dtype"]), trust_remote_code=False
+    )
+    return PeftModel.from_pretrained(base, folder / ADAPTER, is_trainable=True)
+
+
 def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple[int, dict]]:
     """A loop as it is published: rows in the order they come, padded on the left; the model makes logits of all positions, and
     the loss ignores those without a label. As the Trainer does, micro-batches share one normaliser, and with bfloat16 the model
@@ -79,13 +98,9 @@ def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple
     Args:
         fixed: pad to the longest prompt there may be, else to the longest of the micro-batch.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     settings, batches, device = settings_of(work), batches_of(work, folder), work["device"]
     dtype = getattr(torch, work["dtype"])
-    base = AutoModelForCausalLM.from_pretrained(model_folder(work, folder), dtype=dtype, trust_remote_code=False)
-    model = PeftModel.from_pretrained(base, folder / ADAPTER, is_trainable=True).to(device).train()
+    model = published_model(work, folder).to(device).train()
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=settings.learning_rate, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
@@ -98,18 +113,14 @@ def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple
 
     def step(batch: pa.Table) -> float:
         tokens, answers = batch["tokens"].to_pylist(), batch["answer"].to_pylist()
-        total, count = 0.0, sum(answers)
+        total, normaliser = 0.0, torch.tensor(sum(answers), device=device)
         for start in range(0, len(tokens), size):
             part = slice(start, start + size)
             longest = work["max_tokens"] if fixed else max(map(len, tokens[part]))
-            padded = [F.pad(torch.tensor(text), (longest - len(text), 0)) for text in tokens[part]]
-            ids, lengths = torch.stack(padded).to(device), torch.tensor([len(text) for text in tokens[part]])
-            mask = (torch.arange(longest) >= longest - lengths[:, None]).long().to(device)
-            answered = torch.arange(longest) >= longest - torch.tensor(answers[part])[:, None]
-            labels = torch.where(answered.to(device), ids, -100)
-            normaliser = torch.tensor(count, device=device)
+            given = padded_on_the_left(tokens[part], answers[part], longest)
+            given = {name: value.to(device) for name, value in given.items()}
             with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-                loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=normaliser).loss
+                loss = model(**given, num_items_in_batch=normaliser).loss
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, settings.clip)
@@ -119,6 +130,35 @@ def plain(work: dict[str, Any], folder: Path, fixed: bool) -> Callable[[], tuple
 
     def repeat() -> tuple[int, dict]:
         return real, {"losses": [step(batch) for batch in batches], **asked}
+
+    return repeat
+
+
+def trainer(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
+    """Hugging Face's Trainer on the same rows, in their order, with a collator that pads to the longest of a micro-batch. What it
+    sets up whenever it is called, a quarter of a second, is in its time."""
+    settings, batches = settings_of(work), batches_of(work, folder)
+    real, asked = count_tokens(batches), model_flops(work, folder, settings, batches)
+    rows = [row for batch in batches for row in batch.select(["tokens", "answer"]).to_pylist()]
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        tokens, answers = ([row[name] for row in rows] for name in ("tokens", "answer"))
+        return padded_on_the_left(tokens, answers, max(map(len, tokens)))
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=work["micro_batch"],
+        gradient_accumulation_steps=work["batch"] // work["micro_batch"], num_train_epochs=1,
+        train_sampling_strategy="sequential", learning_rate=settings.learning_rate, lr_scheduler_type="constant",
+        weight_decay=settings.weight_decay, adam_beta2=settings.beta2, max_grad_norm=settings.clip,
+        bf16=work["dtype"] == "bfloat16", activation_checkpointing=work["checkpoint_activations"],
+        remove_unused_columns=False, use_cpu=work["device"] == "cpu", dataloader_pin_memory=work["device"] == "cuda",
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    found = Trainer(published_model(work, folder), arguments, data_collator=collate, train_dataset=rows)
+
+    def repeat() -> tuple[int, dict]:
+        found.train()
+        return real, {"losses": [told["loss"] for told in found.state.log_history if "loss" in told], **asked}
 
     return repeat
 

@@ -1,14 +1,20 @@
 """Both sides of the case launch: stage collab as jobs/train.py runs it, under Ray Train and Ray Data, and without Ray: processes
-that run the same engine on the same batches, over gloo. As a script this file is one of these processes."""
+that run the same engine on the same batches, over gloo. As a script this file is one of these processes.
+
+Both find where the time of their first repetition goes (`parts`), whose seconds add up to it, and what worker 0 held in memory.
+"""
 
 import json
 import os
+import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sellarec.training.launch import KEEP_FREED_MEMORY
@@ -36,20 +42,53 @@ def flags(work: dict[str, Any], folder: Path, seed: int) -> list[str]:
 
 
 def with_ray(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
+    import timed_job
+
     seed = 0
 
     def repeat() -> tuple[int, dict]:
         nonlocal seed
         seed += 1
-        command = [sys.executable, str(ROOT / "jobs/train.py"), *flags(work, folder, seed)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
+        notes = folder / f"notes-{seed}"
+        notes.mkdir()
+        # the first one's workers note when they did what
+        job = [str(ROOT / "benchmarks/timed_job.py"), str(notes)] if seed == 1 else [str(ROOT / "jobs/train.py")]
+        start = time.time()
+        subprocess.run([sys.executable, *job, *flags(work, folder, seed)], check=True, stdout=sys.stderr)
+        end = time.time()
         run = folder / f"workspace/runs/seed-{seed}"
         artifact = json.loads((run / "artifacts.json").read_text())["collab"]
         facts = json.loads((folder / "workspace/artifacts" / artifact / "training.json").read_text())
         ((_, valid),) = facts["evaluations"]
-        return _units(work), {"losses": facts["first_losses"], "auc": valid["auc"]}
+        found = {"losses": facts["first_losses"], "auc": valid["auc"]}
+        if seed == 1:
+            (worker,) = (noted for noted in timed_job.read(notes).values() if noted[0]["rank"] == 0)
+            steps = [note["time"] for note in worker if note["event"] == "step"]
+            found["parts"] = parts(start, worker[0]["time"], steps, end) | shown_by_tensorboard(run / "tensorboard")
+        return _units(work), found
 
     return repeat
+
+
+def parts(start: float, joined: float, steps: Sequence[float], end: float) -> dict[str, float]:
+    """Seconds of a repetition, by when it began and ended, worker 0 could work, and each step was taken."""
+    return {
+        "s until workers run": joined - start,
+        "s to the first step's end": steps[0] - joined,
+        "s of all other steps": steps[-1] - steps[0],
+        "s of valid split, export and end": end - steps[-1],
+    }
+
+
+def shown_by_tensorboard(folder: Path) -> dict[str, float]:
+    """What a run's curves of stage collab say of its workers on the average: shares of the time of steps, and memory."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(folder))
+    curves.Reload()
+    names = {"% waiting for data": "data wait (%)", "% on tables": "tables (%)", "% in exchanges": "all-to-all (%)"}
+    shown = {name: fmean(point.value for point in curves.Scalars(f"collab/{curve}")) for name, curve in names.items()}
+    return shown | {"GiB of a worker": curves.Scalars("collab/memory GiB")[-1].value}
 
 
 def without_ray(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
@@ -59,7 +98,8 @@ def without_ray(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, d
         nonlocal seed
         seed += 1
         (out := folder / f"plain-{seed}").mkdir()
-        given = json.dumps({"flags": flags(work, folder, seed), "out": str(out), "workers": work["workers"]})
+        about = {"flags": flags(work, folder, seed), "out": str(out), "workers": work["workers"], "start": time.time()}
+        given = json.dumps(about)
         processes = [
             subprocess.Popen(
                 [sys.executable, __file__, given, str(rank)], stdout=sys.stderr, env={**os.environ, **KEEP_FREED_MEMORY}
@@ -69,7 +109,10 @@ def without_ray(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, d
         statuses = [process.wait() for process in processes]
         if any(statuses):
             raise RuntimeError("a process of the side without Ray has failed: its message is above")
-        return _units(work), json.loads((out / "found.json").read_text())
+        found = json.loads((out / "found.json").read_text())
+        spent = found.pop("spent")
+        found["parts"] = parts(about["start"], spent.pop("joined"), spent.pop("steps"), time.time()) | spent
+        return _units(work), found
 
     return repeat
 
@@ -94,6 +137,7 @@ def train(given: dict[str, Any], rank: int) -> None:
     from sellarec.training.storage import Storage
     from sellarec.training.stream import Order, prepared, row_groups, slices
 
+    joined_at = time.time()
     config, workers = parse(given["flags"]), given["workers"]
     torch.set_num_threads(1)
     store = dist.FileStore(f"{given['out']}/store", workers)
@@ -111,10 +155,17 @@ def train(given: dict[str, Any], rank: int) -> None:
         return steps, slices(blocks, order, rank, workers, 0, steps)
 
     steps, rows = batches("train", config.collab.batch, config.seed, list(task.columns), int(config.collab.epochs))
-    losses = []
-    for step, part in enumerate(rows):
+    losses: list[float] = []
+    ends: list[float] = []
+    waited, looping = 0.0, time.time()
+    for step in range(steps):
+        asked = time.time()
+        part = next(rows)
+        waited += time.time() - asked
         seed_everything(config.seed, "collab", step, rank)
         losses.append(engine.step(part, step, engine.rate(step, steps)))
+        ends.append(time.time())
+    seconds = {"waiting for data": waited, "on tables": engine.table_seconds, "in exchanges": engine.exchanges.seconds}
     _, rows = batches("valid", config.evaluate.batch, None, [*task.columns, "row", "label"], 1)
     scored = engine.score(rows, lambda _: None)
     output = Place.of(given["out"])
@@ -122,7 +173,10 @@ def train(given: dict[str, Any], rank: int) -> None:
     engine.export(output, Storage(joined, "collab", 0.0, print, output))
     if scored is not None:
         labels = log.split("valid", ["label"])["label"].to_numpy().astype(np.int64)
-        found = {"losses": losses[:FIRST], "auc": auc(labels, scored["score"])}
+        spent: dict[str, Any] = {"joined": joined_at, "steps": ends}
+        spent |= {f"% {what}": 100 * found / (ends[-1] - looping) for what, found in seconds.items()}
+        spent["GiB of a worker"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        found = {"losses": losses[:FIRST], "auc": auc(labels, scored["score"]), "spent": spent}
         Path(given["out"], "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
