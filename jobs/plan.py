@@ -20,16 +20,16 @@ def main(arguments: list[str]) -> None:
 
     settings = parse_planning(arguments)
     config = None
-    if settings.llm is not None:
-        config = parse([*settings.recipe, "--llm", settings.llm, "--workers", str(settings.workers)])
-        if settings.recipe:
-            settings = with_tables_of(settings, config)
+    if settings.llm is not None or settings.recipe:
+        llm = [] if settings.llm is None else ["--llm", settings.llm]
+        config = parse([*settings.recipe, *llm, "--workers", str(settings.workers)])
+    if settings.recipe:
+        settings = with_tables_of(settings, config)
     from sellarec.training.cluster import room_of_worker
     from sellarec.training.plan import GIB, check_fits, describe, place, worker_bytes
-    from sellarec.training.table import Table
 
-    tables = [Table(name, getattr(settings, f"{name}s"), settings.dim, (name,)) for name in ("user", "item")]
-    if config is not None and "semantic" in config.fuse.tokens:
+    tables = tables_of(settings, config if settings.recipe else None)
+    if config is not None and settings.llm is not None and "semantic" in config.fuse.tokens:
         tables.append(semantic_table(settings, config))
     optimizer = Sparse(table_optimizer=settings.table_optimizer)
     workers, storage = settings.workers, settings.tables
@@ -76,6 +76,18 @@ def main(arguments: list[str]) -> None:
     elif storage.placement != "device":
         fits += "; its host's memory is not checked without --host-memory-per-worker"
     print(fits)
+
+
+def tables_of(settings: "Planning", config: "Config | None") -> list["Table"]:
+    """Those of the recipes' collaborative model; a table of users and one of items where there are no recipes."""
+    from sellarec.collab.model import Sizes
+    from sellarec.collab.task import model_class
+    from sellarec.training.table import Table
+
+    if config is None:
+        return [Table(name, getattr(settings, f"{name}s"), settings.dim, (name,)) for name in ("user", "item")]
+    sizes = Sizes(settings.users, settings.items, positive_rate=0.5)  # which no table depends on
+    return list(model_class(config.collab.model)(sizes, config.collab).tables)
 
 
 def with_tables_of(settings: "Planning", config: "Config") -> "Planning":

@@ -291,10 +291,24 @@ def taken(flags: list[str], name: str) -> str | None:
     return value
 
 
+FACTS = {
+    "prepare": ("users", "items", "rows", "positives", "split_rule", "label_rule", "history_cap", "sources"),
+    "collab": ("steps", "kept_step", "optimizers", "workers"),
+}
+"""What else is kept of a stage: which log it was (settings don't tell that of one that was prepared before), and which state."""
+
+
 def resolved(this: Any) -> dict[str, Any]:
-    """Of a run's stages the settings that they were carried out with, and the versions of the packages."""
+    """Of a run's stages the settings that they were carried out with, the versions of the packages, and some facts."""
     manifests = {stage: this.manifest(stage) for stage in this.marks}
-    return {stage: {"settings": of["settings"], "versions": of["versions"]} for stage, of in manifests.items()}
+    return {
+        stage: {
+            "settings": of["settings"],
+            "versions": of["versions"],
+            "facts": {name: of["facts"][name] for name in FACTS.get(stage, ())},
+        }
+        for stage, of in manifests.items()
+    }
 
 
 def of_variant(records: list[dict], variant: str, differs: Collection[str]) -> list[dict]:

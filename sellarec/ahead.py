@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sellarec.config import EMBEDDED, SAMPLED, Language, Selection
+from sellarec.config import DENSE_TABLE_OPTIMIZERS, EMBEDDED, SAMPLED, Language, Selection
 from sellarec.data.log import count_with_history
 from sellarec.errors import UserError
 from sellarec.preflight import free_memory
@@ -215,8 +215,9 @@ def check_tables(this: Run, tables: Sequence[Any], settings: Any, room: tuple[in
 
 
 def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: tuple[int, str] | None) -> None:
-    """Refuse a batch of collab or align whose rows' vectors, with their gradients, have no room beside the tables. It is what a
-    batch takes at least: histories, scores and layers are not counted.
+    """Refuse a batch of collab or align whose rows' vectors, with their gradients, have no room beside the tables, with what a
+    model takes of the worker's whole share of rows. It is what a batch takes at least: histories, scores and layers are not
+    counted.
 
     Args:
         held: bytes of the tables on a worker.
@@ -232,7 +233,14 @@ def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: 
     own, (has, whose) = -(-settings.batch // workers), room
     width = {table.name: table.dim for table in tables}
     negatives = collab.negatives_per_row if collab.loss in SAMPLED and collab.negatives != "in-batch" else 0
-    numbers = 2 * own * (width.get("user", 0) + width["item"] * (1 + negatives))
+    numbers = _numbers_of_shares(this, stage, tables)
+    if held + FLOAT_BYTES * numbers > has:
+        raise UserError(
+            f"{stage} takes {FLOAT_BYTES * numbers / GIB:.2f} GiB of each of {workers} workers at least for its share of the "
+            f"rows (collab.model {collab.model}, collab.loss {collab.loss}), beside {held / GIB:.2f} GiB of tables, but {whose} "
+            f"has room for {has / GIB:.2f} GiB: take more workers, or lower collab.dim"
+        )
+    numbers += 2 * own * (width.get("user", 0) + width["item"] * (1 + negatives))
     if stage == "align":
         looked_up = (settings.side != "users") + ("profile" in width)  # what users liked may be nothing
         numbers += (1 if settings.semantic == "frozen" else 2) * own * width["semantic"] * looked_up
@@ -248,6 +256,23 @@ def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: 
             f"each of {workers} workers at least, beside {held / GIB:.2f} GiB of tables, but {whose} has room for "
             f"{has / GIB:.2f} GiB: lower {stage}.batch{or_negatives}, or take more workers"
         )
+
+
+def _numbers_of_shares(this: Run, stage: str, tables: Sequence[Any]) -> int:
+    """How many numbers a step holds at least for a worker's share of all rows: of rows that a graph smooths what they are
+    smoothed from, the sum of layers, and both beside each other; of a catalog that is looked up whole the vectors and their
+    gradients (with dense gradients they are the table itself)."""
+    from sellarec.collab.task import model_class
+
+    collab, workers = this.config.collab, this.config.least_workers
+    model, numbers = model_class(collab.model), 0
+    share = {table.name: -(-table.rows // workers) * table.dim for table in tables}
+    if model.uses_graph:
+        numbers += 4 * (share["user"] + share["item"])
+    is_dense = getattr(this.config, stage).table_optimizer in DENSE_TABLE_OPTIMIZERS
+    if (collab.loss == "full-softmax" or model.reads_catalog) and not is_dense:
+        numbers += 2 * share["item"]
+    return numbers
 
 
 def check_model(this: Run, stage: str, source: Any, tables: int = 0) -> None:

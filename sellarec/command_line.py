@@ -235,7 +235,7 @@ def parse_planning(arguments: Sequence[str]) -> Planning:
             "it out, or take uvm or uvm-caching"
         )
     defaults = Planning(workers=1, users=1, items=1)
-    for name in ("recipe", "rows", "gpu", "mfu"):
+    for name in ("rows", "gpu", "mfu"):
         if settings.llm is None and getattr(settings, name) != getattr(defaults, name):
             raise UserError(f"{name} is given, but llm is not, of which it says something: give --llm, or leave it out")
     return settings

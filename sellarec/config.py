@@ -815,8 +815,8 @@ class Planning:
     """Folder or hub id of a language model, or the path of its config.json: what the stages that run it take is planned too.
     Nothing but its config is read."""
     recipe: tuple[str, ...] = ()
-    """Recipes, laid over each other from left to right, whose settings those stages have, and whose width and optimizer the
-    tables."""
+    """Recipes, laid over each other from left to right, whose settings those stages have, and of whose collaborative model and
+    optimizer the tables are. Without one: a table of users and one of items."""
     rows: int | None = None
     """Rows of the train split, where the recipe's dataset is none whose counts are known. Valid and test are taken to be as large
     beside it as `data.split` says."""

@@ -103,6 +103,30 @@ def test_negatives_count_in_a_batch(of, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        # rows as they lie, the sum of layers, and both beside each other
+        ({"model": "lightgcn", "loss": "bpr", "negatives_per_row": 1}, 4 * DIM * (ROWS["user"] + ROWS["item"])),
+        # vectors of the catalog and their gradients
+        ({"loss": "full-softmax"}, 2 * DIM * ROWS["item"]),
+    ],
+    ids=["lightgcn", "full-softmax"],
+)
+def test_what_is_made_of_a_workers_whole_share_counts(of, monkeypatch, settings, numbers):
+    this = of(collab=Collab(dim=DIM, **settings))
+    set_room(monkeypatch, HELD["collab"] + 4 * numbers - 1)
+    with pytest.raises(UserError, match=r"collab takes .* for its share of the rows .* take more workers"):
+        check_ahead(this, ["collab"])
+    negatives = settings["loss"] == "bpr"
+    taken = HELD["collab"] + 4 * numbers + 8 * 128 * (2 + negatives) * DIM
+    set_room(monkeypatch, taken - 1)
+    with pytest.raises(UserError, match=r"collab.batch is 256"):
+        check_ahead(this, ["collab"])
+    set_room(monkeypatch, taken)
+    check_ahead(this, ["collab"])
+
+
+@pytest.mark.parametrize(
     ("contrastive", "temperature", "space"),
     [("rlmrec-con", 0.2, DIM), ("darec", 0.2, 0), ("info-nce", 0.01, 2 * WIDTH)],
 )

@@ -133,6 +133,24 @@ def test_a_language_model_is_planned_by_its_config_alone(config_of_a_model, caps
     assert "\nH100 (79 GiB): " in printed and "A100" not in printed and "assumed: 40% of the peak" in printed
 
 
+@pytest.mark.parametrize(
+    ("recipe", "tables"),
+    [
+        ("collm-sasrec", [("item", "3,256", "64")]),  # users have no rows of their own
+        ("collm-mf", [("user", "839", "256"), ("item", "3,256", "256")]),
+        ("svdpp", [("user", "839", "32"), ("item", "3,256", "32"), ("history", "3,256", "32")]),
+    ],
+)
+def test_a_plan_has_the_tables_of_a_recipes_model(tmp_path, capsys, recipe, tables):
+    if recipe == "svdpp":
+        (tmp_path / "svdpp.yaml").write_text("collab: {model: svdpp, biases: false}")
+        recipe = str(tmp_path / "svdpp.yaml")
+    printed = plan_here(capsys, "--workers", "4", "--users", "839", "--items", "3256", "--recipe", recipe)
+    lines = [line.split()[:3] for line in printed.splitlines()[1:]]
+    assert [tuple(line) for line in lines[: len(tables)]] == tables
+    assert lines[len(tables)][:2] == ["4", "workers"]
+
+
 def test_what_is_planned_of_a_language_model_needs_one_and_rows(config_of_a_model, capsys):
     table = ["--workers", "2", "--users", "10", "--items", "10"]
     for flags, said in (

@@ -130,7 +130,7 @@ class ShardedGraph:
         """This worker's part of the graph of a split's positives. Each worker reads all rows, some at a time; nothing is sent.
 
         Args:
-            paths: the split's Parquet files in a prepared log, the same on all workers (user int64, item int64, label int8).
+            paths: the split's Parquet files in a prepared log, the same on all workers (row, user, item int64, label int8).
                 A user and an item are neighbours once, however many positives they have.
             users, items: how many the log has.
             group: whose workers share the graph; None: this one has all of it.
@@ -273,14 +273,17 @@ def _entries(paths: Sequence[str | Path], blocks: _Blocks) -> Iterator[np.ndarra
     """
     for path in paths:
         try:
-            for batch in pq.ParquetFile(path).iter_batches(columns=["user", "item", "label"]):
+            for batch in pq.ParquetFile(path).iter_batches(columns=["row", "user", "item", "label"]):
                 positive = batch["label"].to_numpy() == 1
                 slots = {}
                 for kind, count in blocks.rows.items():
                     ids = batch[kind].to_numpy()[positive]
-                    if len(ids) and (ids.min() < 0 or ids.max() >= count):
+                    bad = np.flatnonzero((ids < 0) | (ids >= count))
+                    if len(bad):
+                        row = batch["row"].to_numpy()[positive][bad[0]]
                         raise UserError(
-                            f"{path} has {kind}s {ids.min()} to {ids.max()}, but the log has {count}: prepare the data again."
+                            f"{kind} is {ids[bad[0]]} in row {row} of {path}, but table {kind} has the ids 0 to {count - 1}: "
+                            "prepare the data again"
                         )
                     slots[kind] = blocks.slot(kind, ids)
                 for row, column in ((slots["user"], slots["item"]), (slots["item"], slots["user"])):

@@ -27,6 +27,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_ROWS = 1 << 20
 """Rows of an exported file at most."""
 
+FILE_BYTES = 1 << 28
+"""Bytes of one at most, about: what 2^20 rows of 64 float32 are."""
+
 BLOCK_BYTES = 1 << 25
 """What is read or drawn at once of the rows that a table starts from: no table is ever whole in memory twice, and workers keep
 what they have freed (`launch.KEEP_FREED_MEMORY`)."""
@@ -369,7 +372,8 @@ class ShardedTables:
             found["step"].fill_(self._steps)
 
     def save(self, folder: Path) -> list[dict[str, Any]]:
-        """Write what this worker holds as safetensors into `folder`, FILE_ROWS rows at a time.
+        """Write what this worker holds as safetensors into `folder`, a file at a time (FILE_ROWS, FILE_BYTES): beside the rows as
+        many bytes are held as one file has, twice.
 
         Returns:
             What was written, for `index`: table, file, first row and column of each file, and how many it has of both.
@@ -384,8 +388,9 @@ class ShardedTables:
                 ranges[-1][2].append(part)
                 end = column + part.shape[1]
             for row, column, parts in ranges:
-                for start in range(0, len(parts[0]), FILE_ROWS):
-                    block = torch.cat([part[start : start + FILE_ROWS].cpu() for part in parts], dim=1)
+                size = file_rows(sum(part.shape[1] * part.element_size() for part in parts))
+                for start in range(0, len(parts[0]), size):
+                    block = torch.cat([part[start : start + size].cpu() for part in parts], dim=1)
                     name = f"{table.name}-{row + start:012d}-{column:06d}.safetensors"
                     save_file({"rows": block.contiguous()}, folder / name)
                     written.append(
@@ -403,6 +408,11 @@ class ShardedTables:
     def plan(self) -> list[dict[str, Any]]:
         """One line a table: where it lies, and the bytes of the worker that holds most of it."""
         return describe(self.placements, self._storage, self._settings, self.world_size)
+
+
+def file_rows(row_bytes: int) -> int:
+    """Rows of an exported file at most, of so many bytes each."""
+    return max(1, min(FILE_ROWS, FILE_BYTES // row_bytes))
 
 
 def _check_stored(table: Table, first: int, values: Tensor, block: Tensor) -> None:

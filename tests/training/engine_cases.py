@@ -40,7 +40,7 @@ class Run:
         log: folder of a prepared log, as `engine_log` writes it.
         rate: what the learning rates are multiplied by at a step.
         max_columns: wider tables are cut into pieces.
-        file_rows: rows of a file of what is exported, at most.
+        file_rows, file_bytes: rows of a file of what is exported, and its bytes, at most.
         checkpoint: where the state is saved before step `save_at`.
         start_at, start_from: a step, and the checkpoint that is loaded before it.
         output: what is exported goes there.
@@ -55,6 +55,7 @@ class Run:
     steps: int = STEPS
     max_columns: int = 1024
     file_rows: int = 1 << 20
+    file_bytes: int = 1 << 28
     checkpoint: Path | None = None
     save_at: int = 0
     start_at: int = 0
@@ -156,10 +157,12 @@ def train(run: Run) -> dict[str, Any]:
     """What a worker finds: the losses, the initial dense weights, the seconds of exchanges and of all that is done on tables; and
     on worker 0 scores of the valid split and, of a model whose score is a product, whole lists and short ones of the queries."""
     table_module.MAX_COLUMNS, tables_module.FILE_ROWS = run.max_columns, run.file_rows
+    tables_module.FILE_BYTES = run.file_bytes
     try:
         return _train(run)
     finally:  # the process serves other tests too
         table_module.MAX_COLUMNS, tables_module.FILE_ROWS = Run.max_columns, Run.file_rows
+        tables_module.FILE_BYTES = Run.file_bytes
 
 
 def _train(run: Run) -> dict[str, Any]:

@@ -67,9 +67,10 @@ class Case:
     def write(self, folder: Path) -> list[Path]:
         """The log in three files of small row groups, some of them empty."""
         columns = np.array(self.rows, np.int64).reshape(-1, 3)
+        columns = np.column_stack([columns, np.arange(len(columns))])
         paths = []
         for number, part in enumerate(np.array_split(columns, 3)):
-            types = {"user": np.int64, "item": np.int64, "label": np.int8}
+            types = {"user": np.int64, "item": np.int64, "label": np.int8, "row": np.int64}
             table = {name: part[:, k].astype(of) for k, (name, of) in enumerate(types.items())}
             table["rating"] = pa.nulls(len(part), pa.float32())
             paths.append(folder / f"part-{number}.parquet")

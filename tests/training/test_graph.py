@@ -196,7 +196,10 @@ def test_gradients_of_the_multiply_have_gradients(tmp_path):
 def test_ids_that_the_log_does_not_have_are_refused(tmp_path, row):
     paths = Case(3, 2, [(0, 0, 1), (1, 1, 1), row]).write(tmp_path)
     kind, count = ("user", 3) if row[0] in (3, -1) else ("item", 2)
-    with pytest.raises(UserError, match=f"has {kind}s .* but the log has {count}"):
+    wrong = row[0] if kind == "user" else row[1]
+    with pytest.raises(
+        UserError, match=f"{kind} is {wrong} in row 2 of .*, but table {kind} has the ids 0 to {count - 1}"
+    ):
         ShardedGraph.read(paths, 3, 2, None, CPU)
 
 
