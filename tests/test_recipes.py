@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from published import COLLM_SASREC, SELLA, SELLA_BOOK
+from published import COLLM, COLLM_SASREC, SELLA, SELLA_BOOK
 
 from sellarec.command_line import parse
 from sellarec.config import Config, result_settings
@@ -32,9 +32,11 @@ def test_sella_official_book_is_sella_official_but_for_what_is_stated_for_books(
     assert all(books[name] >= valid for name in rows)
 
 
-def test_collm_sasrec_is_what_its_script_has() -> None:
-    found = dataclasses.asdict(parse(["collm-ml-1m", "collm-sasrec"]).collab)
-    assert {name: found[name] for name in COLLM_SASREC} == COLLM_SASREC
+@pytest.mark.parametrize("model", [*COLLM, "sasrec"])
+def test_collms_recipes_are_what_it_states(model: str) -> None:
+    found = dataclasses.asdict(parse(["collm-ml-1m", f"collm-{model}"]).collab)
+    published = {**COLLM, "sasrec": COLLM_SASREC}[model]
+    assert {name: found[name] for name in published} == published
 
 
 def test_a_method_recipe_sets_nothing_of_the_data() -> None:

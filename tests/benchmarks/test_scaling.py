@@ -20,6 +20,23 @@ def test_checkpoints_are_restored_as_they_were_written(tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["memory", "traffic", "train_speed"])
+def test_what_tables_cost_by_the_number_of_workers(script, tmp_path):
+    """In their quick forms; they themselves compare losses, and bytes with what is planned or expected."""
+    found = command(f"tables/{script}", "--quick", "--out", tmp_path / "out.json")
+    assert found.returncode == 0, found.stderr
+    cases = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert {case["workers"] for case in cases} >= {1}
+    if script == "memory":
+        one, two = cases
+        assert 1.9 < one["planned bytes"] / two["planned bytes"] <= 2
+    if script == "traffic":
+        for case in cases:
+            assert case["workers"] == 1 or case["sent bytes"] == pytest.approx(case["formula bytes"], rel=0.1)
+
+
+@pytest.mark.distributed
 @pytest.mark.ray
 @pytest.mark.slow
 def test_what_a_lost_worker_costs(tmp_path):

@@ -9,7 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import small
+from safetensors.torch import save_file
 
+from sellarec.collab.model import Sizes
+from sellarec.collab.models.din import Model
+from sellarec.collab.task import WEIGHTS
 from sellarec.config import Collab, Config, Evaluation, to_yaml
 from sellarec.data.log import FACTS_FILE, Log
 from sellarec.errors import UserError
@@ -86,3 +90,18 @@ def test_without_the_log_that_it_was_trained_on_the_fingerprint_has_to_be_its(ar
         log = write_log(tmp_path / name, fingerprint=mark)
         with pytest.raises(UserError, match=f"trained on the log prepare-1, but that in .*{name} is {told}"):
             check_ids(trained, log, ["user", "item"])
+
+
+def test_a_model_whose_score_is_no_product_is_refused_to_rank_the_catalog(tmp_path):
+    """Before any worker is started."""
+    folder = tmp_path / "artifacts" / "collab-2"
+    for name, ids in (("user", USERS), ("item", ITEMS)):
+        small.save_table(folder / "tables", name, np.zeros((len(ids), 4), np.float32))
+    settings = Collab(model="din", dim=4, history=2, hidden=(3,))
+    (folder / "config.yaml").write_text(to_yaml(Config(name="small", collab=settings)))
+    (folder / "manifest.json").write_text(json.dumps({"stage": "collab", "inputs": {"prepare": "1"}}))
+    log = write_log(folder.parent / "prepare-1", fingerprint="1")
+    sizes = Sizes(len(USERS), len(ITEMS), 0.5)
+    save_file(dict(Model(sizes, settings).state_dict()), folder / WEIGHTS)
+    with pytest.raises(UserError, match=r"is a din, whose score is no product .* take --ranking candidates:100"):
+        evaluate_artifact(Evaluation(artifact=folder, data=log.directory, out=tmp_path / "out.json", ranking="full"))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -54,7 +55,9 @@ def test_what_is_refused(users, items, labels, message):
 def test_reproduces_the_published_facts_of_collm_ml_1m(sellarec_data: Path):
     columns = ["uid", "iid", "label", "not_cold"]
     folder = sellarec_data / "collm-ml1m"
-    train, test = (pq.read_table(folder / f"{split}_ood2.parquet", columns=columns) for split in ("train", "test"))
+    train, valid, test = (
+        pq.read_table(folder / f"{split}_ood2.parquet", columns=columns) for split in ("train", "valid", "test")
+    )
     means = fit_means(*(train[name].to_numpy() for name in columns[:3]))
     users, items, labels, warm = (test[name].to_numpy() for name in columns)
     warm = warm == 1
@@ -66,3 +69,7 @@ def test_reproduces_the_published_facts_of_collm_ml_1m(sellarec_data: Path):
     assert auc(labels, of_both) == pytest.approx(0.7317, abs=5e-5)
     assert auc(labels[warm], of_both[warm]) == pytest.approx(0.7603, abs=5e-5)
     assert auc(labels[~warm], of_both[~warm]) == pytest.approx(0.6899, abs=5e-5)
+    both = pa.concat_tables([train, valid])
+    means = fit_means(*(both[name].to_numpy() for name in columns[:3]))
+    assert auc(labels, item_mean(means, items)) == pytest.approx(0.7165, abs=5e-5)
+    assert auc(labels, item_user_mean(means, users, items)) == pytest.approx(0.7394, abs=5e-5)

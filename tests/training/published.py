@@ -49,10 +49,23 @@ SELLA_BOOK: dict[str, dict[str, Any]] = {
     "fuse": {"batch": 1024, "max_steps": 656, "learning_rate": 8e-4, "table_learning_rate": 8e-4},
 }  # fmt: skip
 
+# What CoLLM states of its other collaborative models for MovieLens-1M, settings of stage collab.
+COLLM: dict[str, dict[str, Any]] = {
+    "mf": {
+        "model": "mf", "loss": "bce", "dim": 256, "batch": 1024, "select_on": "auc", "schedule": "constant", "l2": 0.0,
+        "biases": False, "table_optimizer": "adam", "table_learning_rate": 1e-3, "table_weight_decay": 1e-4,
+    },
+    "lightgcn": {
+        "model": "lightgcn", "loss": "bce", "dim": 64, "layers": 2, "select_on": "auc", "schedule": "constant", "l2": 0.0,
+        "biases": False, "table_optimizer": "adam", "table_learning_rate": 1e-2, "table_weight_decay": 1e-4,
+    },
+    "din": {"model": "din", "loss": "bce", "history": 10, "select_on": "auc", "schedule": "constant", "l2": 0.0},
+}  # fmt: skip
+
 # SASRec as CoLLM's script baseline_train_sasrec.py trains it on MovieLens-1M, settings of stage collab.
 COLLM_SASREC: dict[str, Any] = {
     "model": "sasrec", "loss": "bce", "user_rows": False, "layers": 2, "heads": 1, "dropout": 0.2, "history": 25,
-    "dim": 64, "batch": 2048, "select_on": "auc", "schedule": "constant", "l2": 0.0,
+    "dim": 64, "init_std": 1.0, "batch": 2048, "select_on": "auc", "schedule": "constant", "l2": 0.0,
     "optimizer": "adam", "learning_rate": 1e-2, "weight_decay": 1e-2,
     "table_optimizer": "adam", "table_learning_rate": 1e-2, "table_weight_decay": 1e-2,
 }  # fmt: skip

@@ -93,7 +93,7 @@ CASES |= {
 }
 
 QUICK = {
-    # each of mf, lightgcn, sasrec and din, row-wise (on one worker every case is) and table-wise, on 1, 2 and 3 workers
+    # each model, row-wise (on one worker every case is) and table-wise, on 1, 2 and 3 workers
     ("mf, bce", "table-wise", 1),
     ("mf, bce", "row-wise", 2),
     ("mf, temperature", "row-wise", 2),
@@ -123,13 +123,22 @@ QUICK = {
     ("din, softmax", "table-wise", 2),
     ("din, bpr", "row-wise", 3),
     ("din, bce", "table-wise", 3),
-    # the others, and what else there is
+    ("svdpp, bce", "table-wise", 1),
+    ("svdpp, bce", "row-wise", 2),
     ("svdpp, softmax", "table-wise", 2),
     ("svdpp, bce", "row-wise", 3),
+    ("svdpp, softmax", "table-wise", 3),
+    ("binary_mf, bce", "table-wise", 1),
     ("binary_mf, softmax shared", "row-wise", 2),
+    ("binary_mf, bce", "table-wise", 2),
     ("binary_mf, bce", "row-wise", 3),
+    ("binary_mf, softmax shared", "table-wise", 3),
+    ("fism, bce", "table-wise", 1),
+    ("fism, bce", "row-wise", 2),
     ("fism, adam", "table-wise", 2),
     ("fism, bce", "row-wise", 3),
+    ("fism, adam", "table-wise", 3),
+    # what else there is
     ("mf, sgd", "column-wise", 2),
     ("lightgcn, adam", "column-wise", 2),
     ("mf without biases", "column-wise", 3),
