@@ -5,8 +5,9 @@ Each case trains matrix factorisation (two tables, BCE) with the training loop's
     row-wise         row-wise Adagrad, rows of both tables over all workers
     table-wise       row-wise Adagrad, each table on one worker
     adam             adam, row-wise, whose lookups are pooled bags
-    lightgcn         the product with the sharded graph, forwards and backwards, of a log of MovieLens-1M's shape
-    lightgcn step    LightGCN's whole training step on that graph (BCE), row-wise Adagrad, row-wise; also table-wise, and
+    lightgcn         the product with the sharded graph, forwards and backwards, of a log of MovieLens-1M's shape; and of a
+                     sparse one (five interactions a user), of which a worker needs less than all rows
+    lightgcn step    LightGCN's whole training step on the first graph (BCE), row-wise Adagrad, row-wise; also table-wise, and
                      by adam
 
 Bytes are those that the kernel counted on the worker's own TCP connections (TCP_INFO: sent without what was sent again, and
@@ -54,7 +55,10 @@ CASES = {
 }
 """By name: sharding, optimizer, whether the global batch grows with the workers."""
 
-PRODUCT = "lightgcn"
+GRAPHS = {"lightgcn": (6_040, 3_706, 575_281), "lightgcn, sparse graph": (200_000, 100_000, 1_000_000)}
+"""Users, items and edges of the graphs whose product is measured. The first: MovieLens-1M's users and items, and its ratings of 4
+and more."""
+
 GRAPH_STEPS = {
     "lightgcn step": ("row-wise", "rowwise-adagrad"),
     "lightgcn step, table-wise": ("table-wise", "rowwise-adagrad"),
@@ -62,8 +66,7 @@ GRAPH_STEPS = {
 }
 """By name: sharding, optimizer."""
 
-USERS, ITEMS, EDGES = 6_040, 3_706, 575_281
-"""MovieLens-1M's users and items, and its ratings of 4 and more."""
+USERS, ITEMS, _ = GRAPHS["lightgcn"]
 
 WARM_UP, PROFILED = 3, 2
 RECEIVED, SENT, SENT_AGAIN = 128, 200, 208
@@ -228,7 +231,7 @@ def step_on_graph(rank: int, workers: int, settings: argparse.Namespace, name: s
         for kind, number in (("user", USERS), ("item", ITEMS)):
             owners = np.unique(batch[kind].to_numpy()) // -(-number // workers)
             asked += np.count_nonzero(owners != rank) / len(batches)
-    graph = read_graph(workers, path)
+    graph = read_graph(workers, path, USERS, ITEMS)
     sent, mean_asked = of_workers(graph.sent, asked).mean(0)
     return {
         "case": name,
@@ -242,12 +245,13 @@ def step_on_graph(rank: int, workers: int, settings: argparse.Namespace, name: s
     }
 
 
-def read_graph(workers: int, path: str) -> ShardedGraph:
-    return ShardedGraph.read([path], USERS, ITEMS, dist.group.WORLD if workers > 1 else None, torch.device("cpu"))
+def read_graph(workers: int, path: str, users: int, items: int) -> ShardedGraph:
+    return ShardedGraph.read([path], users, items, dist.group.WORLD if workers > 1 else None, torch.device("cpu"))
 
 
-def smooth(workers: int, settings: argparse.Namespace, path: str) -> dict:
-    graph = read_graph(workers, path)
+def smooth(workers: int, settings: argparse.Namespace, name: str, path: str) -> dict:
+    users, items, edges = GRAPHS[name]
+    graph = read_graph(workers, path, users, items)
     rows = torch.randn(graph.rows, settings.dim, requires_grad=True)
 
     def take_step() -> None:
@@ -256,40 +260,41 @@ def smooth(workers: int, settings: argparse.Namespace, path: str) -> dict:
     facts, rounds = observed(take_step, settings)
     rows_of = of_workers(graph.sent, graph.received)
     return {
-        "case": PRODUCT,
+        "case": name,
         "workers": workers,
+        "users, items, edges": [users, items, edges],
         "formula bytes": 2 * 4 * settings.dim * rows_of[:, 0].mean(),  # forwards, and as much backwards
         **facts,
         "most rows received": rows_of[:, 1].max(),
-        "bound of rows received by all": min(2 * EDGES, (workers - 1) * (USERS + ITEMS)),
+        "bound of rows received by all": min(2 * edges, (workers - 1) * (users + items)),
         "rows received by all": rows_of[:, 1].sum(),
-        "CPU microseconds an edge": 1e6 * statistics.median(rounds.sum(1)) / EDGES,
+        "CPU microseconds an edge": 1e6 * statistics.median(rounds.sum(1)) / edges,
     }
 
 
-def worker(rank: int, workers: int, settings: argparse.Namespace, path: str) -> dict:
+def worker(rank: int, workers: int, settings: argparse.Namespace, paths: dict[str, str]) -> dict:
     cases = []
     for name in settings.cases:
         if name in CASES:
             cases.append(factorise(rank, workers, settings, name))
-        elif name == PRODUCT:
-            cases.append(smooth(workers, settings, path))
+        elif name in GRAPHS:
+            cases.append(smooth(workers, settings, name, paths[name]))
         else:
-            cases.append(step_on_graph(rank, workers, settings, name, path))
+            cases.append(step_on_graph(rank, workers, settings, name, paths["lightgcn"]))
     return {"cases": cases}
 
 
-def write_edges(path: Path) -> None:
-    """Distinct pairs of users and skewed items."""
+def write_edges(path: str, users: int, items: int, edges: int) -> None:
+    """Distinct pairs of skewed users and items."""
     generator = np.random.default_rng(0)
     found = np.zeros(0, np.int64)
-    while len(found) < EDGES:
-        user = generator.choice(USERS, EDGES, p=popularity(USERS))
-        item = generator.choice(ITEMS, EDGES, p=popularity(ITEMS))
-        found = np.unique(np.concatenate([found, user * ITEMS + item]))
-    found = generator.permutation(found)[:EDGES]
-    label = np.ones(EDGES, np.int8)
-    pq.write_table(pa.table({"user": found // ITEMS, "item": found % ITEMS, "label": label}), path)
+    while len(found) < edges:
+        user = generator.choice(users, edges, p=popularity(users))
+        item = generator.choice(items, edges, p=popularity(items))
+        found = np.unique(np.concatenate([found, user * items + item]))
+    found = generator.permutation(found)[:edges]
+    columns = {"row": np.arange(edges), "user": found // items, "item": found % items, "label": np.ones(edges, np.int8)}
+    pq.write_table(pa.table(columns), path)
 
 
 def main() -> None:
@@ -300,7 +305,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12_288, help="rows of the global batch; a multiple of the workers")
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=7)
-    names = [*CASES, PRODUCT, *GRAPH_STEPS]
+    names = [*CASES, *GRAPHS, *GRAPH_STEPS]
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="one round of few steps with one and two workers")
     parser.add_argument("--out", type=Path, required=True)
@@ -313,9 +318,11 @@ def main() -> None:
     facts = {name: getattr(settings, name) for name in ("rows", "dim", "batch", "steps", "rounds")}
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        write_edges(Path(folder) / "train.parquet")
+        paths = {name: f"{folder}/{number}.parquet" for number, name in enumerate(GRAPHS)}
+        for name, path in paths.items():
+            write_edges(path, *GRAPHS[name])
         for workers in settings.workers:
-            for case in measure(worker, workers, settings, f"{folder}/train.parquet")["cases"]:
+            for case in measure(worker, workers, settings, paths)["cases"]:
                 cases.append(case)
                 unit = next(key for key in case if key.startswith("CPU"))
                 print(
