@@ -3,7 +3,8 @@
     python benchmarks/guard.py            compare: status 1, and each number that has slipped by its case, both values
     python benchmarks/guard.py --write    store today's: after a change that is meant, or of the versions of packages
 
-Of one step (or ranking, or scoring) of each stage's task by the training loop's engine, on one and on two gloo workers:
+Of one step (or ranking, or scoring) of each stage's task by the training loop's engine, on one and on two gloo workers, and of
+encoding texts, on one:
 
     FLOPs              products of matrices, forwards and backwards (torch.utils.flop_counter)
     operations         calls of torch's operators, by namespace: each costs some microseconds, on a GPU a kernel or more
@@ -25,9 +26,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from sides.language import prompt_rows, titles
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,11 +41,12 @@ from traffic import collectives, wire_bytes
 
 from sellarec.alignment.align import build_align
 from sellarec.collab.model import Sizes
-from sellarec.collab.models.mf import Model
-from sellarec.collab.task import CollabTask
-from sellarec.config import Adapt, Align, Collab, Fuse, Pretrain, Prompt, Tables
+from sellarec.collab.negatives import Negatives
+from sellarec.collab.task import CollabTask, model_class
+from sellarec.config import Adapt, Align, Collab, Distil, Fuse, Pretrain, Prompt, Tables
 from sellarec.fusion.fuse import build_fuse
 from sellarec.language.adapt import build_adapt
+from sellarec.language.distil import ItemEncoder
 from sellarec.language.llm import find_llm
 from sellarec.language.pretrain import build_decoder
 from sellarec.language.scorer import base_model
@@ -51,7 +55,7 @@ from sellarec.training import dense
 from sellarec.training.engine import Engine, Workers
 from sellarec.training.stream import Order, RowGroup, slices
 from sellarec.training.table import Table
-from sellarec.training.task import Task
+from sellarec.training.task import Graph, Task
 
 STORED = Path(__file__).parent / "guard.json"
 COMMAND = "python benchmarks/guard.py --write"
@@ -63,6 +67,23 @@ WARM_UP = 2
 USERS, ITEMS, DIM, BATCH, PROMPTS = 600, 400, 16, 256, 16
 PROMPT = Prompt(template="compact", history=10)
 LANGUAGE = {"micro_batch": 4}
+EDGES = "edges.parquet"
+
+MF = Collab(dim=DIM)
+SASREC = Collab(
+    model="sasrec",
+    dim=DIM,
+    layers=2,
+    heads=1,
+    history=10,
+    user_rows=False,
+    biases=False,
+    loss="bpr",
+    negatives_per_row=1,
+)
+LIGHTGCN = Collab(
+    model="lightgcn", dim=DIM, layers=2, biases=False, loss="softmax", shared_negatives=True, negatives_per_row=1
+)
 
 
 class Operations(TorchDispatchMode):
@@ -94,9 +115,14 @@ def interactions(number: int) -> pa.Table:
     )
 
 
-def collab_task() -> CollabTask:
-    settings = Collab(dim=DIM)
-    return CollabTask(Model(Sizes(USERS, ITEMS, 0.5), settings), settings, np.ones(ITEMS, bool))
+def collab_task(settings: Collab = MF, folder: Path | None = None) -> CollabTask:
+    """Args:
+    folder: has the edges of a graph, for a model that smooths its rows over one.
+    """
+    model, seen = model_class(settings.model)(Sizes(USERS, ITEMS, 0.5), settings), np.ones(ITEMS, bool)
+    negatives = None if settings.loss == "bce" else Negatives("uniform", np.ones((2, ITEMS), np.int64), 1, 0)
+    graph = None if folder is None else Graph((str(folder / EDGES),), USERS, ITEMS)
+    return CollabTask(model, settings, seen, negatives, graph)
 
 
 def drawn(width: int, start: int, stop: int) -> np.ndarray:
@@ -130,14 +156,19 @@ def prepared(task: Task, number: int, workers: Workers, micro_batch: int | None)
     return next(slices(iter([rows]), order, workers.rank, workers.world_size, 0, 1, micro_batch))
 
 
-Built = tuple[Engine, Callable[[], Any], int]
-"""The engine, the step, and tokens of its prompts."""
+Built = tuple[nn.Module | None, Callable[[], Any], int]
+"""The decoder of a language model, the step, and tokens of its prompts."""
+
+
+def decoder_of(task: Task) -> nn.Module | None:
+    llm = getattr(getattr(task.model, "scorer", task.model), "llm", None)
+    return None if llm is None else base_model(llm).base_model
 
 
 def step_of(task: Task, settings: Any, number: int, workers: Workers) -> Built:
     engine = Engine(task, workers, 0, settings, Tables(), "float32")
     rows = prepared(task, number, workers, engine.micro_batch)
-    return engine, lambda: engine.step(rows, 0, 1.0), tokens_of(rows)
+    return decoder_of(task), lambda: engine.step(rows, 0, 1.0), tokens_of(rows)
 
 
 def tokens_of(rows: pa.Table) -> int:
@@ -147,9 +178,9 @@ def tokens_of(rows: pa.Table) -> int:
 def ranking(folder: Path, workers: Workers) -> Built:
     """The whole catalog for some users."""
     task = collab_task()
-    engine = Engine(task, workers, 0, Collab(dim=DIM), Tables(), "float32")
+    engine = Engine(task, workers, 0, MF, Tables(), "float32")
     rows = interactions(64)
-    return engine, lambda: engine.rank([rows], 10, lambda _: None), 0
+    return None, lambda: engine.rank([rows], 10, lambda _: None), 0
 
 
 def scoring(folder: Path, workers: Workers) -> Built:
@@ -162,39 +193,51 @@ def scoring(folder: Path, workers: Workers) -> Built:
     rows = task.prepare_to_score(rows, 0, np.zeros(number, np.int64))
     share = number // workers.world_size
     rows = rows.slice(workers.rank * share, share)
-    return engine, lambda: engine.score([rows], lambda _: None), tokens_of(rows)
+    return decoder_of(task), lambda: engine.score([rows], lambda _: None), tokens_of(rows)
+
+
+def encoding(folder: Path, workers: Workers) -> Built:
+    """A vector for each of some titles."""
+    encoder = ItemEncoder(find_llm(str(folder / "model"), None), None, "movie", Distil(micro_batch=4))
+    texts = titles(PROMPTS)
+    return encoder.decoder, lambda: encoder.encode(texts), sum(map(len, encoder.tokens(texts)[0]))
 
 
 CASES: dict[str, Callable[[Path, Workers], Built]] = {
-    "collab": lambda folder, workers: step_of(collab_task(), Collab(dim=DIM), BATCH, workers),
+    "collab": lambda folder, workers: step_of(collab_task(), MF, BATCH, workers),
+    "sasrec": lambda folder, workers: step_of(collab_task(SASREC), SASREC, BATCH, workers),
+    "lightgcn": lambda folder, workers: step_of(collab_task(LIGHTGCN, folder), LIGHTGCN, BATCH, workers),
     "adapt": lambda folder, workers: step_of(adapt_task(folder), Adapt(**LANGUAGE), PROMPTS, workers),
     "align": lambda folder, workers: step_of(align_task(folder), Align(), BATCH, workers),
     "fuse": lambda folder, workers: step_of(fuse_task(folder), Fuse(**LANGUAGE), PROMPTS, workers),
     "ranking": ranking,
     "scoring": scoring,
+    "distil": encoding,
 }
+ALONE = ("distil",)
+"""Cases in which workers have nothing to do with each other."""
 
 
-def observe(engine: Engine, take_step: Callable[[], Any], given: int) -> dict[str, float]:
+def observe(decoder: nn.Module | None, take_step: Callable[[], Any], given: int) -> dict[str, float]:
     """The numbers of a step, on this worker."""
-    model, read = engine.task.model, 0
+    read = 0
     for _ in range(WARM_UP):
         take_step()
 
     def count(module: Any, arguments: Any, named: dict[str, Any]) -> None:
         nonlocal read
-        read += named["inputs_embeds"].shape[:2].numel()
+        of_tokens = named.get("inputs_embeds", named.get("input_ids"))
+        read += of_tokens.shape[:2].numel()
 
-    llm = getattr(getattr(model, "scorer", model), "llm", None)
-    if llm is not None:
-        base_model(llm).base_model.register_forward_pre_hook(count, with_kwargs=True)
+    if decoder is not None:
+        decoder.register_forward_pre_hook(count, with_kwargs=True)
     dist.barrier()
     before, operations = wire_bytes(), Operations()
     with FlopCounterMode(display=False) as flops, operations:
         take_step()
     found: dict[str, float] = {"FLOPs": flops.get_total_flops()}
     found |= {f"operations of {name}": count for name, count in sorted(operations.counts.items())}
-    if llm is not None:
+    if decoder is not None:
         found |= {"tokens read": read, "tokens given": given}
     if dist.get_world_size() > 1:
         dist.barrier()
@@ -207,6 +250,8 @@ def worker(rank: int, workers: int, folder: str) -> dict[str, dict[str, float]]:
     dense.MIN_BLOCK_BYTES = 0  # layers are gathered one by one, as large ones are
     found = {}
     for name, build in CASES.items():
+        if workers > 1 and name in ALONE:
+            continue
         torch.manual_seed(0)
         group = Workers(rank, workers, torch.device("cpu"), dist.new_group(), dist.new_group())
         found[f"{name}, {workers} worker{'s' if workers > 1 else ''}"] = observe(*build(Path(folder), group))
@@ -220,6 +265,8 @@ def numbers() -> dict[str, dict[str, float]]:
         shape = Pretrain(vocabulary=512, context=256, hidden=32, layers=2, heads=2)
         build_decoder(titles(ITEMS), words, shape, 0, Path(folder) / "model")
         adapt_task(Path(folder)).model.llm.save_pretrained(Path(folder) / "adapter")
+        edges = interactions(10 * USERS).select(["row", "user", "item", "label"])
+        pq.write_table(edges, Path(folder) / EDGES)
         of_two, of_one = measure(worker, 2, folder), {}
         measure_alone(lambda: of_one.update(worker(0, 1, folder)))
         return of_one | of_two

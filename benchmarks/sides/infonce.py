@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sides.language import peak_flops
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +18,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def repetition(work: dict[str, Any], loss_of: Loss) -> Callable[[], tuple[int, dict]]:
     generator = torch.Generator().manual_seed(0)
-    shape = work["batch"], work["width"]
+    shape = number, columns = work["batch"], work["width"]
+    # the product of all pairs, which both directions share, and two for its gradients
+    asked = {"model FLOPs": 6 * number**2 * columns, "peak FLOPs/s": peak_flops(work["device"], torch.float32)}
     collab, semantic = (
         torch.randn(shape, generator=generator).to(work["device"]).requires_grad_() for _ in range(2)
     )  # fmt: skip
@@ -27,7 +30,7 @@ def repetition(work: dict[str, Any], loss_of: Loss) -> Callable[[], tuple[int, d
         loss = loss_of(collab, semantic)
         loss.backward()
         norms = [rows.grad.norm().item() for rows in (collab, semantic)]  # waits for a GPU
-        return len(collab), {"loss": loss.item(), "gradient norms": norms}
+        return len(collab), {"loss": loss.item(), "gradient norms": norms, **asked}
 
     return repeat
 

@@ -60,6 +60,9 @@ class ItemEncoder:
         threads: of this process; None leaves them as they are.
         workers: that are to hold the model together (`share`), each a part on its device, instead of this process the whole: all
             encode equally many texts.
+
+    Attributes:
+        decoder: the model without its output layer.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class ItemEncoder:
             torch.set_num_threads(threads)
         folder = source.folder()
         model = llms.with_adapter(llms.load_model(folder, source.storage), adapter)
-        self._decoder, self._layers = base_model(model).base_model, llms.decoder_layers(base_model(model))
+        self.decoder, self._layers = base_model(model).base_model, llms.decoder_layers(base_model(model))
         # transformers' output_hidden_states keeps all of them, and none of a sharded model
         place, self._read = settings.layer % (len(self._layers) + 1), list[torch.Tensor]()
         self._reads = self._layers[place] if place < len(self._layers) else None
@@ -88,14 +91,14 @@ class ItemEncoder:
             model.to(self._device)
         else:
             self._device = workers.device
-        self._decoder.eval()
+        self.decoder.eval()
         self._segmenter = SegmentTokenizer(llms.load_tokenizer(folder))
         self._noun, self._settings = noun, settings
         self._limit = min(settings.max_tokens, llms.context_length(model.config))
 
     def share(self) -> None:
         """Share the model out over the workers; all call it, before anything else."""
-        shard(self._decoder, self._layers, self._device, torch.float32)
+        shard(self.decoder, self._layers, self._device, torch.float32)
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """float32 [b, H]."""
@@ -133,7 +136,7 @@ class ItemEncoder:
             tokens[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
         tokens, mask = tokens.to(self._device), mask.to(self._device)
-        output = self._decoder(input_ids=tokens, attention_mask=mask, use_cache=False)
+        output = self.decoder(input_ids=tokens, attention_mask=mask, use_cache=False)
         states = output.last_hidden_state if self._reads is None else self._read.pop()
         return pool(states.float(), mask, self._settings.pooling).cpu().numpy()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import main_job
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from cluster_jobs import CLEAN, ROOT, exported, local
 from safetensors.numpy import load_file
@@ -102,8 +103,8 @@ class Nodes:
         command = [ray, "drain-node", "--address", self.variables["RAY_ADDRESS"], "--node-id", node, *reason]
         subprocess.run(command, env=environment, check=True)
 
-    def start(self, *arguments: str | Path, log: Path) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "jobs" / "train.py"), *map(str, arguments)]
+    def start(self, *arguments: str | Path, log: Path, job: str = "train.py") -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "jobs" / job), *map(str, arguments)]
         environment = {**CLEAN, **self.variables, "PYTHONPATH": str(ROOT)}
         with open(log, "w") as file:
             return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
@@ -234,7 +235,7 @@ def test_a_node_that_is_about_to_be_taken_away_is_left_in_time(
     assert_alike(stage, expected, workspace)
 
 
-@pytest.mark.parametrize("stage", ["collab"])
+@pytest.mark.parametrize("stage", ["collab", "adapt"])
 def test_a_driver_that_is_killed_alone_and_submitted_again(
     stage: str, nodes: Nodes, folder: Path, tmp_path: Path
 ) -> None:
@@ -292,3 +293,30 @@ def test_nodes_that_do_not_come_back_and_a_head_that_is_lost(
         main_job.end(job)
     assert f"{stage:<9} goes on from its checkpoint at step" in log.read_text()
     assert_alike(stage, expected, workspace)
+
+
+def test_trials_of_a_node_that_is_lost_come_to_their_end(nodes: Nodes, folder: Path, tmp_path: Path) -> None:
+    """Two at a time; the node of one's worker is lost, and another takes its place."""
+    nodes.have(4)
+    space, workspace, log = tmp_path / "space.yaml", tmp_path / "w", tmp_path / "log"
+    space.write_text("collab.l2: {choice: [0.01, 0.1, 0.02, 0.2]}")
+    flags = [
+        *("demo", main_job.write_recipe(folder), "--workspace", workspace, "--name", "sweep"),
+        *("--stage", "collab", "--space", space, "--search", "random", "--trials", "2", "--concurrent", "2"),
+        *("--workers", "1", "--collab.checkpoint-every", "1", *LONGER["collab"]),
+    ]
+    job = nodes.start(*flags, log=log, job="tune.py")
+    try:
+        deadline = time.monotonic() + 300
+        while len(list(workspace.glob("artifacts/collab-*/checkpoints/*/checkpoint.json"))) < 2:
+            assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        nodes.kill(nodes.of_a_worker())
+        nodes.have(4)
+        assert job.wait(600) == 0, log.read_text()
+    finally:
+        main_job.end(job)
+    rows = pq.read_table(workspace / "runs/sweep/trials.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["finished", "finished"], log.read_text()
+    assert all(len(row["evaluations"]) == 10 for row in rows), "none is lost or made twice"
+    assert (workspace / "runs/sweep/best.yaml").is_file()

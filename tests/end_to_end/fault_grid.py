@@ -38,6 +38,7 @@ FAULTS = {
     "test_a_node_that_is_about_to_be_taken_away_is_left_in_time": "a node is about to be taken away",
     "test_a_driver_that_is_killed_alone_and_submitted_again": "the driver alone is killed in a cluster, and submitted again",
     "test_nodes_that_do_not_come_back_and_a_head_that_is_lost": "nodes are lost for good, the head is lost",
+    "test_trials_of_a_node_that_is_lost_come_to_their_end": "a node of a sweep's trial is lost, and another takes its place",
     "test_workers_become_more_and_fewer_with_the_nodes": "nodes join and leave: 1, 2, 3, 1 workers",
 }  # fmt: skip
 """What a test does to a stage; those that name none do it to collab."""
