@@ -175,7 +175,7 @@ def test_a_wholly_tuned_model_is_what_all_later_stages_read(workspace):
         assert all(torch.equal(found[name], weight.bfloat16()) for name, weight in tuned.items())
     encoder = ItemEncoder(**run.adapted(), noun="book", settings=config.distil)
     assert all(
-        torch.equal(weight, tuned[f"llm.model.{n}"].bfloat16()) for n, weight in encoder._decoder.named_parameters()
+        torch.equal(weight, tuned[f"llm.model.{n}"].bfloat16()) for n, weight in encoder.decoder.named_parameters()
     )
 
 

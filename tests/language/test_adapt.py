@@ -278,7 +278,7 @@ def test_vectors_are_computed_in_float32_of_stored_bfloat16(models, titles, tmp_
     def encode(folder: Path, storage: str) -> tuple[np.ndarray, set[torch.dtype]]:
         encoder = ItemEncoder(llms.LlmSource(str(folder), None, "", storage), adapter, "movie", Distil())
         vectors = encoder.encode(titles)
-        base = [weight for name, weight in encoder._decoder.named_parameters() if "lora_" not in name]
+        base = [weight for name, weight in encoder.decoder.named_parameters() if "lora_" not in name]
         return vectors, {weight.dtype for weight in base}
 
     vectors, types = encode(models[model], "bfloat16")

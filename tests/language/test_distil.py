@@ -133,7 +133,7 @@ def test_little_is_padded(decoder, adapter):
     """Short and long texts by turns: in micro-batches by length, no short text is padded to a long one's length."""
     encoder = ItemEncoder(llms.find_llm(str(decoder), None), adapter, "movie", Distil(micro_batch=4))
     shapes = []
-    handle = encoder._decoder.register_forward_pre_hook(
+    handle = encoder.decoder.register_forward_pre_hook(
         lambda module, arguments, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )
     encoder.encode(["x", "the silent sailor and the golden whale of the very long winter"] * 8)
@@ -268,7 +268,7 @@ def test_the_encoder_computes_where_it_is_told_though_a_gpu_is_seen(decoder, ada
     source = llms.find_llm(str(decoder), None)
     assert ItemEncoder(source, adapter, "movie", Distil()).encode(["a title"]).shape == (1, 16)
     elsewhere = ItemEncoder(source, adapter, "movie", Distil(), device="meta")
-    assert {weight.device.type for weight in elsewhere._decoder.parameters()} == {"meta"}
+    assert {weight.device.type for weight in elsewhere.decoder.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize(("gpus", "device", "taken"), [(False, "cpu", None), (True, "cuda", 1)])
