@@ -116,8 +116,10 @@ def interactions(number: int) -> pa.Table:
 
 
 def collab_task(settings: Collab = MF, folder: Path | None = None) -> CollabTask:
-    """Args:
-    folder: has the edges of a graph, for a model that smooths its rows over one.
+    """The task of a model on USERS and ITEMS.
+
+    Args:
+        folder: has the edges of a graph, for a model that smooths its rows over one.
     """
     model, seen = model_class(settings.model)(Sizes(USERS, ITEMS, 0.5), settings), np.ones(ITEMS, bool)
     negatives = None if settings.loss == "bce" else Negatives("uniform", np.ones((2, ITEMS), np.int64), 1, 0)

@@ -3,7 +3,8 @@
 The flags are those of train.py. `--seeds` takes others than the table's own, fewer or more. What stands is not run again, so an
 interrupted table goes on where it was. The table goes to WORKSPACE/tables, and with
 `--into` between the lines `<!-- TABLE -->` and `<!-- end of TABLE -->` of a Markdown file (at its end, where it has none);
-TABLE.json beside it, with `--into` in a folder of the file's name, has every run's resolved settings and its values.
+TABLE.json beside it, with `--into` in a folder of the file's name, has every run's resolved settings, values and versions, and
+facts of its log and of what was trained.
 """
 
 import statistics

@@ -216,8 +216,8 @@ def check_tables(this: Run, tables: Sequence[Any], settings: Any, room: tuple[in
 
 def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: tuple[int, str] | None) -> None:
     """Refuse a batch of collab or align whose rows' vectors, with their gradients, have no room beside the tables, with what a
-    model takes of the worker's whole share of rows. It is what a batch takes at least: histories, scores and layers are not
-    counted.
+    model takes of the worker's whole share of rows. It is what a batch takes at least: histories, scores and layers of
+    networks are not counted.
 
     Args:
         held: bytes of the tables on a worker.
@@ -233,14 +233,14 @@ def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: 
     own, (has, whose) = -(-settings.batch // workers), room
     width = {table.name: table.dim for table in tables}
     negatives = collab.negatives_per_row if collab.loss in SAMPLED and collab.negatives != "in-batch" else 0
-    numbers = _numbers_of_shares(this, stage, tables)
-    if held + FLOAT_BYTES * numbers > has:
+    of_shares = FLOAT_BYTES * _numbers_of_shares(this, stage, tables)
+    if held + of_shares > has:
         raise UserError(
-            f"{stage} takes {FLOAT_BYTES * numbers / GIB:.2f} GiB of each of {workers} workers at least for its share of the "
+            f"{stage} takes {of_shares / GIB:.2f} GiB of each of {workers} workers at least for its share of the "
             f"rows (collab.model {collab.model}, collab.loss {collab.loss}), beside {held / GIB:.2f} GiB of tables, but {whose} "
             f"has room for {has / GIB:.2f} GiB: take more workers, or lower collab.dim"
         )
-    numbers += 2 * own * (width.get("user", 0) + width["item"] * (1 + negatives))
+    numbers = 2 * own * (width.get("user", 0) + width["item"] * (1 + negatives))
     if stage == "align":
         looked_up = (settings.side != "users") + ("profile" in width)  # what users liked may be nothing
         numbers += (1 if settings.semantic == "frozen" else 2) * own * width["semantic"] * looked_up
@@ -248,12 +248,13 @@ def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: 
         space = {"rlmrec-con": width["item"], "darec": 0}.get(settings.contrastive, width["semantic"])
         gathered = sum(compares_with_all(settings, torch.float32)) * (2 if settings.side == "both" else 1)
         numbers += gathered * settings.batch * space
-    taken = held + FLOAT_BYTES * numbers
+    taken = held + of_shares + FLOAT_BYTES * numbers
+    and_shares = f" and {of_shares / GIB:.2f} GiB for the share of the rows" if of_shares else ""
     or_negatives = ", or collab.negatives_per_row" if negatives else ""
     if taken > has:
         raise UserError(
             f"{stage}.batch is {settings.batch}: its vectors and their gradients take {FLOAT_BYTES * numbers / GIB:.2f} GiB of "
-            f"each of {workers} workers at least, beside {held / GIB:.2f} GiB of tables, but {whose} has room for "
+            f"each of {workers} workers at least, beside {held / GIB:.2f} GiB of tables{and_shares}, but {whose} has room for "
             f"{has / GIB:.2f} GiB: lower {stage}.batch{or_negatives}, or take more workers"
         )
 
@@ -261,7 +262,7 @@ def _check_batch(this: Run, stage: str, tables: Sequence[Any], held: int, room: 
 def _numbers_of_shares(this: Run, stage: str, tables: Sequence[Any]) -> int:
     """How many numbers a step holds at least for a worker's share of all rows: of rows that a graph smooths what they are
     smoothed from, the sum of layers, and both beside each other; of a catalog that is looked up whole the vectors and their
-    gradients (with dense gradients they are the table itself)."""
+    gradients (with dense gradients they may be the table itself, so they aren't counted)."""
     from sellarec.collab.task import model_class
 
     collab, workers = this.config.collab, this.config.least_workers

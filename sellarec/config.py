@@ -791,7 +791,8 @@ class Preflight:
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """Print which worker would hold which rows of a user and an item table, and the memory that takes."""
+    """Print which worker would hold which rows of the tables of the recipes' collaborative model, or of a user and an item table,
+    and the memory that takes."""
 
     workers: int
     """Processes that share the tables."""

@@ -17,6 +17,7 @@ from small import small_log
 from transformers import LlamaConfig
 
 from sellarec import ahead, pipeline
+from sellarec.ahead import _tables_ahead as tables_ahead
 from sellarec.ahead import check_ahead, check_labels, check_start
 from sellarec.checks import check_same_model
 from sellarec.config import Align, Collab, Config, Fuse, Llm, Pretrain, Prompt, Tables, result_settings
@@ -109,18 +110,25 @@ def test_negatives_count_in_a_batch(of, monkeypatch):
         ({"model": "lightgcn", "loss": "bpr", "negatives_per_row": 1}, 4 * DIM * (ROWS["user"] + ROWS["item"])),
         # vectors of the catalog and their gradients
         ({"loss": "full-softmax"}, 2 * DIM * ROWS["item"]),
+        ({"loss": "full-softmax", "table_optimizer": "adam"}, 0),
+        ({"model": "fism"}, 2 * DIM * ROWS["item"]),
     ],
-    ids=["lightgcn", "full-softmax"],
+    ids=["lightgcn", "full-softmax", "dense gradients", "fism"],
 )
 def test_what_is_made_of_a_workers_whole_share_counts(of, monkeypatch, settings, numbers):
     this = of(collab=Collab(dim=DIM, **settings))
-    set_room(monkeypatch, HELD["collab"] + 4 * numbers - 1)
-    with pytest.raises(UserError, match=r"collab takes .* for its share of the rows .* take more workers"):
-        check_ahead(this, ["collab"])
-    negatives = settings["loss"] == "bpr"
-    taken = HELD["collab"] + 4 * numbers + 8 * 128 * (2 + negatives) * DIM
+    widths = {table.name: table.dim for table in tables_ahead(this, "collab")}
+    state = {name: 12 * width if settings.get("table_optimizer") else 4 for name, width in widths.items()}
+    held = sum(ROWS[name] * (4 * width + state[name]) for name, width in widths.items())
+    if numbers:
+        set_room(monkeypatch, held + 4 * numbers - 1)
+        with pytest.raises(UserError, match=r"collab takes .* for its share of the rows .* take more workers"):
+            check_ahead(this, ["collab"])
+    negatives = settings.get("loss") == "bpr"
+    taken = held + 4 * numbers + 8 * 128 * (sum(widths.values()) + negatives * DIM)
     set_room(monkeypatch, taken - 1)
-    with pytest.raises(UserError, match=r"collab.batch is 256"):
+    also = r"tables and 0.00 GiB for the share of the rows, but" if numbers else r"tables, but"
+    with pytest.raises(UserError, match=rf"collab.batch is 256: .* GiB of {also}"):
         check_ahead(this, ["collab"])
     set_room(monkeypatch, taken)
     check_ahead(this, ["collab"])

@@ -139,6 +139,10 @@ def trainer(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]
     sets up whenever it is called, a quarter of a second, is in its time."""
     settings, batches = settings_of(work), batches_of(work, folder)
     real, asked = count_tokens(batches), model_flops(work, folder, settings, batches)
+    if work["batch"] % work["micro_batch"]:
+        raise ValueError(
+            f"the Trainer takes whole micro-batches: {work['batch']} rows are none of {work['micro_batch']}"
+        )
     rows = [row for batch in batches for row in batch.select(["tokens", "answer"]).to_pylist()]
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -154,11 +158,11 @@ def trainer(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]
         remove_unused_columns=False, use_cpu=work["device"] == "cpu", dataloader_pin_memory=work["device"] == "cuda",
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    found = Trainer(published_model(work, folder), arguments, data_collator=collate, train_dataset=rows)
+    loop = Trainer(published_model(work, folder), arguments, data_collator=collate, train_dataset=rows)
 
     def repeat() -> tuple[int, dict]:
-        found.train()
-        return real, {"losses": [told["loss"] for told in found.state.log_history if "loss" in told], **asked}
+        loop.train()
+        return real, {"losses": [told["loss"] for told in loop.state.log_history if "loss" in told], **asked}
 
     return repeat
 

@@ -1,7 +1,8 @@
 """Both sides of the case launch: stage collab as jobs/train.py runs it, under Ray Train and Ray Data, and without Ray: processes
 that run the same engine on the same batches, over gloo. As a script this file is one of these processes.
 
-Both find where the time of their first repetition goes (`parts`), whose seconds add up to it, and what worker 0 held in memory.
+Both find where the time of their first repetition goes (`parts`), whose seconds add up to it. Shares of steps' time, and memory at
+their end, are with Ray the mean of its workers, without it worker 0's.
 """
 
 import json
@@ -49,10 +50,10 @@ def with_ray(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict
     def repeat() -> tuple[int, dict]:
         nonlocal seed
         seed += 1
-        notes = folder / f"notes-{seed}"
-        notes.mkdir()
-        # the first one's workers note when they did what
-        job = [str(ROOT / "benchmarks/timed_job.py"), str(notes)] if seed == 1 else [str(ROOT / "jobs/train.py")]
+        job, notes = [str(ROOT / "jobs/train.py")], folder / "notes"
+        if seed == 1:  # its workers note when they did what
+            notes.mkdir()
+            job = [str(ROOT / "benchmarks/timed_job.py"), str(notes)]
         start = time.time()
         subprocess.run([sys.executable, *job, *flags(work, folder, seed)], check=True, stdout=sys.stderr)
         end = time.time()
@@ -165,6 +166,7 @@ def train(given: dict[str, Any], rank: int) -> None:
         seed_everything(config.seed, "collab", step, rank)
         losses.append(engine.step(part, step, engine.rate(step, steps)))
         ends.append(time.time())
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     seconds = {"waiting for data": waited, "on tables": engine.table_seconds, "in exchanges": engine.exchanges.seconds}
     _, rows = batches("valid", config.evaluate.batch, None, [*task.columns, "row", "label"], 1)
     scored = engine.score(rows, lambda _: None)
@@ -175,7 +177,7 @@ def train(given: dict[str, Any], rank: int) -> None:
         labels = log.split("valid", ["label"])["label"].to_numpy().astype(np.int64)
         spent: dict[str, Any] = {"joined": joined_at, "steps": ends}
         spent |= {f"% {what}": 100 * found / (ends[-1] - looping) for what, found in seconds.items()}
-        spent["GiB of a worker"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        spent["GiB of a worker"] = memory
         found = {"losses": losses[:FIRST], "auc": auc(labels, scored["score"]), "spent": spent}
         Path(given["out"], "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()

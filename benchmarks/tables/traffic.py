@@ -318,7 +318,8 @@ def main() -> None:
     facts = {name: getattr(settings, name) for name in ("rows", "dim", "batch", "steps", "rounds")}
     cases = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: f"{folder}/{number}.parquet" for number, name in enumerate(GRAPHS)}
+        asked = {"lightgcn" if name in GRAPH_STEPS else name for name in settings.cases} & set(GRAPHS)
+        paths = {name: f"{folder}/{name}.parquet" for name in asked}
         for name, path in paths.items():
             write_edges(path, *GRAPHS[name])
         for workers in settings.workers:

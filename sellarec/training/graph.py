@@ -273,14 +273,15 @@ def _entries(paths: Sequence[str | Path], blocks: _Blocks) -> Iterator[np.ndarra
     """
     for path in paths:
         try:
-            for batch in pq.ParquetFile(path).iter_batches(columns=["row", "user", "item", "label"]):
+            before = 0
+            for batch in pq.ParquetFile(path).iter_batches(columns=["user", "item", "label"]):
                 positive = batch["label"].to_numpy() == 1
                 slots = {}
                 for kind, count in blocks.rows.items():
                     ids = batch[kind].to_numpy()[positive]
                     bad = np.flatnonzero((ids < 0) | (ids >= count))
                     if len(bad):
-                        row = batch["row"].to_numpy()[positive][bad[0]]
+                        row = pq.read_table(path, columns=["row"])["row"][before + np.flatnonzero(positive)[bad[0]]]
                         raise UserError(
                             f"{kind} is {ids[bad[0]]} in row {row} of {path}, but table {kind} has the ids 0 to {count - 1}: "
                             "prepare the data again"
@@ -289,6 +290,7 @@ def _entries(paths: Sequence[str | Path], blocks: _Blocks) -> Iterator[np.ndarra
                 for row, column in ((slots["user"], slots["item"]), (slots["item"], slots["user"])):
                     own = row // blocks.slots == blocks.rank
                     yield row[own] % blocks.slots * (blocks.workers * blocks.slots) + column[own]
+                before += len(batch)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"Cannot read the prepared log: {error}. Prepare the data again.") from error
 

@@ -33,6 +33,12 @@ def test_a_case_runs_in_its_quick_form(case, tmp_path):
     assert all(side["units/s"] > 0 for side in result["sides"].values())
     # the memory of launch's sides is that of processes which they start
     assert case == "launch" or all(side["bytes above"] > 0 for side in result["sides"].values())
+    if case == "launch":
+        parts = {name: side["found"]["parts"] for name, side in result["sides"].items()}
+        assert parts[first].keys() == parts[others[0]].keys()
+        for name, found in parts.items():
+            seconds = [value for part, value in found.items() if part.startswith("s ")]
+            assert min(seconds) > 0 and sum(seconds) == pytest.approx(result["sides"][name]["first seconds"], rel=0.05)
     for name in others:
         ratio = result["ratios"][name]["speed"]
         assert 0 < ratio["lowest"] <= ratio["median"] <= ratio["highest"]

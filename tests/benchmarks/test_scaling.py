@@ -23,14 +23,16 @@ def test_checkpoints_are_restored_as_they_were_written(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["memory", "traffic", "train_speed"])
 def test_what_tables_cost_by_the_number_of_workers(script, tmp_path):
-    """In their quick forms; they themselves compare losses, and bytes with what is planned or expected."""
+    """In their quick forms. train_speed compares losses itself; what the others find is compared here."""
     found = command(f"tables/{script}", "--quick", "--out", tmp_path / "out.json")
     assert found.returncode == 0, found.stderr
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
-    assert {case["workers"] for case in cases} >= {1}
+    assert {case["workers"] for case in cases} == {1, 2}
     if script == "memory":
         one, two = cases
         assert 1.9 < one["planned bytes"] / two["planned bytes"] <= 2
+        for case in cases:  # beside it workers keep what they free
+            assert case["planned bytes"] < case["resident bytes"] < case["planned bytes"] + (128 << 20)
     if script == "traffic":
         for case in cases:
             assert case["workers"] == 1 or case["sent bytes"] == pytest.approx(case["formula bytes"], rel=0.1)

@@ -85,6 +85,8 @@ def test_a_table_goes_on_where_it_was_and_is_not_made_again(
     for found in runs:
         assert found["stages"]["collab"]["settings"]["seed"] == found["seed"] and found["values"]
         assert found["stages"]["collab"]["settings"]["collab"]["model"] == "mf"
+        assert found["stages"]["prepare"]["facts"]["rows"]["train"] > 0
+        assert found["stages"]["collab"]["facts"]["kept_step"] <= found["stages"]["collab"]["facts"]["steps"]
     assert "[tiny.json](a/tiny.json)" in text
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {model} |")]
     assert row.endswith(f"| {table.published[model]} | {', '.join(map(str, seeds))} |")

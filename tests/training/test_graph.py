@@ -194,11 +194,13 @@ def test_gradients_of_the_multiply_have_gradients(tmp_path):
 
 @pytest.mark.parametrize("row", [(3, 0, 1), (0, 2, 1), (-1, 0, 1), (0, -1, 1)])
 def test_ids_that_the_log_does_not_have_are_refused(tmp_path, row):
-    paths = Case(3, 2, [(0, 0, 1), (1, 1, 1), row]).write(tmp_path)
+    paths = Case(3, 2, [(0, 0, 1), (1, 1, 1), (0, 1, 0), row, (1, 0, 1)]).write(
+        tmp_path
+    )  # of two in a file it is the second
     kind, count = ("user", 3) if row[0] in (3, -1) else ("item", 2)
     wrong = row[0] if kind == "user" else row[1]
     with pytest.raises(
-        UserError, match=f"{kind} is {wrong} in row 2 of .*, but table {kind} has the ids 0 to {count - 1}"
+        UserError, match=f"{kind} is {wrong} in row 3 of .*, but table {kind} has the ids 0 to {count - 1}"
     ):
         ShardedGraph.read(paths, 3, 2, None, CPU)
 
