@@ -1,7 +1,7 @@
 """Both sides of the case launch: stage collab as jobs/train.py runs it, under Ray Train and Ray Data, and without Ray: processes
 that run the same engine on the same batches, over gloo. As a script this file is one of these processes.
 
-Both find where the time of their first repetition goes (`parts`), whose seconds add up to it. Shares of steps' time, and memory at
+Both find where the time of their first repetition goes (`parts`); seconds add up to it. Shares of steps' time, and memory at
 their end, are with Ray the mean of its workers, without it worker 0's.
 """
 
