@@ -150,8 +150,10 @@ def assert_alike(stage: str, undisturbed: Path, disturbed: Path) -> None:
     assert found["kept_step"] == expected["kept_step"]
     of_expected, of_found = map(saved_weights, folders)
     assert of_found.keys() == of_expected.keys() and of_expected
+    # Adam's steps carry rounding on: after 300 of them 3e-5 was seen in adapters, where a step is up to 3e-3
+    tolerance = 1e-5 if stage == "collab" else 1e-4
     for name, weight in of_expected.items():
-        np.testing.assert_allclose(of_found[name], weight, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(of_found[name], weight, rtol=1e-4, atol=tolerance, err_msg=name)
 
 
 def saved_weights(artifact: Path) -> dict[str, np.ndarray]:
