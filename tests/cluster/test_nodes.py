@@ -305,7 +305,8 @@ def test_trials_of_a_node_that_is_lost_come_to_their_end(nodes: Nodes, folder: P
     flags = [
         *("demo", main_job.write_recipe(folder), "--workspace", workspace, "--name", "sweep"),
         *("--stage", "collab", "--space", space, "--search", "random", "--trials", "2", "--concurrent", "2"),
-        *("--workers", "1", "--collab.checkpoint-every", "1", *LONGER["collab"]),
+        *("--workers", "1", "--collab.checkpoint-every", "1"),
+        *("--collab.epochs", "100", "--collab.validate-every", "10", "--collab.patience", "99"),
     ]
     job = nodes.start(*flags, log=log, job="tune.py")
     try:
