@@ -128,7 +128,8 @@ def _run_stages(this: Run, wanted: tuple[str, ...]) -> None:
     ahead = [stage for stage in wanted if not _stands(this, stage, f"{stage}-{this.marks[stage]}")]
     is_told = _tell_cost(this, ahead)
     everything = {name: value for name, value, _ in leaves(config)}
-    this.trackers = open_trackers(config.trackers, this.place, str(config.name), everything, console.line)
+    workspace, name = this.store.workspace, str(config.name)
+    this.trackers = open_trackers(config.trackers, workspace, this.place, name, everything, console.line)
     failed = True
     try:
         _check_computing(this, wanted)

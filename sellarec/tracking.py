@@ -50,13 +50,19 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(
-    names: Sequence[str], place: "Place", run: str, settings: Mapping[str, Any], say: Callable[[str], None]
+    names: Sequence[str],
+    workspace: "Place",
+    place: "Place",
+    run: str,
+    settings: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> list[Tracker]:
     """TensorBoard's event files in the run's folder (none where that is remote), and the trackers that are named.
 
     Args:
         names: of `mlflow`, `wandb`.
-        place: the run's folder.
+        workspace: a directory that has been made, for as long as its storage isn't away.
+        place: the run's folder in it.
         run: its name.
         settings: its config, by dotted name.
         say: prints a line.
@@ -65,7 +71,7 @@ def open_trackers(
         UserError: a tracker can't begin a run, or go on in it.
     """
     ids = place.read_json(IDS) or {}
-    trackers: list[Tracker] = [TensorBoard(place, say)] if place.is_local else []
+    trackers: list[Tracker] = [TensorBoard(workspace, place, say)] if place.is_local else []
     for name in names:
         try:
             if name == "mlflow":
@@ -88,18 +94,21 @@ class TensorBoard:
     """Event files in `tensorboard/` of the run's folder. Where storage fails, what was not written yet is lost, which is told,
     and what comes later goes into a new file: no training is broken off for its curves."""
 
-    def __init__(self, place: "Place", say: Callable[[str], None]) -> None:
-        self._folder, self._say = place.folder / "tensorboard", say
+    def __init__(self, workspace: "Place", place: "Place", say: Callable[[str], None]) -> None:
+        self._workspace, self._folder, self._say = workspace, place.folder / "tensorboard", say
         self._writer: Any = None
+        self._loses = False
 
     def scalars(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         try:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
+                self._workspace.reach()  # the writer would make another one in its place
                 self._writer = SummaryWriter(str(self._folder))
             for name, value in values.items():
                 self._writer.add_scalar(f"{stage}/{name}", value, step)
+            self._loses = False
         except OSError as error:
             self._lose(error)
 
@@ -114,9 +123,9 @@ class TensorBoard:
             self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        if self._writer is not None:
+        if not self._loses:
             self._say(f"TensorBoard's file can't be written, some points of its curves are lost: {error}")
-        self._writer = None
+        self._writer, self._loses = None, True
 
 
 class MLflow:

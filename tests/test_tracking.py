@@ -18,7 +18,12 @@ SETTINGS = {f"setting.{number}": number for number in range(130)}
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
-    return Place.of(str(tmp_path / "run"))
+    (tmp_path / "w").mkdir()
+    return Place.of(str(tmp_path / "w" / "run"))
+
+
+def workspace_of(place: Place) -> Place:
+    return Place.of(str(place.folder.parent))
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_tensorboard_alone_by_default(place: Place) -> None:
-    (tensorboard,) = open_trackers((), place, "run", {}, print)
+    (tensorboard,) = open_trackers((), workspace_of(place), place, "run", {}, print)
     assert not (place.folder / "tensorboard").exists()  # before there is a number
     tensorboard.scalars("collab", 3, {"loss": 0.5})
     tensorboard.close(failed=False)
@@ -40,9 +45,26 @@ def test_tensorboard_alone_by_default(place: Place) -> None:
     assert (found.step, found.value) == (3, 0.5)
 
 
+def test_tensorboard_makes_no_folder_where_the_workspace_is_out_of_sight(place: Place) -> None:
+    """Points are lost until it is back, which is told once each time."""
+    told: list[str] = []
+    (tensorboard,) = open_trackers((), workspace_of(place), place, "run", {}, told.append)
+    workspace = place.folder.parent
+    away = workspace.with_name("away")
+    workspace.rename(away)
+    for step in (1, 2):
+        tensorboard.scalars("collab", step, {"loss": 0.5})
+    assert not workspace.exists() and len(told) == 1 and "storage is away" in told[0]
+    away.rename(workspace)
+    tensorboard.scalars("collab", 3, {"loss": 0.25})
+    tensorboard.close(failed=False)
+    (found,) = EventAccumulator(str(place.folder / "tensorboard")).Reload().Scalars("collab/loss")
+    assert (found.step, found.value) == (3, 0.25)
+
+
 def test_mlflow_has_settings_numbers_and_results_and_goes_on_in_its_run(place: Place, mlflow: Any) -> None:
     for step, failed in ((1, True), (2, False)):
-        tensorboard, tracker = open_trackers(("mlflow",), place, "demo", SETTINGS, print)
+        tensorboard, tracker = open_trackers(("mlflow",), workspace_of(place), place, "demo", SETTINGS, print)
         tracker.scalars("collab", step, {"loss": step / 4, "data wait (%), most": 7.0})
         tracker.summary({"sella-rec/all auc": 0.75})
         tracker.close(failed)
@@ -59,7 +81,7 @@ def test_mlflow_has_settings_numbers_and_results_and_goes_on_in_its_run(place: P
 
 def test_mlflow_that_stops_answering_costs_no_run(place: Place, mlflow: Any) -> None:
     said: list[str] = []
-    _, tracker = open_trackers(("mlflow",), place, "demo", {}, said.append)
+    _, tracker = open_trackers(("mlflow",), workspace_of(place), place, "demo", {}, said.append)
     mlflow.MlflowClient().delete_run(tracker.id)  # the server takes no more of it
     tracker.scalars("collab", 1, {"loss": 1.0})
     tracker.scalars("collab", 2, {"loss": 1.0})  # it is left alone meanwhile
@@ -79,7 +101,7 @@ def test_wandb_writes_offline_and_goes_on_in_its_run(
     ids = []
     place.folder.mkdir()
     for step in (1, 2):
-        tensorboard, tracker = open_trackers(("wandb",), place, "demo", {"collab.dim": 16}, print)
+        tensorboard, tracker = open_trackers(("wandb",), workspace_of(place), place, "demo", {"collab.dim": 16}, print)
         tracker.scalars("collab", step, {"loss": 0.53125 * step})
         tracker.summary({"sella-rec/all auc": 0.71875})
         tracker.close(failed=False)
@@ -100,7 +122,7 @@ def test_wandb_writes_offline_and_goes_on_in_its_run(
 def test_a_tracker_that_cannot_begin_is_a_users_mistake(place: Place, mlflow: Any) -> None:
     mlflow.set_tracking_uri("nonsense://nowhere")
     with pytest.raises(UserError, match=r"trackers has mlflow, which can't begin a run: .*nonsense"):
-        open_trackers(("mlflow",), place, "demo", {}, print)
+        open_trackers(("mlflow",), workspace_of(place), place, "demo", {}, print)
 
 
 def test_a_missing_package_and_a_sweep_are_refused() -> None:
