@@ -36,8 +36,8 @@ def test_a_case_runs_in_its_quick_form(case, tmp_path):
     if case == "launch":
         parts = {name: side["found"]["parts"] for name, side in result["sides"].items()}
         assert parts[first].keys() == parts[others[0]].keys()
-        for name, found in parts.items():
-            seconds = [value for part, value in found.items() if part.startswith("s ")]
+        for name, of_side in parts.items():
+            seconds = [value for part, value in of_side.items() if part.startswith("s ")]
             assert min(seconds) > 0 and sum(seconds) == pytest.approx(result["sides"][name]["first seconds"], rel=0.05)
     for name in others:
         ratio = result["ratios"][name]["speed"]
