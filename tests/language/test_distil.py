@@ -292,6 +292,7 @@ def test_actors_compute_where_the_driver_decided(gpus, device, taken, decoder, a
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_stands_is_kept(decoder, adapter, titles, tmp_path, monkeypatch):
     """After parts of a killed distillation, half a file among them, the rest is encoded; parts of another fingerprint go."""
     import ray

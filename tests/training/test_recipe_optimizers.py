@@ -67,8 +67,21 @@ RECIPE = ["collm-ml-1m", "sella-official"]
 BOOK = ["collm-amazon-book", "sella-official-book"]
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, BOOK], ids=["movies", "books"])
-@pytest.mark.parametrize(("stage", "workers"), [("adapt", 1), ("collab", 2), ("align", 2), ("fuse", 1)])
+# a step of fuse for books has 1,024 prompts
+@pytest.mark.parametrize(
+    ("stage", "workers", "recipe"),
+    [
+        pytest.param(
+            stage,
+            workers,
+            recipe,
+            id=f"{stage}-{workers}-{name}",
+            marks=[pytest.mark.slow] if (stage, name) == ("fuse", "books") else [],
+        )
+        for stage, workers in (("adapt", 1), ("collab", 2), ("align", 2), ("fuse", 1))
+        for name, recipe in (("movies", RECIPE), ("books", BOOK))
+    ],
+)
 def test_sella_official_is_stepped_by_the_published_optimizers(gloo, inputs, stage, workers, recipe):
     """Class, betas, weight decay, and the learning rate of each step; and that is what training.json says of them."""
     published = SELLA[stage] | (SELLA_BOOK[stage] if recipe == BOOK else {})
