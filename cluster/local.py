@@ -326,7 +326,7 @@ def down(state: Path, keep_log: bool = False) -> None:
     psutil.wait_procs(alive, timeout=GRACE_SECONDS)
     if facts["subnet"] is not None:
         _remove_namespaces(facts)
-    (state / "cluster.json").unlink(missing_ok=True)
+    (state / "cluster.json").unlink(missing_ok=True)  # another `down` may have been at it too
     if keep_log:
         for name in ("ray", "token", "go", "up"):
             path = state / name

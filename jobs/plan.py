@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     from sellarec.training.plan import GIB, check_fits, describe, place, worker_bytes
 
     tables = tables_of(settings, config if settings.recipe else None)
-    if config is not None and settings.llm is not None and "semantic" in config.fuse.tokens:
+    if settings.llm is not None and "semantic" in config.fuse.tokens:
         tables.append(semantic_table(settings, config))
     optimizer = Sparse(table_optimizer=settings.table_optimizer)
     workers, storage = settings.workers, settings.tables

@@ -126,7 +126,7 @@ class ShardedTables:
             for collection in self._collections.values():
                 _take_rows_by_bags(collection)
         for table in self.tables:
-            size = max(1, min(FILE_ROWS, BLOCK_BYTES // (4 * table.dim)))
+            size = _rows_of(BLOCK_BYTES, 4 * table.dim)
             for row, column, rows in self._local_parts(table):
                 for start in range(0, len(rows), size):
                     block = rows[start : start + size]
@@ -388,7 +388,7 @@ class ShardedTables:
                 ranges[-1][2].append(part)
                 end = column + part.shape[1]
             for row, column, parts in ranges:
-                size = file_rows(sum(part.shape[1] * part.element_size() for part in parts))
+                size = _rows_of(FILE_BYTES, sum(part.shape[1] * part.element_size() for part in parts))
                 for start in range(0, len(parts[0]), size):
                     block = torch.cat([part[start : start + size].cpu() for part in parts], dim=1)
                     name = f"{table.name}-{row + start:012d}-{column:06d}.safetensors"
@@ -410,9 +410,9 @@ class ShardedTables:
         return describe(self.placements, self._storage, self._settings, self.world_size)
 
 
-def file_rows(row_bytes: int) -> int:
-    """Rows of an exported file at most, of so many bytes each."""
-    return max(1, min(FILE_ROWS, FILE_BYTES // row_bytes))
+def _rows_of(most: int, row_bytes: int) -> int:
+    """Rows that are taken at once: of so many bytes each, as many as `most` bytes are, at most FILE_ROWS and at least one."""
+    return max(1, min(FILE_ROWS, most // row_bytes))
 
 
 def _check_stored(table: Table, first: int, values: Tensor, block: Tensor) -> None:

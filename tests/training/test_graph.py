@@ -194,9 +194,8 @@ def test_gradients_of_the_multiply_have_gradients(tmp_path):
 
 @pytest.mark.parametrize("row", [(3, 0, 1), (0, 2, 1), (-1, 0, 1), (0, -1, 1)])
 def test_ids_that_the_log_does_not_have_are_refused(tmp_path, row):
-    paths = Case(3, 2, [(0, 0, 1), (1, 1, 1), (0, 1, 0), row, (1, 0, 1)]).write(
-        tmp_path
-    )  # of two in a file it is the second
+    rows = [(0, 0, 1), (1, 1, 1), (0, 1, 0), row, (1, 0, 1)]  # of two in the second file it is the second
+    paths = Case(3, 2, rows).write(tmp_path)
     kind, count = ("user", 3) if row[0] in (3, -1) else ("item", 2)
     wrong = row[0] if kind == "user" else row[1]
     with pytest.raises(
