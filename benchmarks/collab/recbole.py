@@ -2,7 +2,8 @@
 
 Both sides get the same file of generated interactions in the shape of MovieLens-1M (6,040 users, 3,706 items, 1,000,209 rows,
 long-tailed, nothing to be learned), of which each user's last two rows are left out. Each side is one process of one thread;
-they take turns (A B C A B C ...), and one that waits takes no time of the others'.
+they take turns (A B C A B C ...), and one that waits takes no time of the others'. Both have the variables by which glibc keeps
+freed memory, as this package's workers have them: without, ranking costs either side page faults.
 
     mf, adam              ours: BPR with one drawn negative, adam, whose dense gradients are RecBole's optimizer too
     mf, rowwise-adagrad   ours: the same with the default optimizer
@@ -46,6 +47,8 @@ sys.path += [
 
 from environments import make_environment
 from processes import measure_alone, popularity, write
+
+from sellarec.training.launch import KEEP_FREED_MEMORY
 
 PINS = (
     "recbole==1.2.1", "torch==2.13.0", "numpy==1.26.4", "scipy==1.13.1", "pandas==2.1.4", "setuptools==80.10.2"
@@ -100,12 +103,14 @@ class Side:
     """A process that takes commands as lines of JSON: (case, what, batches)."""
 
     def __init__(self, command: list[str], scratch: Path) -> None:
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
+        set_for_both = (
+            dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), "1") | KEEP_FREED_MEMORY
+        )
         self._errors = scratch / "errors.txt"
         with self._errors.open("a") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=scratch,
-                env={**os.environ, **threads},
+                env={**os.environ, **set_for_both},
             )  # fmt: skip
 
     def ask(self, case: str, what: str, batches: int = 0) -> dict[str, float]:

@@ -10,8 +10,9 @@ A step of b rows on each of W workers, F features a row, D columns, moves on eac
 
     memory    b F (20 D + 128) bytes: rows read and written out; their gradients, the rows and the optimizer's state read and
               written again (a line of 64 bytes each way for the state)
-    links     8 b F (W-1)/W of ids, 4 b F (W-1) of lengths, 4 D b F (W-1)/W of vectors and as many of gradients; of these
-              (G-1)/(W-1) stay within a node of G workers, the rest leave it, and both go on at a time
+    links     8 b F (W-1)/W of ids, 4 D b F (W-1)/W of vectors and as many of gradients, as if no id came twice in a batch (each
+              is sent once, so with real logs it is less); of these (G-1)/(W-1) stay within a node of G workers, the rest
+              leave it, and both go on at a time
     latency   7 collectives (as traffic.py counts them), each of latency x (1 + log2 W)
     host      what launching kernels and sorting ids takes on the host, whatever the batch. A published step of 65,536 rows with
               26 features on 8 H100s takes 15 to 24 ms (NVIDIA recsys-examples, dynamicemb's benchmark), of which memory and
@@ -28,13 +29,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from traffic import formula
+from traffic import FEATURES, formula
 
 from sellarec.config import Sparse, Tables
 from sellarec.training.plan import GIB, place, worker_bytes
 from sellarec.training.table import Table
 
-FEATURES, COLLECTIVES = 2, 7
+COLLECTIVES = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def cell(settings: Simulation, workers: int) -> dict[str, Any]:
     ]
     storage, optimizer = Tables(), Sparse(table_optimizer="rowwise-adagrad")
     held = max(worker_bytes(place(tables, storage, optimizer, workers, "cuda"), storage, optimizer, workers))
-    sent = formula("row-wise", settings.batch, settings.dim, workers)
+    sent = formula("row-wise", FEATURES * settings.batch, settings.dim, workers)
     within = min(assume.node_workers, workers) - 1
     inside = sent * within / max(workers - 1, 1)
     touched = settings.batch * FEATURES * (20 * settings.dim + 128)
@@ -106,7 +107,6 @@ def cell(settings: Simulation, workers: int) -> dict[str, Any]:
         "bytes held": held,
         "fits": held <= assume.memory_gib * GIB,
         "bytes sent": sent,
-        "share of lengths": 4 * settings.batch * FEATURES * (workers - 1) / sent if sent else 0.0,
         "seconds": seconds,
         "rows/s": workers * settings.batch / step,
         "epoch seconds": settings.interactions / (workers * settings.batch / step),
@@ -120,13 +120,13 @@ def main() -> None:
         print(f"    {name:<20} {value:g}")
     cells = [cell(settings, workers) for workers in settings.workers]
     times = ("memory ms", "links ms", "latency ms", "host ms")
-    lines = [("workers", "GiB each", "sent MB", "of it lengths", *times, "rows/s", "each", "epoch s")]
+    lines = [("workers", "GiB each", "sent MB", *times, "rows/s", "each", "epoch s")]
     for found in cells:
         parts = [f"{1000 * value:.3f}" for value in found["seconds"].values()]
         held = f"{found['bytes held'] / GIB:.2f}" + ("" if found["fits"] else " (no room)")
         lines.append(
             (
-                str(found["workers"]), held, f"{found['bytes sent'] / 1e6:.1f}", f"{found['share of lengths']:.0%}", *parts,
+                str(found["workers"]), held, f"{found['bytes sent'] / 1e6:.1f}", *parts,
                 f"{found['rows/s']:,.0f}", f"{found['rows/s'] / found['workers']:,.0f}", f"{found['epoch seconds']:.1f}",
             )
         )  # fmt: skip

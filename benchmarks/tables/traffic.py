@@ -2,7 +2,8 @@
 
 Each case trains matrix factorisation (two tables, BCE) with the training loop's own engine, in gloo processes of one thread:
 
-    row-wise         row-wise Adagrad, rows of both tables over all workers
+    row-wise         row-wise Adagrad, rows of both tables over all workers; also with long-tailed ids, of which a batch has
+                     repeats, as logs have
     table-wise       row-wise Adagrad, each table on one worker
     adam             adam, row-wise, whose lookups are pooled bags
     lightgcn         the product with the sharded graph, forwards and backwards, of a log of MovieLens-1M's shape; and of a
@@ -47,13 +48,16 @@ from sellarec.training.engine import Engine, Workers
 from sellarec.training.graph import ShardedGraph
 from sellarec.training.task import Graph
 
+FEATURES = 2
+
 CASES = {
-    "row-wise": ("row-wise", "rowwise-adagrad", False),
-    "row-wise, same batch a worker": ("row-wise", "rowwise-adagrad", True),
-    "table-wise": ("table-wise", "rowwise-adagrad", False),
-    "adam": ("row-wise", "adam", False),
+    "row-wise": ("row-wise", "rowwise-adagrad", False, False),
+    "row-wise, same batch a worker": ("row-wise", "rowwise-adagrad", True, False),
+    "row-wise, long-tailed ids": ("row-wise", "rowwise-adagrad", True, True),
+    "table-wise": ("table-wise", "rowwise-adagrad", False, False),
+    "adam": ("row-wise", "adam", False, False),
 }
-"""By name: sharding, optimizer, whether the global batch grows with the workers."""
+"""By name: sharding, optimizer, whether the global batch grows with the workers, whether few ids have most of the rows."""
 
 GRAPHS = {"lightgcn": (6_040, 3_706, 575_281), "lightgcn, sparse graph": (200_000, 100_000, 1_000_000)}
 """Users, items and edges of the graphs whose product is measured. The first: MovieLens-1M's users and items, and its ratings of 4
@@ -104,14 +108,25 @@ def cpu_seconds() -> tuple[float, float]:
     return used.ru_utime, used.ru_stime
 
 
-def formula(name: str, share: int, dim: int, workers: int) -> float:
-    """Bytes a worker sends in a step, the mean over workers, for two features of `share` ids each (docs/collab.md, for gloo)."""
+def formula(sharding: str, ids: float, dim: int, workers: int) -> float:
+    """Bytes a worker sends in a step, the mean over workers (docs/collab.md, for gloo).
+
+    Args:
+        ids: distinct ids of both features that a worker's rows name.
+    """
     others = workers - 1
-    rows = 4 * dim * share * others / workers
-    if name == "adam":
-        return 2 * (8 * share * others / workers + 4 * share * others + 3 * workers * rows)
-    lengths = 4 * share * (others / workers if name == "table-wise" else others)
-    return 2 * (8 * share * others / workers + lengths + 2 * rows)
+    lengths = 4 * FEATURES * (others / workers if sharding == "table-wise" else others)
+    return 2 * lengths + (8 + 2 * 4 * dim) * ids * others / workers
+
+
+def pooled_formula(ids: float, bags: float, dim: int, workers: int) -> float:
+    """As `formula`, where rows are taken by pooled bags (adam).
+
+    Args:
+        bags: the most distinct ids that a feature has on any worker.
+    """
+    others = workers - 1
+    return 8 * ids * others / workers + (4 + 3 * 4 * dim) * FEATURES * bags * others
 
 
 def collectives(take_step: Any) -> dict[str, float]:
@@ -160,8 +175,13 @@ def graph_formula(sharding: str, dim: int, layers: int, sent: float, asked: floa
     return products + rows + (8 + 2 * 4 * dim) * share
 
 
-def draw(generator: np.random.Generator, users: int, items: int, rows: int) -> pa.Table:
-    ids = {kind: generator.integers(0, number, rows) for kind, number in (("user", users), ("item", items))}
+def draw(generator: np.random.Generator, users: int, items: int, rows: int, long_tailed: bool = False) -> pa.Table:
+    ids = {
+        kind: generator.choice(number, rows, p=popularity(number))
+        if long_tailed
+        else generator.integers(0, number, rows)
+        for kind, number in (("user", users), ("item", items))
+    }
     known = np.ones(rows, bool)
     label = generator.integers(0, 2, rows).astype(np.int8)
     weight = np.ones(rows, np.float32)
@@ -203,18 +223,24 @@ def collab_of(dim: int, optimizer: str, **changes: Any) -> Collab:
 
 
 def factorise(rank: int, workers: int, settings: argparse.Namespace, name: str) -> dict[str, Any]:
-    sharding, optimizer, grows = CASES[name]
+    sharding, optimizer, grows, long_tailed = CASES[name]
     batch = settings.batch * (workers if grows else 1)
     share, rows = batch // workers, settings.rows // 2
     collab = collab_of(settings.dim, optimizer)
     task = CollabTask(mf.Model(Sizes(rows, rows, 0.5), collab), collab, np.ones(0, bool))
     generator = np.random.default_rng(rank)
-    batches = [draw(generator, rows, rows, share) for _ in range(4)]
+    batches = [draw(generator, rows, rows, share, long_tailed) for _ in range(4)]
+    distinct = np.array([[len(np.unique(batch[kind])) for kind in ("user", "item")] for batch in batches])
+    of_all = of_workers(*distinct.ravel()).reshape(workers, len(batches), FEATURES)
+    ids = of_all.sum(2).mean()
+    bags = of_all.max((0, 2)).mean()
+    by_bags = pooled_formula(ids, bags, settings.dim, workers)
     return {
         "case": name,
         "workers": workers,
         "batch": batch,
-        "formula bytes": formula(name, share, settings.dim, workers),
+        "distinct ids of a row": ids / share,
+        "formula bytes": by_bags if optimizer == "adam" else formula(sharding, ids, settings.dim, workers),
         **train(rank, workers, settings, task, collab, sharding, batches),
     }
 

@@ -106,11 +106,17 @@ def top_k(
     if block_items < 1:
         raise ValueError(f"block_items must be at least 1; it is {block_items}")
     device = lengths.device
-    ids, order = (ids - first_item).sort()
-    rows = torch.repeat_interleave(torch.arange(b, device=device), lengths)[order]
+    rows, ids = torch.repeat_interleave(torch.arange(b, device=device), lengths), ids - first_item
+    here = (ids >= 0) & (ids < n)
+    if not here.all():
+        rows, ids = rows[here], ids[here]
     starts = range(0, n, block_items)
-    # Where each block's excluded items begin among the sorted ones, and where the last one's end.
-    bounds = torch.searchsorted(ids, torch.tensor([*starts, n], device=device)).tolist()
+    if len(starts) > 1:  # by block; in each they stay in the order of the rows of its scores
+        blocks, order = (ids // block_items).sort(stable=True)
+        rows, ids = rows[order], ids[order]
+        bounds = torch.searchsorted(blocks, torch.arange(len(starts) + 1, device=device)).tolist()
+    else:
+        bounds = [0, len(ids)]
     best = _nothing(b, k, torch.get_default_dtype(), device)
     for index, start in enumerate(starts):
         stop = min(start + block_items, n)
@@ -123,13 +129,18 @@ def top_k(
         if index == 0:
             best = _nothing(b, k, scores.dtype, device)
         out = slice(bounds[index], bounds[index + 1])
+        width = -(-(stop - start) // CHUNK) * CHUNK
+        theirs = scores_of is not product  # perhaps a view of what is kept
+        if width > stop - start or (theirs and out.start < out.stop):
+            whole = scores.new_empty(b, width)
+            whole[:, : stop - start] = scores
+            whole[:, stop - start :] = -torch.inf
+            scores = whole
         if out.start < out.stop:
-            if scores_of is not product:
-                scores = scores.clone()  # it may be a view of something that is kept
-            places = rows[out], ids[out] - start
-            _refuse_nan(scores[places], first_item + start, first_item + stop)
-            scores[places] = -torch.inf
-        _update(best, scores, first_item + start)
+            places, flat = rows[out] * width + ids[out] - start, scores.view(-1)
+            _refuse_nan(flat.index_select(0, places), first_item + start, first_item + stop)
+            flat.index_fill_(0, places, -torch.inf)
+        _update(best, scores, first_item + start, first_item + stop)
     return best
 
 
@@ -361,20 +372,18 @@ def _nothing(b: int, k: int, dtype: torch.dtype, device: torch.device) -> TopLis
     return TopList(scores, torch.full((b, k), -1, device=device))
 
 
-def _update(best: TopList, scores: Tensor, first_item: int) -> None:
-    """Let a block's items, of larger ids than any in the lists, into the lists; scores: [b, n].
+def _update(best: TopList, scores: Tensor, first_item: int, stop: int) -> None:
+    """Let a block's items, of larger ids than any in the lists, into the lists; scores: [b, n], n a multiple of CHUNK, those
+    of no item (`stop` and on) -inf.
 
     An item gets in only where it beats the last place: as ids rise, one that ties with it doesn't. So a list looks into
     those chunks alone whose largest score beats its last place, and of them into the k largest, as each of these holds
     an item that beats whatever a further chunk holds. After the first blocks few lists look into few chunks.
     """
     k = best.scores.shape[1]
-    n = scores.shape[1]
-    if n % CHUNK:
-        scores = functional.pad(scores, (0, -n % CHUNK), value=-torch.inf)
     chunks = scores.unflatten(1, (-1, CHUNK))
     largest = chunks.amax(2)
-    _refuse_nan(largest, first_item, first_item + n)
+    _refuse_nan(largest, first_item, stop)
     beating = (largest > best.scores[:, -1:]).sum(1)
     rows = beating.nonzero()[:, 0]
     if not len(rows):

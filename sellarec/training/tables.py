@@ -96,7 +96,8 @@ class ShardedTables:
                 by_width.setdefault(stop - start, []).append((name, placement))
         holder, plans = nn.Module(), {}
         for width, pieces in by_width.items():
-            collection = _collection(self._bags, width, pieces, storage)
+            keys = {name: self._keys_of(placement.table, name) for name, placement in pieces}
+            collection = _collection(self._bags, width, pieces, keys, storage)
             setattr(holder, f"width_{width}", collection)
             plans[f"width_{width}"] = construct_module_sharding_plan(
                 collection,
@@ -107,9 +108,7 @@ class ShardedTables:
                 device_type=device.type,
             )
         self._keys = {
-            f"width_{width}": [
-                f"{feature}:{name}" for name, placement in pieces for feature in placement.table.features
-            ]
+            f"width_{width}": [key for name, placement in pieces for key in self._keys_of(placement.table, name)]
             for width, pieces in by_width.items()
         }
         self._widths = {name: f"width_{width}" for width, pieces in by_width.items() for name, _ in pieces}
@@ -215,10 +214,12 @@ class ShardedTables:
         """
         weights = self._own_weights(shares)
         asked_for = {**ids, **shares}
-        jagged = {name: _as_jagged(feature) for name, feature in asked_for.items() if name not in weights}
-        found: dict[str, Tensor] = {}
-        if jagged:
-            found = self._look_up_bags(jagged) if self._bags else self._look_up_rows(jagged)
+        values = {
+            name: feature.values if isinstance(feature, Jagged) else feature.reshape(-1)
+            for name, feature in asked_for.items()
+            if name not in weights
+        }
+        found = self._look_up_once(values) if self.world_size > 1 else self._look_up_keys(values)
         out: dict[str, Tensor | Jagged] = {}
         for table in self.tables:
             for feature in table.features:
@@ -232,6 +233,35 @@ class ShardedTables:
                 else:
                     out[feature] = whole.reshape(*asked.shape, table.dim)
         return out
+
+    def _keys_of(self, table: Table, piece: str) -> list[str]:
+        """Under what TorchRec looks up ids in a piece of a table: of each feature, or of all together (`_look_up_once`)."""
+        return [f"{name}:{piece}" for name in (table.features if self.world_size == 1 else (table.name,))]
+
+    def _look_up_once(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `_look_up_keys`; whatever features of a table ask for an id, and however often, its row is sent to this worker once,
+        and so is the sum of its gradients from here."""
+        unique, places, lengths = {}, {}, {}
+        for table in self.tables:
+            asked = {feature: ids[feature] for feature in table.features if feature in ids}
+            if asked:
+                together = torch.cat(list(asked.values()))
+                unique[table.name], places[table.name] = torch.unique(together, return_inverse=True)
+                lengths[table.name] = {feature: len(values) for feature, values in asked.items()}
+        rows = self._look_up_keys(unique)
+        found = {}
+        for table in self.tables:
+            for piece, _, _ in table.pieces if table.name in unique else ():
+                of_all = rows[f"{table.name}:{piece}"].index_select(0, places[table.name])
+                parts = of_all.split(list(lengths[table.name].values()))
+                found |= {f"{feature}:{piece}": part for feature, part in zip(lengths[table.name], parts, strict=True)}
+        return found
+
+    def _look_up_keys(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """int64 ids [n] by key without the piece -> float32 [n, columns of the piece] by key."""
+        if not ids:
+            return {}
+        return self._look_up_bags(ids) if self._bags else self._look_up_rows(ids)
 
     def _own_weights(self, features: Collection[str]) -> dict[str, list[Tensor]]:
         """The worker's weights of each piece of these features' tables, where they take dense gradients and are its share."""
@@ -251,29 +281,25 @@ class ShardedTables:
             (width, keys) for width, keys in self._keys.items() if any(key.partition(":")[0] in ids for key in keys)
         ]
 
-    def _look_up_rows(self, ids: Mapping[str, Jagged]) -> dict[str, Tensor]:
+    def _look_up_rows(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As one list a key: what reaches a kernel is its ids, however they are cut."""
         from torchrec import KeyedJaggedTensor
 
-        (rows,) = {len(feature) for feature in ids.values()}
-        zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
-        none = Jagged(zeros[:0], zeros)
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
         found: dict[str, Tensor] = {}
         for width, keys in self._asked(ids):
-            features = [ids.get(key.partition(":")[0], none) for key in keys]
-            keyed = KeyedJaggedTensor(
-                keys,
-                torch.cat([feature.values for feature in features]),
-                lengths=torch.cat([feature.lengths for feature in features]).int(),
-            )
+            values = [ids.get(key.partition(":")[0], none) for key in keys]
+            lengths = torch.tensor([len(value) for value in values], dtype=torch.int32, device=self.device)
+            keyed = KeyedJaggedTensor(keys, torch.cat(values), lengths=lengths)
             found |= {key: vectors.values() for key, vectors in self._collections[width](keyed).wait().items()}
         return found
 
-    def _look_up_bags(self, ids: Mapping[str, Jagged]) -> dict[str, Tensor]:
-        """By bags of one id, equally many of every feature and on all workers."""
+    def _look_up_bags(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By bags of one id, equally many of every key and on all workers."""
         from torchrec import KeyedJaggedTensor
 
         # at least one: the kernels don't take none
-        bags = max(1, *(len(feature.values) for feature in ids.values()))
+        bags = max(1, *(len(values) for values in ids.values()))
         if self.world_size > 1:
             most = torch.tensor(bags, device=self.device)
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
@@ -281,14 +307,10 @@ class ShardedTables:
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
         found: dict[str, Tensor] = {}
         for width, keys in self._asked(ids):
-            values = [ids[name].values if (name := key.partition(":")[0]) in ids else None for key in keys]
-            counts = [0 if value is None else len(value) for value in values]
+            values = [ids.get(key.partition(":")[0], none) for key in keys]
+            counts = [len(value) for value in values]
             lengths = torch.arange(bags, device=self.device) < torch.tensor(counts, device=self.device)[:, None]
-            keyed = KeyedJaggedTensor(
-                keys,
-                torch.cat([value for value in values if value is not None] or [none]),
-                lengths=lengths.flatten().int(),
-            )
+            keyed = KeyedJaggedTensor(keys, torch.cat(values), lengths=lengths.flatten().int())
             pooled = self._collections[width](keyed).wait().to_dict()
             found |= {key: pooled[key][:count] for key, count in zip(keys, counts, strict=True)}
         return found
@@ -490,8 +512,10 @@ def _sharding(placement: Placement, width: int, workers: int, kernel: str) -> An
     return table_wise(rank=placement.worker or 0, compute_kernel=kernel)
 
 
-def _collection(bags: bool, width: int, pieces: Sequence[tuple[str, Placement]], storage: Tables) -> nn.Module:
-    """The pieces of one width, not yet sharded."""
+def _collection(
+    bags: bool, width: int, pieces: Sequence[tuple[str, Placement]], keys: Mapping[str, list[str]], storage: Tables
+) -> nn.Module:
+    """The pieces of one width, not yet sharded; `keys`: under which ids are looked up in each."""
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, PoolingType
     from torchrec.modules.embedding_configs import DataType
 
@@ -501,7 +525,7 @@ def _collection(bags: bool, width: int, pieces: Sequence[tuple[str, Placement]],
             "name": name,
             "embedding_dim": width,
             "num_embeddings": placement.table.rows,
-            "feature_names": [f"{feature}:{name}" for feature in placement.table.features],
+            "feature_names": keys[name],
             "data_type": types[storage.dtype],
             "init_fn": _leave_as_is,
         }
@@ -536,13 +560,32 @@ def _take_rows_by_bags(collection: Any) -> None:
         offsets = [start + places.clamp(max=count) for start, count in zip(starts, counts, strict=False)]
         values = features.values().long()
         pooled = kernel(values, torch.cat([*offsets, torch.tensor([len(values)])]))
-        found = pooled.view(bags, len(counts), -1).unbind(1)
-        return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
+        return _FirstBags.apply(pooled.view(bags, len(counts), -1), counts)
 
     for lookup in collection._lookups:
         for found in lookup.modules():
             if isinstance(found, BatchedFusedEmbedding):
                 found.forward = partial(look_up, found.emb_module)
+
+
+class _FirstBags(torch.autograd.Function):
+    """float32 [bags, F, D] -> [n_1 + ... + n_F, D]: the first n_f bags of each feature, one feature after the other.
+
+    Each slice's gradient would otherwise be made as large as all bags.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, bags: Tensor, counts: Sequence[int]) -> Tensor:
+        ctx.shape, ctx.counts = bags.shape, counts
+        return torch.cat([rows[:count] for rows, count in zip(bags.unbind(1), counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        of_bags = gradient.new_empty(ctx.shape)
+        for rows, part, count in zip(of_bags.unbind(1), gradient.split(ctx.counts), ctx.counts, strict=True):
+            rows[:count] = part
+            rows[count:] = 0
+        return of_bags, None
 
 
 def _as_jagged(ids: Tensor | Jagged) -> Jagged:

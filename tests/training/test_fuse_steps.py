@@ -153,8 +153,9 @@ def test_any_number_of_workers_takes_the_same_steps_and_leaves_what_is_scored_wi
         case = case_of(name, inputs, tmp_path / str(workers))
         found = gloo.call(workers, fuse_cases.train, case)
         runs[workers] = (found[0], left(case))
-        # the engine that has trained, and one made of its artifact and, for what was frozen, those before
-        np.testing.assert_allclose(found[0]["again"]["score"], found[0]["scores"]["score"], rtol=1e-5, atol=1e-6)
+        # the engine that has trained, and one made of its artifact and, for what was frozen, those before, which scores in
+        # larger micro-batches: a score is a difference of logits, whose last bits differ
+        np.testing.assert_allclose(found[0]["again"]["score"], found[0]["scores"]["score"], rtol=1e-5, atol=1e-5)
         assert all(worker["losses"] == found[0]["losses"] for worker in found)
         assert all(worker["norms"] == found[0]["norms"] for worker in found)
         assert all(worker["checked"] is None for worker in found), found[0]["checked"]
