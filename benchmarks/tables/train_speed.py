@@ -1,24 +1,29 @@
 """Training rows a second of sharded tables against plain torch: `python benchmarks/tables/train_speed.py --out FILE.json`.
 
-Both sides train matrix factorisation with BCE on the same uniform ids, in the same processes, in turns (A B A B ...):
+All sides train matrix factorisation with BCE on the same ids, in the same processes, in turns (A B A B ...):
 
-    ours    sellarec's ShardedTables, row-wise
-    plain   nn.Embedding(sparse=True) for users and items; with several workers under DistributedDataParallel, so that each
-            holds all rows
+    ours       sellarec's ShardedTables, row-wise
+    plain      nn.Embedding(sparse=True) for users and items; with several workers under DistributedDataParallel, so that each
+               holds all rows
+    torchrec   TorchRec by itself: an EmbeddingCollection of both tables in DistributedModelParallel, row-wise (adagrad only, up
+               to `--most-rows` rows, as all sides are in memory at a time)
 
-With `--optimizer adagrad` both take element-wise Adagrad (ours fused), and the losses of the first steps are compared before
-anything is timed. With `--optimizer adam` plain takes torch.optim.SparseAdam, which steps the looked-up rows alone ("lazy
-Adam"). Ours has no such optimizer, so there are two sides, and neither does the same work:
+Ids are uniform, or long-tailed as a log's are (`--ids`): of these a batch has repeats.
+
+With `--optimizer adagrad` all take element-wise Adagrad (ours and torchrec's fused), and the losses of the first steps are
+compared before anything is timed. With `--optimizer adam` plain takes torch.optim.SparseAdam, which steps the looked-up rows
+alone ("lazy Adam"). Ours has no such optimizer, so there are two sides, and neither does the same work:
 
     ours rowwise-adagrad    fused, the looked-up rows alone, one float of state a row instead of 128: what takes its place
-    ours adam               dense gradients, all rows at each step (up to `--dense-rows` rows)
+    ours adam               dense gradients, all rows at each step (up to `--most-rows` rows)
 
 Of these the losses are compared as far as they must agree: the first of all, and, as Adam's first step leaves rows without
 a gradient as they are, adam's second.
 
-Each worker has one thread. Prints, for each number of rows and workers: rows/s of the sides (median of rounds), the median of
-the rounds' ratios to plain with the lowest and highest, the same ratio of CPU time (all workers and threads), which other
-work on the machine disturbs less, and the memory that building and training took in a worker (resident bytes, MiB).
+Each worker has one thread. Prints, for each number of rows and workers: rows/s of the sides (median of rounds), how many times
+as fast ours is as the others (median of the rounds' ratios, with the lowest and highest), the same of CPU time (all workers and
+threads), which other work on the machine disturbs less, and the memory that building and training took in a worker (resident
+bytes, MiB).
 """
 
 import argparse
@@ -31,19 +36,22 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from processes import measure, write
+from processes import measure, popularity, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sellarec.config import Sparse, Tables
 from sellarec.training.plan import place
-from sellarec.training.table import Table
+from sellarec.training.table import Table, initial_rows
 from sellarec.training.tables import EPSILON, ShardedTables
 
 INIT, WARM_UP = 0.05, 3
 RATES = {"adagrad": 0.1, "rowwise-adagrad": 0.1, "adam": 0.01}
-CHECKED = {"ours": 3, "ours adam": 2, "ours rowwise-adagrad": 1}
+CHECKED = {"ours": 3, "torchrec": 3, "ours adam": 2, "ours rowwise-adagrad": 1}
 """Of how many steps a side's losses must be plain's."""
+
+LIMITED = ("ours adam", "torchrec")
+"""Sides that aren't measured on the largest tables."""
 
 
 class Ours:
@@ -66,8 +74,6 @@ class Plain:
     """Starts from the rows that ours start from."""
 
     def __init__(self, optimizer: str, rows: int, dim: int) -> None:
-        from sellarec.training.table import initial_rows
-
         self._model = nn.ModuleDict()
         for name in ("user", "item"):
             table = Table(name, rows // 2, dim, (name,), init_std=INIT)
@@ -87,8 +93,61 @@ class Plain:
         return loss.detach()
 
 
+class TorchRec:
+    """Starts from the rows that ours start from."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from torchrec import EmbeddingCollection, EmbeddingConfig
+        from torchrec.distributed import DistributedModelParallel, comm_ops
+        from torchrec.distributed.embedding import EmbeddingCollectionSharder
+        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+        from torchrec.distributed.types import ShardingEnv, ShardingPlan
+
+        class Sharder(EmbeddingCollectionSharder):
+            def sharding_types(self, compute_device_type: str) -> list[str]:
+                return ["row_wise"]  # which TorchRec's own leaves out on CPUs
+
+        class Holder(nn.Module):
+            def __init__(self, collection: EmbeddingCollection) -> None:
+                super().__init__()
+                self.rows = collection
+
+        fused = {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": RATES["adagrad"], "eps": EPSILON}
+        comm_ops.set_gradient_division(False)
+        sharder, workers, names = Sharder(fused_params=fused), dist.get_world_size(), ("user", "item")
+        configs = [
+            EmbeddingConfig(num_embeddings=rows // 2, embedding_dim=dim, name=n, feature_names=[n]) for n in names
+        ]
+        collection = EmbeddingCollection(device=torch.device("meta"), tables=configs)
+        by_rows = {name: row_wise(compute_kernel="fused") for name in names}
+        plan = construct_module_sharding_plan(
+            collection, by_rows, sharder=sharder, local_size=workers, world_size=workers, device_type="cpu"
+        )
+        self._model = DistributedModelParallel(
+            Holder(collection), env=ShardingEnv.from_process_group(dist.group.WORLD), device=torch.device("cpu"),
+            plan=ShardingPlan({"rows": plan}), sharders=[sharder],
+        )  # fmt: skip
+        for name in names:
+            table = Table(name, rows // 2, dim, (name,), init_std=INIT)
+            for shard in self._model.state_dict()[f"rows.embeddings.{name}.weight"].local_shards():
+                first = shard.metadata.shard_offsets[0]
+                shard.tensor.copy_(torch.from_numpy(initial_rows(table, 0, first, first + len(shard.tensor))))
+
+    def step(self, ids: dict[str, Tensor], labels: Tensor, batch: int) -> Tensor:
+        from torchrec import KeyedJaggedTensor
+
+        lengths = torch.ones(len(ids) * len(labels), dtype=torch.int32)
+        found = self._model.module.rows(KeyedJaggedTensor(list(ids), torch.cat(list(ids.values())), lengths=lengths))
+        found = found.wait()
+        score = (found["user"].values() * found["item"].values()).sum(1)
+        loss = F.binary_cross_entropy_with_logits(score, labels, reduction="sum") / batch
+        loss.backward()
+        return loss.detach()
+
+
 SIDES = {
-    "adagrad": {"ours": partial(Ours, "adagrad"), "plain": partial(Plain, "adagrad")},
+    "adagrad": {"ours": partial(Ours, "adagrad"), "plain": partial(Plain, "adagrad"), "torchrec": TorchRec},
     "adam": {
         "ours rowwise-adagrad": partial(Ours, "rowwise-adagrad"),
         "ours adam": partial(Ours, "adam"),
@@ -100,15 +159,22 @@ SIDES = {
 def worker(rank: int, workers: int, settings: argparse.Namespace, rows: int) -> dict:
     process, share = psutil.Process(), settings.batch // workers
     generator = np.random.default_rng(rank)
+    weights = popularity(rows // 2) if settings.ids == "long-tailed" else None
 
     def draw() -> tuple[dict[str, Tensor], Tensor]:
-        ids = {name: torch.from_numpy(generator.integers(0, rows // 2, share)) for name in ("user", "item")}
+        drawn = {
+            name: generator.integers(0, rows // 2, share)
+            if weights is None
+            else generator.choice(rows // 2, share, p=weights)
+            for name in ("user", "item")
+        }
+        ids = {name: torch.from_numpy(values) for name, values in drawn.items()}
         return ids, torch.from_numpy(generator.integers(0, 2, share).astype(np.float32))
 
     batches = [draw() for _ in range(8)]
     sides, memory, losses = {}, {}, {}
     for name, make in SIDES[settings.optimizer].items():
-        if name == "ours adam" and rows > settings.dense_rows:
+        if name in LIMITED and rows > settings.most_rows:
             continue
         before = process.memory_info().rss
         sides[name] = make(rows, settings.dim)
@@ -137,19 +203,17 @@ def worker(rank: int, workers: int, settings: argparse.Namespace, rows: int) -> 
         case[f"{name} rows/s"] = statistics.median(trained / seconds for seconds, _ in taken)
         case[f"{name} CPU microseconds a row"] = 1e6 * statistics.median(cpu for _, cpu in taken) / trained
         case[f"{name} MiB"] = memory[name]
-    for name, taken in rounds.items():
-        if name == "plain":
-            continue
-        both = list(zip(taken, rounds["plain"], strict=True))
-        ratios, of_cpu = ([plain[clock] / ours[clock] for ours, plain in both] for clock in (0, 1))
-        more = name.removeprefix("ours").strip()
-        case |= {
-            f"{more} ratio".strip(): statistics.median(ratios),
-            f"{more} lowest ratio".strip(): min(ratios),
-            f"{more} highest ratio".strip(): max(ratios),
-            f"{more} CPU ratio".strip(): statistics.median(of_cpu),
-            f"{more} CPU ratio from and to".strip(): [min(of_cpu), max(of_cpu)],
+    ours = [name for name in rounds if name.startswith("ours")]
+    case["times as fast"] = {
+        f"{name} / {other}": {
+            what: [function(ratios[:, clock]) for function in (np.median, np.min, np.max)]
+            for clock, what in enumerate(("speed", "per CPU second"))
         }
+        for name in ours
+        for other in rounds
+        if other not in ours
+        for ratios in [np.array(rounds[other]) / np.array(rounds[name])]
+    }
     return case | {"first losses": losses}
 
 
@@ -166,7 +230,8 @@ def main() -> None:
     parser.add_argument(
         "--optimizer", choices=list(SIDES), default="adagrad", help="of the plain side; ours: see above"
     )
-    parser.add_argument("--dense-rows", type=int, default=10**6, help="most rows for which ours adam is measured")
+    parser.add_argument("--ids", choices=["uniform", "long-tailed"], default="uniform")
+    parser.add_argument("--most-rows", type=int, default=10**6, help=f"for which {' and '.join(LIMITED)} are measured")
     parser.add_argument("--quick", action="store_true", help="10^4 rows and three short rounds")
     parser.add_argument("--out", type=Path, required=True)
     settings = parser.parse_args()
@@ -174,6 +239,7 @@ def main() -> None:
         settings.rows, settings.steps, settings.rounds = [10**4], 5, 3
     facts = {
         "optimizer": settings.optimizer,
+        "ids": settings.ids,
         "dim": settings.dim,
         "batch": settings.batch,
         "steps": settings.steps,
@@ -189,8 +255,9 @@ def main() -> None:
                 for name in SIDES[settings.optimizer]
                 if f"{name} MiB" in case
             )
-            ratios = ", ".join(
-                f"{name} {value:.2f}" for name, value in case.items() if name.endswith(" ratio") or name == "ratio"
+            ratios = "; ".join(
+                f"{name} {', '.join(f'{what} {value:.2f} [{low:.2f}, {high:.2f}]' for what, (value, low, high) in of.items())}"
+                for name, of in case["times as fast"].items()
             )
             print(f"{rows:,} rows, {workers} workers: {speeds} a worker; {ratios}", flush=True)
             write(settings.out, facts, cases)  # what is measured so far
