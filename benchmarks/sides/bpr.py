@@ -42,7 +42,6 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
     from sellarec.collab.task import CollabTask
     from sellarec.config import Collab
     from sellarec.training.stream import Order, prepared, row_groups, slices
-    from sellarec.training.table import Jagged
 
     given = np.load(folder / INTERACTIONS)
     user, item, number = given["user"], given["item"], len(given["user"])
@@ -81,8 +80,8 @@ def ours(work: dict[str, Any], folder: Path) -> Callable[[], tuple[int, dict]]:
             train(1)
             return number, {}
         train(epochs)
-        shares = {kind: Jagged.one(engine.tables.share(kind), 1) for kind in ("user", "item")}
-        rows = {kind: found.values.detach().numpy() for kind, found in engine.tables.look_up({}, shares).items()}
+        shares = {kind: engine.tables.share(kind) for kind in ("user", "item")}
+        rows = {kind: found.detach().numpy() for kind, found in engine.tables.look_up({}, shares).items()}
         rate = hit_rate(rows["user"], rows["item"], folder)
         return number * epochs, {"interactions": number, "hit rate at 10": rate}
 

@@ -10,9 +10,9 @@ A step of b rows on each of W workers, F features a row, D columns, moves on eac
 
     memory    b F (20 D + 128) bytes: rows read and written out; their gradients, the rows and the optimizer's state read and
               written again (a line of 64 bytes each way for the state)
-    links     8 b F (W-1)/W of ids, 4 D b F (W-1)/W of vectors and as many of gradients, as if no id came twice in a batch (each
-              is sent once, so with real logs it is less); of these (G-1)/(W-1) stay within a node of G workers, the rest
-              leave it, and both go on at a time
+    links     8 b F (W-1)/W of ids, 4 D b F (W-1)/W of vectors and as many of gradients, where no id comes twice in a worker's
+              rows (each is sent once, so with real logs it is less: `--distinct`), and 4,096 F (W-1) of lengths of lists; of
+              these (G-1)/(W-1) stay within a node of G workers, the rest leave it, and both go on at a time
     latency   7 collectives (as traffic.py counts them), each of latency x (1 + log2 W)
     host      what launching kernels and sorting ids takes on the host, whatever the batch. A published step of 65,536 rows with
               26 features on 8 H100s takes 15 to 24 ms (NVIDIA recsys-examples, dynamicemb's benchmark), of which memory and
@@ -75,6 +75,8 @@ class Simulation:
     """Columns of a row."""
     batch: int = 65_536
     """Rows of a step on each worker."""
+    distinct: float = 1.0
+    """Share of the ids of these rows that are distinct: each is sent once. 1 is the most."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json")] = None
     """Where the figures and the assumptions go."""
     assume: Assumptions = Assumptions()
@@ -89,7 +91,7 @@ def cell(settings: Simulation, workers: int) -> dict[str, Any]:
     ]
     storage, optimizer = Tables(), Sparse(table_optimizer="rowwise-adagrad")
     held = max(worker_bytes(place(tables, storage, optimizer, workers, "cuda"), storage, optimizer, workers))
-    sent = formula("row-wise", FEATURES * settings.batch, settings.dim, workers)
+    sent = formula("row-wise", FEATURES * settings.batch * settings.distinct, settings.dim, workers)
     within = min(assume.node_workers, workers) - 1
     inside = sent * within / max(workers - 1, 1)
     touched = settings.batch * FEATURES * (20 * settings.dim + 128)

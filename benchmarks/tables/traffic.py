@@ -46,6 +46,7 @@ from sellarec.collab.task import CollabTask
 from sellarec.config import Collab, Tables
 from sellarec.training.engine import Engine, Workers
 from sellarec.training.graph import ShardedGraph
+from sellarec.training.tables import LISTS
 from sellarec.training.task import Graph
 
 FEATURES = 2
@@ -115,8 +116,8 @@ def formula(sharding: str, ids: float, dim: int, workers: int) -> float:
         ids: distinct ids of both features that a worker's rows name.
     """
     others = workers - 1
-    lengths = 4 * FEATURES * (others / workers if sharding == "table-wise" else others)
-    return 2 * lengths + (8 + 2 * 4 * dim) * ids * others / workers
+    lengths = 4 * LISTS * FEATURES * (others / workers if sharding == "table-wise" else others)
+    return lengths + (8 + 2 * 4 * dim) * ids * others / workers
 
 
 def pooled_formula(ids: float, bags: float, dim: int, workers: int) -> float:

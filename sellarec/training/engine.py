@@ -272,11 +272,10 @@ class Engine:
         if tables is None:
             return {}
         whole = task.whole if torch.is_grad_enabled() else ()
-        shares = {WHOLE + name: Jagged.one(tables.share(name), len(batch["weight"])) for name in whole}
-        batch |= {name: share.values for name, share in shares.items()}
+        shares = {WHOLE + name: tables.share(name) for name in whole}
+        batch |= shares
         if self._graph is None:
-            found = tables.look_up(ids, shares)
-            return found | {name: found[name].values for name in shares}
+            return tables.look_up(ids, shares)
         vectors: Vectors = {}
         if self._smoothed is None and not self.trains_tables:  # they stay as they are
             with torch.no_grad():
@@ -318,11 +317,11 @@ class Engine:
         """The worker's share of users and items, smoothed over the graph (at a training step without what the task masks), and
         beside that as they lie in the tables."""
         assert self.tables is not None and self._graph is not None and self.task.graph is not None
-        shares: dict[str, Jagged] = {kind: Jagged.one(self.tables.share(kind), 1) for kind in KINDS}
+        shares: dict[str, Tensor] = {kind: self.tables.share(kind) for kind in KINDS}
         found = self.tables.look_up({}, shares)
-        rows = shown = torch.cat([found[name].values for name in shares])
+        rows = shown = torch.cat([found[kind] for kind in KINDS])
         if step is not None:
-            nodes = torch.cat([shares["user"].values, self.task.graph.users + shares["item"].values])
+            nodes = torch.cat([shares["user"], self.task.graph.users + shares["item"]])
             shown = self.task.mask(rows, nodes, step)
         return torch.cat([self.task.propagate(shown, self._graph.multiply), rows], dim=1)
 
@@ -485,7 +484,7 @@ class Engine:
             if self._smoothed is not None:
                 rows = self._smoothed[len(self._smoothed) - len(ids) :, : self._smoothed.shape[1] // 2]
             else:
-                rows = tables.look_up({}, {"item": Jagged.one(ids, 1)})["item"].values
+                rows = tables.look_up({}, {"item": ids})["item"]
             rows = task.catalog(ids, rows)
             first = int(ids[0]) if len(ids) else 0
             for number, batch_rows in enumerate(batches):

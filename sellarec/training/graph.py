@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional
 
 from sellarec.errors import UserError
+from sellarec.training.table import sum_lists
 
 MERGE_ENTRIES = 1 << 20
 """Entries that are read before repeated ones are first thrown away."""
@@ -213,7 +213,7 @@ class ShardedGraph:
         columns = rows.new_empty(self.rows + self.received, rows.shape[1])
         torch.mul(rows, self._scale, out=columns[: self.rows])
         self._exchange(columns.index_select(0, self._send_rows), self._receive, self._send, columns[self.rows :])
-        return _sum_lists(columns, self._columns, self._ends).mul_(self._scale)
+        return sum_lists(columns, self._columns, self._ends).mul_(self._scale)
 
 
 class _Multiply(torch.autograd.Function):
@@ -249,20 +249,11 @@ class _Fetch(torch.autograd.Function):
         return summed, None, None, None, None, None
 
 
-def _sum_lists(rows: Tensor, lists: Tensor, ends: Tensor) -> Tensor:
-    """Sums of rows [m, D] that lists [n], cut at ends [g + 1], name -> [g, D].
-
-    An embedding bag without weights: it adds up each list in order on CPU and on GPU, so it repeats to the bit, which
-    cuSPARSE's product and index_add don't do; on CPU it is faster than the product with a sparse matrix too.
-    """
-    return functional.embedding_bag(lists, rows, ends, mode="sum", include_last_offset=True)
-
-
 def _sum_groups(rows: Tensor, group: Tensor, groups: int) -> Tensor:
     """Sums of rows [n, D] that have the same group, int64 [n] -> [groups, D]; rows of a group are added in order."""
     lengths = torch.bincount(group, minlength=groups)
     ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return _sum_lists(rows.contiguous(), torch.argsort(group, stable=True), ends)
+    return sum_lists(rows.contiguous(), torch.argsort(group, stable=True), ends)
 
 
 def _entries(paths: Sequence[str | Path], blocks: _Blocks) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional
 
 from sellarec.errors import UserError
 
@@ -31,7 +32,7 @@ RowReader = Callable[[int, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Jagged:
-    """Lists of different lengths, one after the other: what TorchRec's KeyedJaggedTensor is made of.
+    """Lists of different lengths, one after the other.
 
     Attributes:
         values: [n] or [n, D].
@@ -40,13 +41,6 @@ class Jagged:
 
     values: Tensor
     lengths: Tensor
-
-    @classmethod
-    def one(cls, values: Tensor, rows: int) -> "Jagged":
-        """`values` as the first of so many lists, of which the others are empty."""
-        lengths = torch.zeros(rows, dtype=torch.int64, device=values.device)
-        lengths[0] = len(values)
-        return cls(values, lengths)
 
     @classmethod
     def of(cls, lists: pa.ChunkedArray) -> "Jagged":
@@ -73,6 +67,59 @@ class Jagged:
         """[b, D]: the sum of each list's vectors; zeros for an empty one."""
         row = torch.repeat_interleave(torch.arange(len(self), device=self.lengths.device), self.lengths)
         return self.values.new_zeros(len(self), self.values.shape[1]).index_add(0, row, self.values)
+
+
+def sum_lists(rows: Tensor, lists: Tensor, ends: Tensor) -> Tensor:
+    """Sums of rows [m, D] that lists [n], cut at ends [g + 1], name -> [g, D].
+
+    An embedding bag without weights: it adds up each list in order on CPU and on GPU, so it repeats to the bit, which
+    cuSPARSE's product and index_add don't do; on CPU it is faster than the product with a sparse matrix too.
+    """
+    return functional.embedding_bag(lists, rows, ends, mode="sum", include_last_offset=True)
+
+
+class _Spread(torch.autograd.Function):
+    """[m, D] -> [n, D]: the row of each place, whose gradients are added up in their order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(order, ends)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return sum_lists(gradient.contiguous(), *ctx.saved_tensors), None, None, None
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """The distinct ones of n ids.
+
+    Attributes:
+        ids: int64 [m], ascending.
+        places: int64 [n], which of them each id is.
+        order: int64 [n], places of ids that are equal, one distinct id after the other.
+        ends: int64 [m + 1], where in `order` each one's begin, and the last one's end.
+    """
+
+    ids: Tensor
+    places: Tensor
+    order: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor) -> "Distinct":
+        ordered, order = ids.sort(stable=True)
+        first = torch.ones_like(ordered, dtype=torch.bool)
+        first[1:] = ordered[1:] != ordered[:-1]
+        places = torch.empty_like(order)
+        places[order] = first.cumsum(0) - 1
+        starts = first.nonzero()[:, 0]
+        return cls(ordered[starts], places, order, torch.cat([starts, starts.new_tensor([len(ids)])]))
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """What belongs to the distinct ids, [m, D], for each of the ids: [n, D]."""
+        return _Spread.apply(rows, self.places, self.order, self.ends)
 
 
 @dataclass(frozen=True)

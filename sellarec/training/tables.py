@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sellarec.config import DENSE_TABLE_OPTIMIZERS, Dense, Sparse, Tables
 from sellarec.errors import UserError
 from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, column_share, describe
-from sellarec.training.table import Jagged, Table, initial_rows
+from sellarec.training.table import Distinct, Jagged, Table, initial_rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Adam's states of a weight, as torch names them."""
@@ -40,6 +40,10 @@ FUSED = {"EXACT_SGD": "SGD", "EXACT_ADAGRAD": "Adagrad", "EXACT_ROWWISE_ADAGRAD"
 EPSILON = 1e-8
 """Added to the root of Adagrad's sums of squares, which start from 0."""
 
+
+LISTS = 1024
+"""Into so many lists a table's ids are cut where they are looked up as lists: kernels share out lists over their threads, and
+workers tell each other the lists' lengths."""
 
 MOST_BAGS = 1.5
 """Bags that are made for an id, at most, where rows are taken by bags of one id."""
@@ -202,15 +206,15 @@ class ShardedTables:
         return None
 
     def look_up(
-        self, ids: Mapping[str, Tensor | Jagged], shares: Mapping[str, Jagged] = {}
+        self, ids: Mapping[str, Tensor | Jagged], shares: Mapping[str, Tensor] = {}
     ) -> dict[str, Tensor | Jagged]:
-        """int64 ids [b], [b, L] or jagged by feature (with equal b) -> float32 vectors [b, D], [b, L, D] or jagged.
+        """int64 ids [b], [b, L] or jagged by feature -> float32 vectors [b, D], [b, L, D] or jagged.
 
         Features that aren't asked for are left out; all workers ask for the same ones.
 
         Args:
-            shares: features that are asked for this worker's `share` of their table. Where dense gradients are taken and the
-                worker holds those very rows, they are its weights themselves, and nothing is sent.
+            shares: features that are asked for this worker's `share` of their table, int64 [n]. Where dense gradients are
+                taken and the worker holds those very rows, they are its weights themselves.
         """
         weights = self._own_weights(shares)
         asked_for = {**ids, **shares}
@@ -219,7 +223,7 @@ class ShardedTables:
             for name, feature in asked_for.items()
             if name not in weights
         }
-        found = self._look_up_once(values) if self.world_size > 1 else self._look_up_keys(values)
+        found = self._look_up_once(values, shares) if self.world_size > 1 else self._look_up_keys(values)
         out: dict[str, Tensor | Jagged] = {}
         for table in self.tables:
             for feature in table.features:
@@ -238,23 +242,32 @@ class ShardedTables:
         """Under what TorchRec looks up ids in a piece of a table: of each feature, or of all together (`_look_up_once`)."""
         return [f"{name}:{piece}" for name in (table.features if self.world_size == 1 else (table.name,))]
 
-    def _look_up_once(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _look_up_once(self, ids: Mapping[str, Tensor], shares: Collection[str]) -> dict[str, Tensor]:
         """As `_look_up_keys`; whatever features of a table ask for an id, and however often, its row is sent to this worker once,
-        and so is the sum of its gradients from here."""
-        unique, places, lengths = {}, {}, {}
+        and so is the sum of its gradients from here. Shares have no repeats and are asked for as they are."""
+        asked, distinct, whole = {}, {}, {}
         for table in self.tables:
-            asked = {feature: ids[feature] for feature in table.features if feature in ids}
-            if asked:
-                together = torch.cat(list(asked.values()))
-                unique[table.name], places[table.name] = torch.unique(together, return_inverse=True)
-                lengths[table.name] = {feature: len(values) for feature, values in asked.items()}
-        rows = self._look_up_keys(unique)
-        found = {}
+            asked[table.name] = {name: ids[name] for name in table.features if name in ids and name not in shares}
+            whole[table.name] = [name for name in table.features if name in ids and name in shares]
+            if asked[table.name]:
+                distinct[table.name] = Distinct.of(torch.cat(list(asked[table.name].values())))
+        wanted = {
+            table.name: torch.cat([*(ids[name] for name in whole[table.name]), *of_table])
+            for table in self.tables
+            for of_table in [[distinct[table.name].ids] if asked[table.name] else []]
+            if whole[table.name] or of_table
+        }
+        rows = self._look_up_keys(wanted)
+        found: dict[str, Tensor] = {}
         for table in self.tables:
-            for piece, _, _ in table.pieces if table.name in unique else ():
-                of_all = rows[f"{table.name}:{piece}"].index_select(0, places[table.name])
-                parts = of_all.split(list(lengths[table.name].values()))
-                found |= {f"{feature}:{piece}": part for feature, part in zip(lengths[table.name], parts, strict=True)}
+            lengths = {name: len(ids[name]) for name in whole[table.name]}
+            for piece, _, _ in table.pieces if table.name in wanted else ():
+                of_piece = rows[f"{table.name}:{piece}"]
+                *of_shares, others = of_piece.split([*lengths.values(), len(of_piece) - sum(lengths.values())])
+                found |= {f"{name}:{piece}": part for name, part in zip(lengths, of_shares, strict=True)}
+                if asked[table.name]:
+                    parts = distinct[table.name].spread(others).split([len(of) for of in asked[table.name].values()])
+                    found |= {f"{name}:{piece}": part for name, part in zip(asked[table.name], parts, strict=True)}
         return found
 
     def _look_up_keys(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -282,15 +295,17 @@ class ShardedTables:
         ]
 
     def _look_up_rows(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As one list a key: what reaches a kernel is its ids, however they are cut."""
+        """As LISTS lists a key: equally many on all workers, whatever they ask for."""
         from torchrec import KeyedJaggedTensor
 
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        lists = torch.arange(LISTS, device=self.device)
         found: dict[str, Tensor] = {}
         for width, keys in self._asked(ids):
             values = [ids.get(key.partition(":")[0], none) for key in keys]
-            lengths = torch.tensor([len(value) for value in values], dtype=torch.int32, device=self.device)
-            keyed = KeyedJaggedTensor(keys, torch.cat(values), lengths=lengths)
+            counts = torch.tensor([len(value) for value in values], device=self.device)[:, None]
+            lengths = counts // LISTS + (lists < counts % LISTS)
+            keyed = KeyedJaggedTensor(keys, torch.cat(values), lengths=lengths.flatten().int())
             found |= {key: vectors.values() for key, vectors in self._collections[width](keyed).wait().items()}
         return found
 

@@ -18,16 +18,22 @@ def simulated(tmp_path: Path, *flags: str) -> dict:
 
 def test_bytes_are_those_that_were_measured(tmp_path: Path) -> None:
     measured = json.loads((ROOT / "benchmarks/tables/results/traffic.json").read_text())
-    flags = ("--workers", "2", "3", "4", "--users", "100000", "--items", "100000", "--dim", str(measured["dim"]))
-    found = simulated(tmp_path, *flags, "--batch", str(measured["batch"]))
-    sent = {
-        case["workers"]: case["sent bytes"]
-        for case in measured["cases"]
-        if case["case"] == "row-wise, same batch a worker" and case["workers"] > 1
-    }
-    assert set(sent) == {2, 3, 4}
-    for cell in found["cells"]:
-        assert abs(cell["bytes sent"] / sent[cell["workers"]] - 1) < 0.005
+    cases = {case["workers"]: case for case in measured["cases"] if case["case"] == "row-wise, same batch a worker"}
+    assert set(cases) == {1, 2, 3, 4}
+    for workers in (2, 3, 4):
+        size = (
+            "--users",
+            "100000",
+            "--items",
+            "100000",
+            "--dim",
+            str(measured["dim"]),
+            "--batch",
+            str(measured["batch"]),
+        )
+        distinct = cases[workers]["distinct ids of a row"] / 2  # of users and items
+        (cell,) = simulated(tmp_path, "--workers", str(workers), *size, "--distinct", str(distinct))["cells"]
+        assert abs(cell["bytes sent"] / cases[workers]["sent bytes"] - 1) < 0.005
 
 
 def test_by_hand(tmp_path: Path) -> None:
