@@ -5,12 +5,14 @@ All sides train matrix factorisation with BCE on the same ids, in the same proce
     ours       sellarec's ShardedTables, row-wise
     plain      nn.Embedding(sparse=True) for users and items; with several workers under DistributedDataParallel, so that each
                holds all rows
-    torchrec   TorchRec by itself: an EmbeddingCollection of both tables in DistributedModelParallel, row-wise (adagrad only, up
-               to `--most-rows` rows, as all sides are in memory at a time)
+    torchrec   TorchRec by itself, in DistributedModelParallel (adagrad only, up to `--most-rows` rows, as all sides are in memory
+               at a time): an EmbeddingCollection of both tables, row-wise
+    bags       likewise, but an EmbeddingBagCollection, with a table on each worker (table-wise): what TorchRec is fastest with
+               here, as long as workers hold whole tables
 
 Ids are uniform, or long-tailed as a log's are (`--ids`): of these a batch has repeats.
 
-With `--optimizer adagrad` all take element-wise Adagrad (ours and torchrec's fused), and the losses of the first steps are
+With `--optimizer adagrad` all take element-wise Adagrad (ours and TorchRec's fused), and the losses of the first steps are
 compared before anything is timed. With `--optimizer adam` plain takes torch.optim.SparseAdam, which steps the looked-up rows
 alone ("lazy Adam"). Ours has no such optimizer, so there are two sides, and neither does the same work:
 
@@ -45,18 +47,19 @@ from sellarec.training.plan import place
 from sellarec.training.table import Table, initial_rows
 from sellarec.training.tables import EPSILON, ShardedTables
 
+NAMES = ("user", "item")
 INIT, WARM_UP = 0.05, 3
 RATES = {"adagrad": 0.1, "rowwise-adagrad": 0.1, "adam": 0.01}
-CHECKED = {"ours": 3, "torchrec": 3, "ours adam": 2, "ours rowwise-adagrad": 1}
+CHECKED = {"ours": 3, "torchrec": 3, "bags": 3, "ours adam": 2, "ours rowwise-adagrad": 1}
 """Of how many steps a side's losses must be plain's."""
 
-LIMITED = ("ours adam", "torchrec")
+LIMITED = ("ours adam", "torchrec", "bags")
 """Sides that aren't measured on the largest tables."""
 
 
 class Ours:
     def __init__(self, optimizer: str, rows: int, dim: int) -> None:
-        tables = [Table(name, rows // 2, dim, (name,), init_std=INIT) for name in ("user", "item")]
+        tables = [Table(name, rows // 2, dim, (name,), init_std=INIT) for name in NAMES]
         self._settings = Sparse(table_optimizer=optimizer, table_learning_rate=RATES[optimizer])
         placements = place(tables, Tables(), self._settings, dist.get_world_size(), "cpu")
         self._tables = ShardedTables(placements, Tables(), self._settings, dist.group.WORLD, torch.device("cpu"), 0)
@@ -75,7 +78,7 @@ class Plain:
 
     def __init__(self, optimizer: str, rows: int, dim: int) -> None:
         self._model = nn.ModuleDict()
-        for name in ("user", "item"):
+        for name in NAMES:
             table = Table(name, rows // 2, dim, (name,), init_std=INIT)
             layer = nn.Embedding(
                 rows // 2, dim, sparse=True, _weight=torch.from_numpy(initial_rows(table, 0, 0, rows // 2))
@@ -96,41 +99,51 @@ class Plain:
 class TorchRec:
     """Starts from the rows that ours start from."""
 
-    def __init__(self, rows: int, dim: int) -> None:
+    def __init__(self, bags: bool, rows: int, dim: int) -> None:
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
-        from torchrec import EmbeddingCollection, EmbeddingConfig
+        from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
         from torchrec.distributed import DistributedModelParallel, comm_ops
         from torchrec.distributed.embedding import EmbeddingCollectionSharder
-        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+        from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
         from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
-        class Sharder(EmbeddingCollectionSharder):
+        class Rows(EmbeddingCollectionSharder):
             def sharding_types(self, compute_device_type: str) -> list[str]:
                 return ["row_wise"]  # which TorchRec's own leaves out on CPUs
 
         class Holder(nn.Module):
-            def __init__(self, collection: EmbeddingCollection) -> None:
+            def __init__(self, collection: nn.Module) -> None:
                 super().__init__()
                 self.rows = collection
 
         fused = {"optimizer": EmbOptimType.EXACT_ADAGRAD, "learning_rate": RATES["adagrad"], "eps": EPSILON}
         comm_ops.set_gradient_division(False)
-        sharder, workers, names = Sharder(fused_params=fused), dist.get_world_size(), ("user", "item")
-        configs = [
-            EmbeddingConfig(num_embeddings=rows // 2, embedding_dim=dim, name=n, feature_names=[n]) for n in names
+        self._bags, workers, meta = bags, dist.get_world_size(), torch.device("meta")
+        settings = [
+            {"num_embeddings": rows // 2, "embedding_dim": dim, "name": name, "feature_names": [name]} for name in NAMES
         ]
-        collection = EmbeddingCollection(device=torch.device("meta"), tables=configs)
-        by_rows = {name: row_wise(compute_kernel="fused") for name in names}
+        collection: nn.Module
+        if bags:
+            sharder = EmbeddingBagCollectionSharder(fused_params=fused)
+            collection = EmbeddingBagCollection(device=meta, tables=[EmbeddingBagConfig(**of) for of in settings])
+            owners = {name: place % workers for place, name in enumerate(NAMES)}
+            shardings = {name: table_wise(rank=owners[name], compute_kernel="fused") for name in NAMES}
+        else:
+            sharder = Rows(fused_params=fused)
+            collection = EmbeddingCollection(device=meta, tables=[EmbeddingConfig(**of) for of in settings])
+            shardings = {name: row_wise(compute_kernel="fused") for name in NAMES}
         plan = construct_module_sharding_plan(
-            collection, by_rows, sharder=sharder, local_size=workers, world_size=workers, device_type="cpu"
+            collection, shardings, sharder=sharder, local_size=workers, world_size=workers, device_type="cpu"
         )
         self._model = DistributedModelParallel(
             Holder(collection), env=ShardingEnv.from_process_group(dist.group.WORLD), device=torch.device("cpu"),
             plan=ShardingPlan({"rows": plan}), sharders=[sharder],
         )  # fmt: skip
-        for name in names:
+        state, part = self._model.state_dict(), "embedding_bags" if bags else "embeddings"
+        for name in NAMES:
             table = Table(name, rows // 2, dim, (name,), init_std=INIT)
-            for shard in self._model.state_dict()[f"rows.embeddings.{name}.weight"].local_shards():
+            for shard in state[f"rows.{part}.{name}.weight"].local_shards():
                 first = shard.metadata.shard_offsets[0]
                 shard.tensor.copy_(torch.from_numpy(initial_rows(table, 0, first, first + len(shard.tensor))))
 
@@ -138,16 +151,22 @@ class TorchRec:
         from torchrec import KeyedJaggedTensor
 
         lengths = torch.ones(len(ids) * len(labels), dtype=torch.int32)
-        found = self._model.module.rows(KeyedJaggedTensor(list(ids), torch.cat(list(ids.values())), lengths=lengths))
-        found = found.wait()
-        score = (found["user"].values() * found["item"].values()).sum(1)
-        loss = F.binary_cross_entropy_with_logits(score, labels, reduction="sum") / batch
+        found = self._model.module.rows(
+            KeyedJaggedTensor(list(ids), torch.cat(list(ids.values())), lengths=lengths)
+        ).wait()
+        user, item = (found[name] if self._bags else found[name].values() for name in NAMES)
+        loss = F.binary_cross_entropy_with_logits((user * item).sum(1), labels, reduction="sum") / batch
         loss.backward()
         return loss.detach()
 
 
 SIDES = {
-    "adagrad": {"ours": partial(Ours, "adagrad"), "plain": partial(Plain, "adagrad"), "torchrec": TorchRec},
+    "adagrad": {
+        "ours": partial(Ours, "adagrad"),
+        "plain": partial(Plain, "adagrad"),
+        "torchrec": partial(TorchRec, False),
+        "bags": partial(TorchRec, True),
+    },
     "adam": {
         "ours rowwise-adagrad": partial(Ours, "rowwise-adagrad"),
         "ours adam": partial(Ours, "adam"),
@@ -166,7 +185,7 @@ def worker(rank: int, workers: int, settings: argparse.Namespace, rows: int) -> 
             name: generator.integers(0, rows // 2, share)
             if weights is None
             else generator.choice(rows // 2, share, p=weights)
-            for name in ("user", "item")
+            for name in NAMES
         }
         ids = {name: torch.from_numpy(values) for name, values in drawn.items()}
         return ids, torch.from_numpy(generator.integers(0, 2, share).astype(np.float32))

@@ -557,7 +557,7 @@ def _take_rows_by_bags(collection: Any) -> None:
     bags is faster than that of rows.
 
     A kernel gets n_1 to n_F ids of F features, and gives float32 [n_1 + ... + n_F, D] as it did. It makes as many bags of each
-    feature, so where they differ much (an item, and the items of a history) it takes rows as rows.
+    feature, so where they differ much (users, and the items of histories) it takes rows as rows.
     """
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import PoolingMode
     from torchrec import KeyedJaggedTensor
