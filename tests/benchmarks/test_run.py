@@ -135,6 +135,14 @@ def test_the_page_has_the_figures_of_the_results_that_stand(tmp_path):
         assert (docs / "images" / image.name).is_file()
 
 
+def test_the_page_of_tables_has_the_figures_of_the_results_that_stand(tmp_path):
+    page, stands = tmp_path / "collab.md", BENCHMARKS.parent / "docs" / "collab.md"
+    page.write_text(stands.read_text())
+    found = command("tables/collect", "--into", page)
+    assert found.returncode == 0, found.stderr
+    assert page.read_text() == stands.read_text()
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_results_are_collected_into_a_page(tmp_path):

@@ -19,6 +19,9 @@ EPSILON = 1e-8
 VANISHING = 1e-12
 """A gradient below it is nothing but the rounding of float64."""
 
+KINK = 1e-7
+"""A unit so near to 0 may lie on either side of it in float32."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -71,6 +74,8 @@ class PlainCollab:
     Attributes:
         idle: of each dense weight, which elements had no effect on the loss of a step at least. Rounding alone then moves them,
             by steps as long as others', as Adam takes a gradient over its own size.
+        kinks: likewise, which belong to a unit (of din) that was so near to 0 for some row that rounding decides on which side of
+            its activation's kink it lies, and so by which slope its gradient goes.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class PlainCollab:
         rate = world.positive_rate
         self.constant = math.log(rate / (1 - rate)) if settings.global_mean else 0.0
         self.idle = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.dense.items()}
+        self.kinks = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.dense.items()}
         self.optimizers = {name: self._table_optimizer(rows) for name, rows in self.tables.items()}
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer]
         self.dense_optimizer = (
@@ -216,6 +222,9 @@ class PlainCollab:
         for number in sorted(linear):
             x = self.dense[f"{beginning}.{number}.weight"] @ x + self.dense[f"{beginning}.{number}.bias"]
             if number < max(linear):
+                if torch.is_grad_enabled():
+                    for part in ("weight", "bias"):
+                        self.kinks[f"{beginning}.{number}.{part}"][x.detach().abs() < KINK] = True
                 slope = self.dense[f"{beginning}.{number + 1}.weight"]
                 x = torch.where(x > 0, x, slope * x)
         return x[0]

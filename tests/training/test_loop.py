@@ -265,7 +265,9 @@ class Twin:
         self.catalog = catalog_scores(run.log, settings, world, plain) if settings.model != "din" else None
         self.tables = {name: rows.detach().numpy() for name, rows in plain.tables.items()}
         self.dense = {name: weight.detach().numpy() for name, weight in plain.dense.items()}
-        self.idle = {name: elements.numpy() for name, elements in plain.idle.items()}
+        self.idle, self.kinks = (
+            {name: elements.numpy() for name, elements in of.items()} for of in (plain.idle, plain.kinks)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +327,9 @@ def close(found: list[dict], run: Run, twin: Twin, first: int = 0) -> None:
     assert set(weights) == set(twin.dense)
     assert idle <= set(twin.dense)
     for name, expected in twin.dense.items():
-        told = ~twin.idle[name] if name in idle else np.ones(expected.shape, bool)
+        told = ~twin.kinks[name]
+        if name in idle:
+            told = told & ~twin.idle[name]
         np.testing.assert_allclose(weights[name][told], expected[told], err_msg=name, **ROWS)
 
 
