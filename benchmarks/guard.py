@@ -52,10 +52,11 @@ from sellarec.language.pretrain import build_decoder
 from sellarec.language.scorer import base_model
 from sellarec.language.templates import read_template
 from sellarec.training import dense
-from sellarec.training.engine import Engine, Workers
+from sellarec.training.engine import Engine
 from sellarec.training.stream import Order, RowGroup, slices
 from sellarec.training.table import Table
 from sellarec.training.task import Graph, Task
+from sellarec.training.workers import Workers
 
 STORED = Path(__file__).parent / "guard.json"
 COMMAND = "python benchmarks/guard.py --write"

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,17 +145,29 @@ def read_case(name: str) -> Case:
         raise CaseError(f"{path} is no case: {error}") from error
 
 
-def resolve(name: str, overrides: Mapping[str, str], quick: bool = False, device: str | None = None) -> Case:
+def resolve(
+    name: str,
+    overrides: Mapping[str, str],
+    quick: bool = False,
+    device: str | None = None,
+    sides: Sequence[str] | None = None,
+) -> Case:
     """A case with its quick form and `key=value` settings laid over it.
 
     Args:
         overrides: by dotted name, `work.batch`, `run.rounds` or `same.losses`, the value as YAML writes it.
         device: where sides compute, for cases that have `work.device`.
+        sides: those of the case that are measured; None: all.
 
     Raises:
-        CaseError: an unknown case or setting, or a value of another type.
+        CaseError: an unknown case, setting or side, or a value of another type.
     """
     case = read_case(name)
+    if sides is not None:
+        unknown = [side for side in sides if side not in case.sides]
+        if unknown:
+            raise CaseError(f"{case.name} has no side '{unknown[0]}': it has {', '.join(case.sides)}")
+        case = dataclasses.replace(case, sides={side: of for side, of in case.sides.items() if side in sides})
     settings = {"work": dict(case.work), "run": dataclasses.asdict(case.run), "same": dict(case.same)}
     if quick:
         for section, values in case.quick.items():

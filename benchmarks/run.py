@@ -37,6 +37,7 @@ def main() -> int:
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of the case"
     )
     parser.add_argument("--quick", action="store_true", help="the case's quick form: does it work")
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="measure these sides of the case alone")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="where sides compute")
     parser.add_argument("--out", type=Path, help="JSON file of the result")
     parser.add_argument(
@@ -51,15 +52,16 @@ def main() -> int:
     if arguments.case is None:
         parser.error("name a case, or all; --list names them")
     names = case_names() if arguments.case == "all" else [arguments.case]
-    if arguments.case == "all" and (arguments.set or arguments.out or arguments.device):
-        parser.error("all takes neither --set, --device nor --out: each case has its own settings and file")
+    if arguments.case == "all" and (arguments.set or arguments.sides or arguments.out or arguments.device):
+        parser.error("all takes neither --set, --sides, --device nor --out: each case has its own settings and file")
     if arguments.case != "all" and arguments.out_dir:
         parser.error("--out-dir goes with all: give --out FILE.json for the result of one case")
     folder = arguments.out_dir or (None if arguments.quick else RESULTS)  # what is quick is no figure
     failed = []
     for name in names:
         try:
-            case = resolve(name, settings_of(arguments.set), arguments.quick, arguments.device)
+            overrides = settings_of(arguments.set)
+            case = resolve(name, overrides, arguments.quick, arguments.device, arguments.sides)
             result = measure(case, arguments.environments, lambda line: print(line, flush=True))
         except CaseError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)

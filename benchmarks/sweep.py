@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="the case's quick form, with the cells' settings laid over it"
     )
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="measure these sides of the case alone")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="where sides compute")
     parser.add_argument("--out-dir", type=Path, help="folder of the results (default: results; --quick wants it named)")
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS, help="folder of peers' environments")
@@ -53,7 +54,9 @@ def main() -> int:
         grid = cells(settings_of(arguments.axes))
         # all are resolved before any is run: a mistake in the last one costs nothing
         resolved = {
-            cell_name(arguments.case, cell, grid): resolve(arguments.case, cell, arguments.quick, arguments.device)
+            cell_name(arguments.case, cell, grid): resolve(
+                arguments.case, cell, arguments.quick, arguments.device, arguments.sides
+            )
             for cell in grid
         }
         if len(resolved) < len(grid):

@@ -8,6 +8,8 @@ freed memory, as this package's workers have them: without, ranking costs either
     mf, adam              ours: BPR with one drawn negative, adam, whose dense gradients are RecBole's optimizer too
     mf, rowwise-adagrad   ours: the same with the default optimizer
     mf, recbole           RecBole's BPR, 64 columns, 2,048 rows a batch
+    lightgcn, ours        BPR with one drawn negative, 2 layers, adam
+    lightgcn, recbole     RecBole's LightGCN: 2 layers, 64 columns, 2,048 rows a batch, no weight on its norms
     sasrec, ours          full softmax over the catalog, 2 layers, 2 heads, the targets of a user's last 51 items in one
                           sequence, so that a batch has about 1,850 targets; the feed-forward layers are 64 wide
     sasrec, recbole       RecBole's SASRec with its defaults: cross entropy over the catalog, 2 layers, 2 heads, feed-forward
@@ -51,9 +53,9 @@ from processes import measure_alone, popularity, write
 from sellarec.training.launch import KEEP_FREED_MEMORY
 
 PINS = (
-    "recbole==1.2.1", "torch==2.13.0", "numpy==1.26.4", "scipy==1.13.1", "pandas==2.1.4", "setuptools==80.10.2"
+    "recbole==1.2.1", "torch==2.13.0", "numpy==1.26.4", "scipy==1.11.4", "pandas==2.1.4", "setuptools==80.10.2"
 )  # fmt: skip
-"""RecBole 1.2.1 uses names that later numpy and pandas don't have. What it trains here needs no patch."""
+"""RecBole 1.2.1 uses names that later numpy, scipy and pandas don't have. What it trains here needs no patch."""
 
 USERS, ITEMS, ROWS, LEAST = 6_040, 3_706, 1_000_209, 20
 """MovieLens-1M; each user has 20 rows or more."""
@@ -65,6 +67,7 @@ QUERIES = 512
 OURS = {
     "mf, adam": {"model": "mf", "loss": "bpr", "table_optimizer": "adam"},
     "mf, rowwise-adagrad": {"model": "mf", "loss": "bpr", "table_optimizer": "rowwise-adagrad"},
+    "lightgcn, ours": {"model": "lightgcn", "loss": "bpr", "layers": 2, "table_optimizer": "adam"},
     "sasrec, ours": {
         "model": "sasrec", "loss": "full-softmax", "train_on": "sequences", "user_rows": False, "layers": 2, "heads": 2,
         "dropout": 0.5, "history": HISTORY, "table_optimizer": "adam", "optimizer": "adam", "batch": SEQUENCES,
@@ -77,6 +80,7 @@ SETTINGS = {
 
 RECBOLE = {
     "mf, recbole": {"model": "BPR", "embedding_size": DIM},
+    "lightgcn, recbole": {"model": "LightGCN", "embedding_size": DIM, "n_layers": 2, "reg_weight": 0.0},
     "sasrec, recbole": {"model": "SASRec"},
     "sasrec, recbole 64": {"model": "SASRec", "inner_size": DIM},
 }
@@ -140,8 +144,9 @@ def our_side(source: Path, scratch: Path) -> None:
     from sellarec.data.prepare import prepare, rules_of
     from sellarec.data.sources.recbole import open_recbole
     from sellarec.evaluation.queries import write_queries
-    from sellarec.training.engine import Engine, Workers, rank_queries
+    from sellarec.training.engine import Engine, rank_queries
     from sellarec.training.stream import Order, prepared, row_groups, slices
+    from sellarec.training.workers import Workers
 
     pa.set_cpu_count(1)
     log_folder = scratch / "log"
@@ -223,14 +228,14 @@ def summary(case: str, what: str, unit: str, found: list[dict], against: list[di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", type=Path, help="folder of RecBole's environment")
-    parser.add_argument("--models", nargs="+", choices=["mf", "sasrec"], default=["mf", "sasrec"])
+    models = ["mf", "lightgcn", "sasrec"]
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mf-batches", type=int, default=0, help="batches of a round of mf; 0: an epoch")
+    parser.add_argument("--lightgcn-batches", type=int, default=20, help="batches of a round of lightgcn")
     parser.add_argument("--sasrec-batches", type=int, default=20, help="batches of a round of sasrec, ours")
     parser.add_argument("--recbole-sasrec-batches", type=int, default=3, help="batches of a round of sasrec, RecBole's")
-    parser.add_argument(
-        "--quick", action="store_true", help="two rounds of few batches, two cases of mf, two of sasrec"
-    )
+    parser.add_argument("--quick", action="store_true", help="two rounds of few batches, two cases of each model")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     settings = parser.parse_args()
@@ -241,11 +246,13 @@ def main() -> None:
         parser.error("--environment and --out are needed")
     pairs = {
         "mf": (["mf, adam", "mf, rowwise-adagrad"], ["mf, recbole"]),
+        "lightgcn": (["lightgcn, ours"], ["lightgcn, recbole"]),
         "sasrec": (["sasrec, ours"], ["sasrec, recbole", "sasrec, recbole 64"]),
     }
     pairs = {name: pair for name, pair in pairs.items() if name in settings.models}
     if settings.quick:
-        settings.rounds, settings.mf_batches, settings.sasrec_batches, settings.recbole_sasrec_batches = 2, 40, 4, 1
+        settings.rounds, settings.mf_batches, settings.lightgcn_batches = 2, 40, 2
+        settings.sasrec_batches, settings.recbole_sasrec_batches = 4, 1
         pairs = {name: (ours[:1], theirs[:1]) for name, (ours, theirs) in pairs.items()}
     python = make_environment(settings.environment.absolute(), PINS)
     facts = {"recbole environment": PINS, "users": USERS, "items": ITEMS, "rows": ROWS, "mf batch": BATCH}
@@ -263,6 +270,7 @@ def main() -> None:
         side = here.with_name("recbole_side.py")
         theirs = Side([str(python), "-P", str(side), f"{scratch}/generated", cases], scratch)
         batches = {**dict.fromkeys(OURS | RECBOLE, settings.mf_batches), "sasrec, ours": settings.sasrec_batches}
+        batches |= dict.fromkeys(("lightgcn, ours", "lightgcn, recbole"), settings.lightgcn_batches)
         batches |= dict.fromkeys(("sasrec, recbole", "sasrec, recbole 64"), settings.recbole_sasrec_batches)
         for mine, others in pairs.values():
             sides = dict.fromkeys(mine, ours) | dict.fromkeys(others, theirs)

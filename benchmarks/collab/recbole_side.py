@@ -63,7 +63,7 @@ def start(source, given, case):
 
     def rank():
         found = trainer.evaluate(valid_data, load_best_model=False)
-        return {"users": len(valid_data.uid_list if model == "BPR" else valid_data.dataset), **found}
+        return {"users": len(valid_data.dataset if model == "SASRec" else valid_data.uid_list), **found}
 
     return train, rank
 

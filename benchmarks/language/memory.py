@@ -34,7 +34,8 @@ from sellarec.language.llm import find_llm
 from sellarec.language.memory import phases, shape_of, use_of
 from sellarec.language.pretrain import build_decoder
 from sellarec.language.templates import read_template
-from sellarec.training.engine import Engine, Workers, together_of_first
+from sellarec.training.engine import Engine
+from sellarec.training.workers import Workers, together_of_first
 
 PHASES = ("loading", "a step", "scoring")
 

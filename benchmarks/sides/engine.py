@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 
 from sellarec.config import Tables
-from sellarec.training.engine import Engine, Workers
+from sellarec.training.engine import Engine
 from sellarec.training.task import Task
+from sellarec.training.workers import Workers
 
 
 def engine_of(task: Task, settings: Any, device: str = "cpu", dtype: str = "float32") -> Engine:

@@ -133,10 +133,11 @@ def train(given: dict[str, Any], rank: int) -> None:
     from sellarec.command_line import parse
     from sellarec.data.log import read_log
     from sellarec.evaluation.metrics import auc
-    from sellarec.training.engine import Engine, Workers
+    from sellarec.training.engine import Engine
     from sellarec.training.loop import seed_everything
     from sellarec.training.storage import Storage
     from sellarec.training.stream import Order, prepared, row_groups, slices
+    from sellarec.training.workers import Workers
 
     joined_at = time.time()
     config, workers = parse(given["flags"]), given["workers"]

@@ -16,8 +16,8 @@ from sellarec.collab.model import Sizes
 from sellarec.collab.models.mf import Model
 from sellarec.collab.task import CollabTask
 from sellarec.config import Collab
+from sellarec.training.kernels import EPSILON
 from sellarec.training.table import Table, initial_rows
-from sellarec.training.tables import EPSILON
 
 INIT, RATE = 0.05, 0.1
 

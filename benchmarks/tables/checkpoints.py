@@ -38,9 +38,10 @@ from sellarec.collab.models.mf import Model
 from sellarec.collab.task import CollabTask
 from sellarec.config import Collab, Tables
 from sellarec.training.checkpoints import Checkpoints
-from sellarec.training.engine import Engine, Workers
+from sellarec.training.engine import Engine
 from sellarec.training.storage import Storage
 from sellarec.training.table import Table, initial_rows
+from sellarec.training.workers import Workers
 
 WRITTEN, OTHERS = 0, 1
 """Seeds of the rows that are written, and of those that are there before they are restored."""

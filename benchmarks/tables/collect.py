@@ -102,7 +102,7 @@ def speed_adam() -> str:
 
 
 def traffic() -> str:
-    found = [*cases("traffic"), *cases("traffic_lightgcn")]
+    found = [*cases("traffic"), *cases("traffic_models"), *cases("traffic_lightgcn")]
     rows = []
     for name in dict.fromkeys(case["case"] for case in found):
         for case in found:
@@ -117,7 +117,7 @@ def traffic() -> str:
                 (name, case["workers"], f"{sent} ({most})", formula, f"{sum(case['collectives'].values()):.0f}", cpu)
             )
     head = ("", "workers", "sent MB", "formula MB", "collectives a step", "CPU microseconds a row [lowest, highest]")
-    return table(head, rows, HERE / "traffic.json", HERE / "traffic_lightgcn.json")
+    return table(head, rows, *(HERE / f"{name}.json" for name in ("traffic", "traffic_models", "traffic_lightgcn")))
 
 
 def recbole() -> str:

@@ -10,6 +10,8 @@ Each case trains matrix factorisation (two tables, BCE) with the training loop's
                      sparse one (five interactions a user), of which a worker needs less than all rows
     lightgcn step    LightGCN's whole training step on the first graph (BCE), row-wise Adagrad, row-wise; also table-wise, and
                      by adam
+    din, sasrec      a whole training step of a model with dense weights, of one batch size a worker, with long-tailed ids and
+                     histories of MovieLens-1M's catalog: DIN with BCE on labels, SASRec with BPR at all positions
 
 Bytes are those that the kernel counted on the worker's own TCP connections (TCP_INFO: sent without what was sent again, and
 received), so headers of TCP are left out and everything that gloo sends is in. Collectives are those that torch's profiler
@@ -40,14 +42,17 @@ import torch.distributed as dist
 from processes import measure, popularity, write
 from torch.profiler import ProfilerActivity, profile
 
-from sellarec.collab.model import Sizes
+from sellarec.collab.model import Sizes, values
 from sellarec.collab.models import lightgcn, mf
-from sellarec.collab.task import CollabTask
+from sellarec.collab.negatives import Negatives
+from sellarec.collab.rows import lists
+from sellarec.collab.task import CollabTask, model_class
 from sellarec.config import Collab, Tables
-from sellarec.training.engine import Engine, Workers
+from sellarec.training.engine import Engine
 from sellarec.training.graph import ShardedGraph
 from sellarec.training.tables import LISTS
 from sellarec.training.task import Graph
+from sellarec.training.workers import Workers
 
 FEATURES = 2
 
@@ -72,6 +77,18 @@ GRAPH_STEPS = {
 """By name: sharding, optimizer."""
 
 USERS, ITEMS, _ = GRAPHS["lightgcn"]
+
+MODELS: dict[str, tuple[int, dict[str, Any]]] = {
+    "din": (1_024, {"model": "din", "history": 20}),
+    "sasrec": (
+        128,
+        {
+            "model": "sasrec", "history": 50, "train_on": "sequences", "loss": "bpr", "negatives_per_row": 1,
+            "user_rows": False, "layers": 2, "heads": 1,
+        },
+    ),
+}  # fmt: skip
+"""By name: rows of a worker's slice, settings."""
 
 WARM_UP, PROFILED = 3, 2
 RECEIVED, SENT, SENT_AGAIN = 128, 200, 208
@@ -109,14 +126,15 @@ def cpu_seconds() -> tuple[float, float]:
     return used.ru_utime, used.ru_stime
 
 
-def formula(sharding: str, ids: float, dim: int, workers: int) -> float:
+def formula(sharding: str, ids: float, dim: int, workers: int, tables: float = FEATURES) -> float:
     """Bytes a worker sends in a step, the mean over workers (docs/collab.md, for gloo).
 
     Args:
-        ids: distinct ids of both features that a worker's rows name.
+        ids: distinct ids of all tables that a worker's rows name.
+        tables: how many they are.
     """
     others = workers - 1
-    lengths = 4 * LISTS * FEATURES * (others / workers if sharding == "table-wise" else others)
+    lengths = 4 * LISTS * tables * (others / workers if sharding == "table-wise" else others)
     return lengths + (8 + 2 * 4 * dim) * ids * others / workers
 
 
@@ -128,6 +146,12 @@ def pooled_formula(ids: float, bags: float, dim: int, workers: int) -> float:
     """
     others = workers - 1
     return 8 * ids * others / workers + (4 + 3 * 4 * dim) * FEATURES * bags * others
+
+
+def dense_formula(weights: int, workers: int) -> float:
+    """Bytes a worker sends in a step for float32 dense weights under FSDP2, which gathers them once; their gradients, which gloo
+    sums as a whole, are twice as many bytes."""
+    return 3 * 4 * weights * (workers - 1) / workers
 
 
 def collectives(take_step: Any) -> dict[str, float]:
@@ -272,6 +296,42 @@ def step_on_graph(rank: int, workers: int, settings: argparse.Namespace, name: s
     }
 
 
+def step_of_model(rank: int, workers: int, settings: argparse.Namespace, name: str) -> dict[str, Any]:
+    share, changes = MODELS[name]
+    collab = collab_of(settings.dim, "rowwise-adagrad", **changes)
+    torch.manual_seed(0)
+    counts = np.ones((2, ITEMS), np.int64)
+    negatives = Negatives("uniform", counts, 1, 0) if collab.loss != "bce" else None
+    model = model_class(name)(Sizes(USERS, ITEMS, 0.5), collab)
+    weights = sum(weight.numel() for weight in model.parameters())
+    task = CollabTask(model, collab, counts[0] > 0, negatives)
+    generator = np.random.default_rng(rank)
+    batches = []
+    for number in range(4):
+        rows = draw(generator, USERS, ITEMS, share, long_tailed=True)
+        length = generator.lognormal(np.log(collab.history / 2), 1.0, share).astype(np.int64).clip(1, collab.history)
+        read = lists(generator.choice(ITEMS, length.sum(), p=popularity(ITEMS)), length)
+        rows = rows.append_column("history", read).append_column("row", pa.array(np.arange(share) + number * share))
+        assert task.prepare is not None  # both read histories
+        batches.append(task.prepare(rows, 0, np.zeros(share, np.int64)))
+    asked = np.zeros(2)
+    for rows in batches:
+        batch = task.lookups(task.collate(rows, 0))
+        of_tables = [[values(batch[name]) for name in table.features if name in batch] for table in task.tables]
+        distinct = [len(torch.cat(ids).unique()) for ids in of_tables if ids]
+        asked += (sum(distinct) / len(batches), len(distinct) / len(batches))
+    ids, tables = of_workers(*asked).mean(0)
+    return {
+        "case": name,
+        "workers": workers,
+        "batch": share * workers,
+        "dense weights": weights,
+        "distinct ids of a step": ids,
+        "formula bytes": formula("row-wise", ids, settings.dim, workers, tables) + dense_formula(weights, workers),
+        **train(rank, workers, settings, task, collab, "row-wise", batches),
+    }
+
+
 def read_graph(workers: int, path: str, users: int, items: int) -> ShardedGraph:
     return ShardedGraph.read([path], users, items, dist.group.WORLD if workers > 1 else None, torch.device("cpu"))
 
@@ -304,6 +364,8 @@ def worker(rank: int, workers: int, settings: argparse.Namespace, paths: dict[st
     for name in settings.cases:
         if name in CASES:
             cases.append(factorise(rank, workers, settings, name))
+        elif name in MODELS:
+            cases.append(step_of_model(rank, workers, settings, name))
         elif name in GRAPHS:
             cases.append(smooth(workers, settings, name, paths[name]))
         else:
@@ -332,7 +394,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12_288, help="rows of the global batch; a multiple of the workers")
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=7)
-    names = [*CASES, *GRAPHS, *GRAPH_STEPS]
+    names = [*CASES, *GRAPHS, *GRAPH_STEPS, *MODELS]
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--quick", action="store_true", help="one round of few steps with one and two workers")
     parser.add_argument("--out", type=Path, required=True)

@@ -43,9 +43,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sellarec.config import Sparse, Tables
+from sellarec.training.kernels import EPSILON
 from sellarec.training.plan import place
 from sellarec.training.table import Table, initial_rows
-from sellarec.training.tables import EPSILON, ShardedTables
+from sellarec.training.tables import ShardedTables
 
 NAMES = ("user", "item")
 INIT, WARM_UP = 0.05, 3

@@ -33,7 +33,7 @@ from sellarec.training.progress import PROGRESS_SECONDS
 from sellarec.training.table import RowReader
 
 if TYPE_CHECKING:
-    from sellarec.training.engine import Workers
+    from sellarec.training.workers import Workers
 
 BLOCK_ROWS = 4096
 """Items that an actor takes at a time, and sorts by length, at most."""

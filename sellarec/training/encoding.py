@@ -15,9 +15,9 @@ from sellarec.config import STORAGE_TIMEOUT, WORKER_TIMEOUT, Distil
 from sellarec.errors import StageFailed, UserError
 from sellarec.language.distil import BLOCK_ROWS, ItemEncoder, what_stands, write_part, written_vectors
 from sellarec.language.llm import LlmSource
-from sellarec.training.engine import Workers, together_of_first
 from sellarec.training.progress import note
 from sellarec.training.storage import Storage
+from sellarec.training.workers import Workers, together_of_first
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,15 @@ takes them into the tables, after all was found to be finite.
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial, reduce
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -28,12 +24,12 @@ from sellarec.artifacts import Place
 from sellarec.config import Backpropagation, Dense, Language, Sparse, Tables
 from sellarec.errors import UserError
 from sellarec.evaluation.ranking import TopList, UserMetrics, merge, top_k, user_metrics
-from sellarec.language.llm import reading
 from sellarec.training import dense
 from sellarec.training.exchanges import Waited, counted
 from sellarec.training.graph import Kind, ShardedGraph
 from sellarec.training.plan import place
 from sellarec.training.progress import PROGRESS_SECONDS
+from sellarec.training.schedule import learning_rate_factor
 from sellarec.training.storage import Storage
 from sellarec.training.table import Jagged, index
 from sellarec.training.tables import ShardedTables, made
@@ -49,121 +45,15 @@ from sellarec.training.task import (
     Task,
     Vectors,
 )
+from sellarec.training.workers import Workers, together
 
 KINDS: tuple[Kind, ...] = ("user", "item")
 """Tables whose rows a graph smooths, in the order of its rows."""
-
-Made = TypeVar("Made")
 
 MEASURED_AT_ONCE = 1024
 """Items, or users, of each worker whose vectors are looked up at once to be measured."""
 
 DENSE_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-
-
-@dataclass
-class Workers:
-    """This worker's place among all, and the groups it talks over."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    tables: dist.ProcessGroup
-    control: dist.ProcessGroup
-
-    @classmethod
-    def join(cls, timeout: float) -> "Workers":
-        """Make the process groups: tables, FSDP (its mesh makes its own) and control messages don't share one. A collective that
-        has waited `timeout` seconds for a worker fails."""
-        import ray.train.torch
-
-        context = ray.train.get_context()
-        device = ray.train.torch.get_device()
-        if device.type == "cpu":
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-        return cls(
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            device=device,
-            tables=dist.new_group(timeout=timedelta(seconds=timeout)),
-            control=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)),
-        )
-
-    def sum(self, *values: float) -> list[float]:
-        """Sums over all workers, in float64."""
-        if self.world_size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
-        return total.tolist()
-
-    def tell(self, *values: float) -> np.ndarray:
-        """Each worker's values on all workers: float64 [W, n]."""
-        told = torch.zeros(self.world_size, len(values), dtype=torch.float64)
-        told[self.rank] = torch.tensor(values, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(told, group=self.control)  # each worker adds to zeros
-        return told.numpy()
-
-    def collect(self, value: Any) -> list[Any] | None:
-        """Each worker's value, by rank, on worker 0; None on the others."""
-        gathered: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, gathered, dst=0, group=self.control)
-        return gathered
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """[b, ...] of each worker -> [W b, ...]; the gradient of a row is summed over all that used it."""
-        if self.world_size == 1:
-            return rows
-        from torch.distributed.nn.functional import all_gather
-
-        return torch.cat(list(all_gather(rows.contiguous())))
-
-    def share_of(self, number: int) -> Tensor:
-        """int64 [b]: which of so many this worker takes, as many as each other one does; past the last they begin again."""
-        share = -(-number // self.world_size)
-        return torch.arange(self.rank * share, (self.rank + 1) * share) % number
-
-    def own(self, rows: Tensor) -> Tensor:
-        """[W b, ...] of all -> [b, ...], those of this worker."""
-        share = len(rows) // self.world_size
-        return rows[self.rank * share : (self.rank + 1) * share]
-
-    def add(self, values: Tensor) -> Tensor:
-        """The sum over workers; the gradient of a worker's summand is the sum of all workers' gradients."""
-        if self.world_size == 1:
-            return values
-        from torch.distributed.nn.functional import all_reduce
-
-        return all_reduce(values.contiguous())
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The maximum over workers, element by element. Without a gradient."""
-        found = values.detach().clone()
-        if self.world_size > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found
-
-
-def together(make: Callable[[], Made], workers: Workers) -> Made:
-    """What `make` gives; where any worker is refused, all end, instead of waiting for that one in a collective."""
-    refusal: UserError | None = None
-    try:
-        made = make()
-    except UserError as error:
-        refusal = error
-    messages: list[Any] = [None] * workers.world_size
-    dist.all_gather_object(messages, str(refusal) if refusal else None, group=workers.control)
-    found = [message for message in messages if message is not None]
-    if found:
-        raise UserError(found[0]) from refusal
-    return made
-
-
-def together_of_first(make: Callable[[], Made], workers: Workers) -> Made:
-    """As `together`, where language models that are loaded are read by worker 0 alone: `sellarec.language.llm.reading`."""
-    with reading(weights=workers.rank == 0):
-        return together(make, workers)
 
 
 def _refuse(message: str | None) -> None:
@@ -644,21 +534,3 @@ def rank_queries(
     rows = rows.filter(pc.greater(rows["weight"], 0))
     relevant = Jagged.of(rows["relevant"])
     return user_metrics(rows["user"].to_numpy(), best, (relevant.values.numpy(), relevant.lengths.numpy()), cutoffs)
-
-
-def warmup_steps(settings: Dense, steps: int) -> int:
-    """Over how many steps the learning rates rise to their peak, that of the peak included: at least 1."""
-    return max(1, round(settings.warmup * steps))
-
-
-def learning_rate_factor(settings: Dense, step: int, steps: int) -> float:
-    """What the learning rates are multiplied by at a step: a linear warm-up, then constant, a cosine to 0, or constant and in the
-    last steps a line to 0 (Hu et al., "MiniCPM", arXiv 2404.06395; the line: Hägele et al., arXiv 2405.18392)."""
-    warmup = warmup_steps(settings, steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if settings.schedule == "constant":
-        return 1.0
-    if settings.schedule == "wsd":
-        return min(1.0, (steps - step) / max(1, round(settings.decay * steps)))
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

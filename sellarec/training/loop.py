@@ -29,13 +29,15 @@ from sellarec.config import STORAGE_TIMEOUT, WORKER_TIMEOUT, Dense, Selection, S
 from sellarec.errors import StageFailed, UserError
 from sellarec.evaluation.metrics import auc, uauc
 from sellarec.training.checkpoints import Checkpoints
-from sellarec.training.engine import Engine, Workers, rank_queries, together, together_of_first, warmup_steps
+from sellarec.training.engine import Engine, rank_queries
 from sellarec.training.launch import CHECKPOINTS
 from sellarec.training.progress import PROGRESS_SECONDS, note
+from sellarec.training.schedule import warmup_steps
 from sellarec.training.scoring import distinct, report_scored, split_slices
 from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, named_counts, shortened, whole_batches
 from sellarec.training.task import CheckedTask, MeasuredTask, Task
+from sellarec.training.workers import Workers, together, together_of_first
 
 FIRST_LOSSES = 20
 

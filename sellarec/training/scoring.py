@@ -16,11 +16,12 @@ from sellarec.artifacts import Place
 from sellarec.config import STORAGE_TIMEOUT, WORKER_TIMEOUT, Tables
 from sellarec.errors import StageFailed, UserError
 from sellarec.evaluation.ranking import UserMetrics
-from sellarec.training.engine import Engine, Workers, rank_queries, together, together_of_first
+from sellarec.training.engine import Engine, rank_queries
 from sellarec.training.progress import note
 from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, Prepare, named_counts, shortened, stream, whole_batches
 from sellarec.training.task import Task
+from sellarec.training.workers import Workers, together, together_of_first
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from sellarec.artifacts import Place, pauses
 from sellarec.errors import StageFailed
 
 if TYPE_CHECKING:
-    from sellarec.training.engine import Workers
+    from sellarec.training.workers import Workers
 
 Done = TypeVar("Done")
 

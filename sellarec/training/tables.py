@@ -3,10 +3,8 @@
 Shapes: b rows of one worker's slice, L ids a row, D columns, R rows of a table, W workers.
 """
 
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,8 @@ from torch import Tensor, nn
 
 from sellarec.config import DENSE_TABLE_OPTIMIZERS, Dense, Sparse, Tables
 from sellarec.errors import UserError
-from sellarec.training.plan import CACHED_SHARE, KERNELS, Placement, column_share, describe
+from sellarec.training import kernels
+from sellarec.training.plan import KERNELS, Placement, describe
 from sellarec.training.table import Distinct, Jagged, Table, initial_rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -34,19 +33,9 @@ BLOCK_BYTES = 1 << 25
 """What is read or drawn at once of the rows that a table starts from: no table is ever whole in memory twice, and workers keep
 what they have freed (`launch.KEEP_FREED_MEMORY`)."""
 
-FUSED = {"EXACT_SGD": "SGD", "EXACT_ADAGRAD": "Adagrad", "EXACT_ROWWISE_ADAGRAD": "row-wise Adagrad"}
-"""Optimizers of the kernels, as fbgemm names them and as they are known."""
-
-EPSILON = 1e-8
-"""Added to the root of Adagrad's sums of squares, which start from 0."""
-
-
 LISTS = 1024
 """Into so many lists a table's ids are cut where they are looked up as lists: kernels share out lists over their threads, and
 workers tell each other the lists' lengths."""
-
-MOST_BAGS = 1.5
-"""Bags that are made for an id, at most, where rows are taken by bags of one id."""
 
 
 class ShardedTables:
@@ -91,7 +80,7 @@ class ShardedTables:
         decays = optimizer is not None and optimizer.table_weight_decay > 0
         by_columns = any(placement.sharding == "column-wise" for placement in placements)
         self._bags = self._dense or by_columns or (self.world_size == 1 and not decays)
-        sharder = _sharder(self._bags, {} if self._dense else _fused(optimizer, storage))
+        sharder = kernels.sharder(self._bags, {} if self._dense else kernels.fused(optimizer, storage))
         kernel = "dense" if self._dense else KERNELS[storage.placement]
         # TorchRec wants one width a collection, so tables are grouped by the widths of their pieces.
         by_width: dict[int, list[tuple[str, Placement]]] = {}
@@ -101,11 +90,11 @@ class ShardedTables:
         holder, plans = nn.Module(), {}
         for width, pieces in by_width.items():
             keys = {name: self._keys_of(placement.table, name) for name, placement in pieces}
-            collection = _collection(self._bags, width, pieces, keys, storage)
+            collection = kernels.collection(self._bags, width, pieces, keys, storage)
             setattr(holder, f"width_{width}", collection)
             plans[f"width_{width}"] = construct_module_sharding_plan(
                 collection,
-                {name: _sharding(placement, width, self.world_size, kernel) for name, placement in pieces},
+                {name: kernels.sharding(placement, width, self.world_size, kernel) for name, placement in pieces},
                 sharder=sharder,
                 local_size=_local_size(self.world_size, device),
                 world_size=self.world_size,
@@ -127,7 +116,7 @@ class ShardedTables:
         self._collections = {name: getattr(self.module.module, name) for name in self._keys}
         if not self._bags and not decays and device.type == "cpu":
             for collection in self._collections.values():
-                _take_rows_by_bags(collection)
+                kernels.take_rows_by_bags(collection)
         for table in self.tables:
             size = _rows_of(BLOCK_BYTES, 4 * table.dim)
             for row, column, rows in self._local_parts(table):
@@ -154,13 +143,13 @@ class ShardedTables:
         if self._adam is not None:
             return {"optimizer": f"{type(self._adam).__name__} (dense gradients, all rows)", **made(self._adam)}
         lookups = [lookup for collection in self._collections.values() for lookup in collection._lookups]
-        kernels = [module for lookup in lookups for module in lookup.modules() if hasattr(module, "optimizer_args")]
-        if not kernels:
+        updating = [module for lookup in lookups for module in lookup.modules() if hasattr(module, "optimizer_args")]
+        if not updating:
             return {}
-        arguments = kernels[0].optimizer_args
+        arguments = updating[0].optimizer_args
         return {
-            "optimizer": f"{FUSED[kernels[0].optimizer.name]} (fused)",
-            "learning rate": float(f"{kernels[0].get_learning_rate():.7g}"),  # which it has in float32
+            "optimizer": f"{kernels.FUSED[updating[0].optimizer.name]} (fused)",
+            "learning rate": float(f"{updating[0].get_learning_rate():.7g}"),  # which it has in float32
             "weight decay": arguments.weight_decay,
         }
 
@@ -475,134 +464,6 @@ def made(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"learning rate": given["lr"], "weight decay": given["weight_decay"], "betas": given["betas"]}
 
 
-def _fused(settings: Sparse | None, storage: Tables) -> dict[str, Any]:
-    """How kernels update rows in the backward pass; without settings rows are only looked up."""
-    from fbgemm_gpu.split_embedding_configs import EmbOptimType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
-
-    fused: dict[str, Any] = {"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.0}
-    if settings is not None:
-        kinds = {
-            "sgd": EmbOptimType.EXACT_SGD,
-            "adagrad": EmbOptimType.EXACT_ADAGRAD,
-            "rowwise-adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        }
-        fused = {"optimizer": kinds[settings.table_optimizer], "learning_rate": settings.table_learning_rate}
-        if settings.table_optimizer != "sgd":
-            fused["eps"] = EPSILON
-        if settings.table_weight_decay:
-            fused |= {"weight_decay": settings.table_weight_decay, "weight_decay_mode": WeightDecayMode.L2}
-    if storage.placement == "uvm-caching":
-        fused["cache_load_factor"] = CACHED_SHARE
-    return fused
-
-
-def _sharder(bags: bool, fused: dict[str, Any]) -> Any:
-    """A sharder of bags, or of rows; on CPUs TorchRec's own leave out that they shard by rows."""
-    from torchrec.distributed.embedding import EmbeddingCollectionSharder
-    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-
-    class Bags(EmbeddingBagCollectionSharder):
-        def sharding_types(self, compute_device_type: str) -> list[str]:
-            return ["row_wise", "table_wise", "column_wise"]
-
-    class Rows(EmbeddingCollectionSharder):
-        def sharding_types(self, compute_device_type: str) -> list[str]:
-            return ["row_wise", "table_wise"]
-
-    return (Bags if bags else Rows)(fused_params=fused)
-
-
-def _sharding(placement: Placement, width: int, workers: int, kernel: str) -> Any:
-    """TorchRec's sharding of a piece so wide."""
-    from torchrec.distributed.sharding_plan import column_wise, row_wise, table_wise
-
-    if placement.sharding == "row-wise" and workers > 1:
-        return row_wise(compute_kernel=kernel)
-    if placement.sharding == "column-wise":
-        shares = [len(column_share(range(width), worker, workers)) for worker in range(workers)]
-        # only of those that hold any: TorchRec takes no empty ones
-        return column_wise(size_per_rank=[columns for columns in shares if columns], compute_kernel=kernel)
-    # one worker's rows are a whole table: ids need no sorting by the workers that hold them
-    return table_wise(rank=placement.worker or 0, compute_kernel=kernel)
-
-
-def _collection(
-    bags: bool, width: int, pieces: Sequence[tuple[str, Placement]], keys: Mapping[str, list[str]], storage: Tables
-) -> nn.Module:
-    """The pieces of one width, not yet sharded; `keys`: under which ids are looked up in each."""
-    from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, PoolingType
-    from torchrec.modules.embedding_configs import DataType
-
-    types = {"float32": DataType.FP32, "float16": DataType.FP16, "bfloat16": DataType.BF16}
-    settings = [
-        {
-            "name": name,
-            "embedding_dim": width,
-            "num_embeddings": placement.table.rows,
-            "feature_names": keys[name],
-            "data_type": types[storage.dtype],
-            "init_fn": _leave_as_is,
-        }
-        for name, placement in pieces
-    ]
-    if bags:
-        of_bags = [EmbeddingBagConfig(pooling=PoolingType.SUM, **found) for found in settings]
-        return EmbeddingBagCollection(device=torch.device("meta"), tables=of_bags)
-    return EmbeddingCollection(device=torch.device("meta"), tables=[EmbeddingConfig(**found) for found in settings])
-
-
-def _take_rows_by_bags(collection: Any) -> None:
-    """Have the CPU kernels of a sharded collection take rows as bags of one id where they are to be trained: the backward pass of
-    bags is faster than that of rows.
-
-    A kernel gets n_1 to n_F ids of F features, and gives float32 [n_1 + ... + n_F, D] as it did. It makes as many bags of each
-    feature, so where they differ much (users, and the items of histories) it takes rows as rows.
-    """
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import PoolingMode
-    from torchrec import KeyedJaggedTensor
-    from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
-
-    def look_up(kernel: Any, features: KeyedJaggedTensor) -> Tensor:
-        counts = features.length_per_key()
-        bags = max(1, *counts)  # it doesn't take none
-        pays = torch.is_grad_enabled() and bags * len(counts) <= MOST_BAGS * max(1, sum(counts))
-        kernel.pooling_mode = PoolingMode.SUM if pays else PoolingMode.NONE
-        if not pays:
-            return kernel(features.values().long(), features.offsets().long())
-        places = torch.arange(bags)
-        starts = itertools.accumulate(counts, initial=0)
-        offsets = [start + places.clamp(max=count) for start, count in zip(starts, counts, strict=False)]
-        values = features.values().long()
-        pooled = kernel(values, torch.cat([*offsets, torch.tensor([len(values)])]))
-        return _FirstBags.apply(pooled.view(bags, len(counts), -1), counts)
-
-    for lookup in collection._lookups:
-        for found in lookup.modules():
-            if isinstance(found, BatchedFusedEmbedding):
-                found.forward = partial(look_up, found.emb_module)
-
-
-class _FirstBags(torch.autograd.Function):
-    """float32 [bags, F, D] -> [n_1 + ... + n_F, D]: the first n_f bags of each feature, one feature after the other.
-
-    Each slice's gradient would otherwise be made as large as all bags.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, bags: Tensor, counts: Sequence[int]) -> Tensor:
-        ctx.shape, ctx.counts = bags.shape, counts
-        return torch.cat([rows[:count] for rows, count in zip(bags.unbind(1), counts, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        of_bags = gradient.new_empty(ctx.shape)
-        for rows, part, count in zip(of_bags.unbind(1), gradient.split(ctx.counts), ctx.counts, strict=True):
-            rows[:count] = part
-            rows[count:] = 0
-        return of_bags, None
-
-
 def _as_jagged(ids: Tensor | Jagged) -> Jagged:
     if isinstance(ids, Jagged):
         return ids
@@ -612,7 +473,3 @@ def _as_jagged(ids: Tensor | Jagged) -> Jagged:
 def _local_size(world_size: int, device: torch.device) -> int:
     """Workers of one node, as TorchRec's plan wants to know."""
     return min(world_size, torch.cuda.device_count()) if device.type == "cuda" else world_size
-
-
-def _leave_as_is(weight: Tensor) -> Tensor:
-    return weight

@@ -54,9 +54,11 @@ def test_the_docs_say_what_each_case_compares():
 def test_no_memory_left_is_a_result_of_a_side(tmp_path):
     """All pairs of 8,192 rows take a quarter of a GiB, beside as much that torch takes; blocks of them a tenth of that."""
     out, settings = tmp_path / "result.json", ("work.batch=8192", "work.width=4", "run.memory_gib=0.45", "run.rounds=1")
-    found = command("run", "infonce", "--quick", "--set", *settings, "--out", out)
+    sides = ("plain torch", "ours")
+    found = command("run", "infonce", "--quick", "--set", *settings, "--sides", *sides, "--out", out)
     assert found.returncode == 0, found.stderr
     result = json.loads(out.read_text())
+    assert list(result["sides"]) == ["ours", "plain torch"]
     assert "can't allocate memory" in result["sides"]["plain torch"]["out of memory"]
     assert result["sides"]["ours"]["units/s"] > 0 and result["ratios"] == {}
 
@@ -69,6 +71,10 @@ def test_no_memory_left_is_a_result_of_a_side(tmp_path):
         (("uauc", "--set", "work.rows"), "--set work.rows: give it as section.name=value"),
         (("uauc", "--set", "run.rounds=0"), "run.rounds, run.threads and run.memory_gib must be above 0"),
         (("uauc", "--device", "cuda"), "uauc runs on the CPU alone"),
+        (
+            ("uauc", "--sides", "ours", "torch"),
+            "uauc has no side 'torch': it has ours, scikit-learn loop, pandas ranks",
+        ),
         (("aucs",), "there is no case 'aucs': give one of adapt, "),
     ],
 )

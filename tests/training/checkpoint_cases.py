@@ -18,9 +18,10 @@ from sellarec.artifacts import Place
 from sellarec.config import Collab, Sparse, Tables
 from sellarec.errors import StageFailed, UserError
 from sellarec.training.checkpoints import Checkpoints
-from sellarec.training.engine import Engine, Workers
+from sellarec.training.engine import Engine
 from sellarec.training.storage import Storage
 from sellarec.training.table import Table
+from sellarec.training.workers import Workers
 
 ROWS, DIM = 203, 8
 

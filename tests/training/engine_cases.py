@@ -18,9 +18,10 @@ from sellarec.data.log import read_log
 from sellarec.errors import UserError
 from sellarec.training import table as table_module
 from sellarec.training import tables as tables_module
-from sellarec.training.engine import Engine, Workers, together
+from sellarec.training.engine import Engine
 from sellarec.training.storage import Storage
 from sellarec.training.stream import Order, Prepare, prepared, row_groups, slices
+from sellarec.training.workers import Workers, together
 
 SEED = 5
 BATCH, STEPS = 16, 6

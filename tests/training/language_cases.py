@@ -22,10 +22,11 @@ from sellarec.language import llm as llms
 from sellarec.language.adapt import TextTask, build_adapt
 from sellarec.language.pretrain import build_pretrain
 from sellarec.training import dense
-from sellarec.training.engine import Engine, together_of_first
+from sellarec.training.engine import Engine
 from sellarec.training.loop import seed_everything
 from sellarec.training.table import Table
 from sellarec.training.task import Task
+from sellarec.training.workers import together_of_first
 
 BATCH, STEPS = 6, 4
 ITEMS = 10

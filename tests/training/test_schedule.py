@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sellarec.config import Dense
-from sellarec.training.engine import learning_rate_factor
+from sellarec.training.schedule import learning_rate_factor
 
 
 def factors(steps: int, **settings) -> list[float]:
