@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> None:
         settings.concurrent,
         settings.share,
         device=settings.device,
+        autoscaler=settings.autoscaler,
+        node_timeout=settings.node_timeout,
     )
 
 

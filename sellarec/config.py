@@ -624,6 +624,9 @@ class Config:
     node_timeout: float = runtime(NODE_TIMEOUT)
     """Seconds for which a stage that has lost workers, or begins on fewer nodes than hold them, waits for room for them, as on a
     node that takes the place of another; then it fails, and the same command goes on from its newest checkpoint."""
+    autoscaler: bool = runtime(False)
+    """Whether a cluster that is joined has an autoscaler: nodes that the run lacks are then asked for and waited for, at its
+    start and where a stage waits for room. Ones for more than `min_workers` are not asked for."""
     storage_timeout: float = runtime(STORAGE_TIMEOUT)
     """Seconds for which writing a checkpoint or an artifact is tried again while storage fails; then the stage fails, and the
     same command goes on from its newest checkpoint."""
@@ -785,6 +788,10 @@ class Preflight:
     """Trials that a sweep would run at a time."""
     share: float = 1.0
     """What each worker of a trial would take of a CPU, or of a GPU."""
+    autoscaler: bool = False
+    """Whether nodes that the run lacks are asked for, as for jobs/train.py."""
+    node_timeout: float = NODE_TIMEOUT
+    """Seconds for which they are waited for."""
     workspace: str = "runs"
     """Folder that the run would write to; on one machine also a URI (s3://, gs://)."""
 

@@ -113,6 +113,11 @@ def _check_settings(this: Run, wanted: tuple[str, ...]) -> None:
                 f"min_workers is {config.min_workers} and workers {config.workers}, but RAY_ADDRESS names no cluster, and no "
                 "nodes join or leave this machine: leave min_workers out, or submit the job to a cluster"
             )
+        if config.autoscaler:
+            raise UserError(
+                "autoscaler is True, but RAY_ADDRESS names no cluster whose autoscaler could be asked for nodes: leave autoscaler "
+                "out, or submit the job to a cluster"
+            )
         if wanted != ("prepare",):
             check_room(config.workers)
             takes_gpus(gpus_here(config.device), config.workers, config.device, this.groups, this.share)

@@ -223,8 +223,9 @@ class Run:
         workspace = self.store.workspace
         config = self.config
         self.cluster = connect(
-            config.least_workers, self.console, workspace, self.groups, self.share, device=config.device
-        )
+            config.least_workers, self.console, workspace, self.groups, self.share, device=config.device,
+            autoscaler=config.autoscaler, node_timeout=config.node_timeout,
+        )  # fmt: skip
 
     def gpus(self) -> bool:
         assert self.cluster is not None
@@ -243,6 +244,7 @@ class Run:
             storage_timeout=config.storage_timeout,
             node_timeout=config.node_timeout,
             grow_every=config.grow_every,
+            autoscaler=config.autoscaler,
         )
 
     def persist(self, what: str, act: Callable[[], Done]) -> Done:

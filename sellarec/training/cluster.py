@@ -11,6 +11,7 @@ from sellarec.artifacts import Place
 from sellarec.config import GROW_EVERY, NODE_TIMEOUT, STORAGE_TIMEOUT, WORKER_TIMEOUT
 from sellarec.errors import StageFailed, UserError
 from sellarec.preflight import Machine, check_address, check_workspace, free_memory, in_words, machines_of, preflight
+from sellarec.training.autoscaler import wait_for_nodes
 from sellarec.training.progress import Console
 
 WORKER_MEMORY = 800 << 20
@@ -55,6 +56,7 @@ class Group:
         storage_timeout: seconds for which storage that fails is tried again.
         node_timeout: seconds for which room for `least` workers is waited for, where nodes are too few or were lost.
         grow_every: seconds after which workers that are fewer than `most` make place for more, where there is room.
+        autoscaler: room that is waited for is asked for.
     """
 
     most: int
@@ -65,11 +67,17 @@ class Group:
     storage_timeout: float = STORAGE_TIMEOUT
     node_timeout: float = NODE_TIMEOUT
     grow_every: float = GROW_EVERY
+    autoscaler: bool = False
 
     @property
     def taken(self) -> dict[str, float]:
         """What a worker takes of Ray's resources."""
-        return {"CPU": 1, "GPU": self.share} if self.gpus else {"CPU": self.share}
+        return taken_by_worker(self.gpus, self.share)
+
+
+def taken_by_worker(gpus: bool, share: float) -> dict[str, float]:
+    """What a worker takes of Ray's resources: `share` of a CPU, or with `gpus` a CPU and `share` of a GPU."""
+    return {"CPU": 1, "GPU": share} if gpus else {"CPU": share}
 
 
 def connect(
@@ -80,6 +88,8 @@ def connect(
     share: float = 1.0,
     stopping: int = 0,
     device: str = "auto",
+    autoscaler: bool = False,
+    node_timeout: float = NODE_TIMEOUT,
 ) -> Cluster:
     """Join the cluster that RAY_ADDRESS names and check it (`preflight.py`), or start Ray on this machine.
 
@@ -88,10 +98,11 @@ def connect(
         share: what each worker takes of a CPU, or of a GPU where there are some.
         stopping: groups that may still take their last step while those run, for which a Ray that is started here has CPUs too.
         device: what workers run on, see `Config.device`.
+        autoscaler: nodes that lack are asked for, and waited for `node_timeout` seconds, before the cluster is checked.
 
     Raises:
         UserError: no cluster answers, or it doesn't fit: versions, storage, network, room, GPUs, with the arithmetic.
-        StageFailed: Ray's processes don't come up on this machine.
+        StageFailed: Ray's processes don't come up on this machine, or the autoscaler's nodes on theirs.
     """
     # Reports wait for the controller's next poll, 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
@@ -145,6 +156,10 @@ def connect(
         signal.signal(signal.SIGTERM, handler)  # ray.init takes its place
     if joined.dashboard_url:
         console.line(f"  Ray dashboard: http://{joined.dashboard_url}")
+    if not local and autoscaler:
+        gpus = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+        of_group = [*workers * [taken_by_worker(gpus, share)], {"CPU": 1.0}]
+        wait_for_nodes(groups * of_group, node_timeout, console)
     has_gpus = takes_gpus(ray.cluster_resources().get("GPU", 0), workers, device, groups, share)
     if has_gpus and share < 1 and workers > 1:
         raise UserError(

@@ -5,6 +5,7 @@ import time
 
 from sellarec.errors import StageFailed, TrainingStopped
 from sellarec.preflight import living_nodes
+from sellarec.training.autoscaler import ASK_SECONDS, set_aside
 from sellarec.training.cluster import Group
 from sellarec.training.progress import Console
 
@@ -26,7 +27,8 @@ def first_workers(stage: str, group: Group, console: Console, stop: threading.Ev
 
 
 def find_room(stage: str, group: Group, console: Console, stop: threading.Event | None, is_free: bool = True) -> int:
-    """Wait for room for the group's workers: how many find some.
+    """Wait for room for the group's workers: how many find some. An autoscaler is asked for the
+    least of them.
 
     Args:
         is_free: what other jobs hold is no room.
@@ -51,7 +53,10 @@ def find_room(stage: str, group: Group, console: Console, stop: threading.Event 
         if not told:
             console.line(f"{stage:<9} waits {group.node_timeout:g} s at most for room for {needed}")
             told = True
-        time.sleep(1)
+        if group.autoscaler:
+            set_aside(_bundles(group, group.least), min(ASK_SECONDS, group.node_timeout))
+        else:
+            time.sleep(1)
 
 
 def waits_for_others(group: Group, first: bool) -> bool:
@@ -67,11 +72,11 @@ def room_now(group: Group, least: int, most: int, beside: int = 0) -> int:
     Args:
         beside: workers that run already.
     """
-    taken, found = group.taken, 0
+    found = 0
     low, high = least, min(most, _places(group) - beside)
     workers = high
     while low <= high:
-        if _fit([taken] * workers + [{"CPU": 1.0}] * (not beside)):
+        if set_aside(_bundles(group, workers, reads=not beside), ROOM_SECONDS):
             found, low = workers, workers + 1
         else:
             high = workers - 1
@@ -90,15 +95,9 @@ def _places(group: Group) -> int:
     return min(places, int((sum(node.cpus for node in nodes) - 1) / taken["CPU"]))
 
 
-def _fit(bundles: list[dict[str, float]]) -> bool:
-    """Whether the cluster can set these resources aside now."""
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    held = placement_group(bundles)
-    try:
-        return held.wait(ROOM_SECONDS)
-    finally:
-        remove_placement_group(held)
+def _bundles(group: Group, workers: int, reads: bool = True) -> list[dict[str, float]]:
+    """What so many of a group's workers take, and with `reads` the CPU that data is read with."""
+    return [group.taken] * workers + [{"CPU": 1.0}] * reads
 
 
 def needed_in_words(group: Group) -> str:

@@ -157,8 +157,9 @@ def _run_trials(
         os.environ.setdefault(name, value)
     state, concurrent, workspace = place / STATE, settings.concurrent, Place.of(config.workspace)
     cluster = connect(
-        settings.workers, console, workspace, concurrent, settings.share, stopping=concurrent, device=settings.device
-    )
+        settings.workers, console, workspace, concurrent, settings.share, stopping=concurrent, device=settings.device,
+        autoscaler=settings.autoscaler, node_timeout=settings.node_timeout,
+    )  # fmt: skip
     import ray
     from ray import tune
 

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pytest
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -23,18 +23,23 @@ class Cluster:
 
     Attributes:
         later: what the nodes have after so many seconds.
+        asked: what an autoscaler was asked for.
     """
 
     nodes: list[tuple[float, float]]
     held: float = 0
     later: tuple[float, list[tuple[float, float]]] | None = None
     seconds: float = 0
+    asked: list[list[dict[str, float]]] = field(default_factory=list)
 
     def living_nodes(self) -> list[Node]:
         nodes = self.nodes if self.later is None or self.seconds < self.later[0] else self.later[1]
         return [Node(f"node-{i}", f"10.0.0.{i}", str(i), cpus, gpus) for i, (cpus, gpus) in enumerate(nodes)]
 
-    def fit(self, bundles: list[dict[str, float]]) -> bool:
+    def set_aside(self, bundles: list[dict[str, float]], seconds: float) -> bool:
+        if seconds > room.ROOM_SECONDS:  # asked for until it is there
+            self.asked.append(bundles)
+            self.sleep(seconds)
         return sum(bundle["CPU"] for bundle in bundles) <= sum(node.cpus for node in self.living_nodes()) - self.held
 
     def sleep(self, seconds: float) -> None:
@@ -46,7 +51,7 @@ class Cluster:
 
 def use(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(room, "living_nodes", cluster.living_nodes)
-    monkeypatch.setattr(room, "_fit", cluster.fit)
+    monkeypatch.setattr(room, "set_aside", cluster.set_aside)
     monkeypatch.setattr(room, "time", cluster)
     return cluster
 
@@ -82,6 +87,16 @@ def test_a_node_that_joins_in_time_is_enough(monkeypatch: pytest.MonkeyPatch) ->
     cluster = use(Cluster([(2, 0)], later=(10, [(2, 0), (2, 0)])), monkeypatch)
     assert first_workers("align", group(3), Console()) == 3
     assert cluster.seconds == 10
+
+
+def test_an_autoscaler_is_asked_for_the_fewest_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And for the CPU that data is read with. Where there is none, nothing is asked for."""
+    for autoscaler in (True, False):
+        cluster = use(Cluster([(2, 0)], later=(25, [(2, 0), (2, 0)])), monkeypatch)
+        asking = replace(group(4, least=3), autoscaler=autoscaler)
+        assert first_workers("align", asking, Console()) == 3
+        assert cluster.asked == [4 * [{"CPU": 1}]] * 3 * autoscaler
+        assert cluster.seconds == (30 if autoscaler else 25)
 
 
 def test_what_others_hold_is_left_for_ray_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,56 @@
+"""Having an autoscaler add nodes: what is asked for is a placement group, which it sees while that waits for its resources."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from sellarec.errors import StageFailed
+from sellarec.training.progress import Console
+
+ASK_SECONDS = 10.0
+"""How long resources are asked for at a time. An autoscaler looks at what is asked for every 5 s."""
+
+
+def set_aside(bundles: Sequence[Mapping[str, float]], seconds: float) -> bool:
+    """Whether the cluster can set these resources aside, now or before so long. They are given back at once."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    held = placement_group([dict(bundle) for bundle in bundles])
+    try:
+        return held.wait(seconds)
+    finally:
+        remove_placement_group(held)
+
+
+def wait_for_nodes(bundles: Sequence[Mapping[str, float]], seconds: float, console: Console) -> None:
+    """Ask for nodes until the cluster has these resources, whoever holds them.
+
+    Raises:
+        StageFailed: they did not come in so many seconds.
+    """
+    import ray
+
+    needed = Counter[str]()
+    for bundle in bundles:
+        needed.update(bundle)
+
+    def lacking() -> list[str]:
+        has = ray.cluster_resources()
+        return [
+            f"{number:g} {name}s, of which {has.get(name, 0):g} are there"
+            for name, number in needed.items()
+            if number > has.get(name, 0)
+        ]
+
+    start, told = time.monotonic(), False
+    while found := lacking():
+        waited = time.monotonic() - start
+        if waited > seconds:
+            raise StageFailed(
+                f"the autoscaler was asked for {', '.join(found)}, and has added no others in {seconds:g} s (node_timeout): "
+                "`ray status` tells why"
+            )
+        if not told:
+            console.line(f"  asks the autoscaler for {', '.join(found)}; waits {seconds:g} s at most")
+            told = True
+        set_aside(bundles, min(ASK_SECONDS, seconds - waited))

@@ -1,0 +1,98 @@
+"""Nodes that an autoscaler adds because a job asks for them: Ray's own, whose nodes are raylets on this machine."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH", "SELLAREC_"))}
+HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+"""Under which that autoscaler knows the head."""
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Of a head with a CPU, whose autoscaler may add two nodes with as many."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    of_types = {name: {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0} for name in ("head", "worker")}
+    config = tmp_path / "autoscaler.json"
+    config.write_text(
+        json.dumps(
+            {
+                "cluster_name": "test", "max_workers": 2, "upscaling_speed": 1.0, "idle_timeout_minutes": 5, "docker": {},
+                "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}", "head_node_id": HEAD},
+                "auth": {}, "head_node_type": "head", "file_mounts": {}, "cluster_synced_files": [],
+                "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [],
+                "initialization_commands": [], "setup_commands": [], "head_setup_commands": [],
+                "worker_setup_commands": [], "head_start_ray_commands": [], "worker_start_ray_commands": [],
+                "available_node_types": {
+                    "head": {**of_types["head"], "max_workers": 0}, "worker": {**of_types["worker"], "max_workers": 2},
+                },
+            }
+        )
+    )  # fmt: skip
+    environment = {
+        **CLEAN,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
+        "RAY_CLOUD_INSTANCE_ID": HEAD,
+    }
+    ray = Path(sys.executable).with_name("ray")
+    command = [
+        ray, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--block",
+        "--include-dashboard=false", f"--autoscaling-config={config}", "--object-store-memory=200000000",
+    ]  # fmt: skip
+    with open(tmp_path / "head.log", "w") as log:
+        head = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while "RAY_ADDRESS" not in (tmp_path / "head.log").read_text():
+            assert head.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()
+            time.sleep(0.5)
+        yield f"127.0.0.1:{port}"
+    finally:
+        started = [head, *psutil.Process(head.pid).children(recursive=True)]  # the nodes that were added too
+        for process in started:
+            process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(started[1:], timeout=20)
+        for process in alive:
+            process.kill()
+        head.wait(60)
+
+
+def preflight(address: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "jobs" / "preflight.py", "--workspace", folder, "--device", "cpu", *flags]
+    environment = {**CLEAN, "RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_nodes_that_lack_are_asked_for(address: str, tmp_path: Path) -> None:
+    """A run of two workers needs three nodes of a CPU. More than the autoscaler may add it doesn't, so that is waited for in
+    vain, as long as was said."""
+    found = preflight(address, tmp_path, "--workers", "2")
+    assert found.returncode == 1 and "need 3 CPUs; the cluster has 1" in found.stderr, found.stderr
+    found = preflight(address, tmp_path, "--workers", "2", "--autoscaler", "True")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "asks the autoscaler for 3 CPUs, of which 1 are there; waits 600 s at most" in found.stdout
+    assert re.search(r"preflight passed in \d+ s: 3 nodes", found.stdout)
+    found = preflight(address, tmp_path, "--workers", "3", "--autoscaler", "True", "--node-timeout", "12")
+    assert found.returncode == 1, found.stdout
+    assert (
+        "was asked for 4 CPUs, of which 3 are there, and has added no others in 12 s (node_timeout)" in found.stderr
+    ), found.stderr
