@@ -50,7 +50,7 @@ def test_workers_that_follow_nodes_where_there_is_no_cluster(run: Run, monkeypat
     outcome = run("--min-workers", "1", "--workers", "2")
     refused(outcome, "min_workers is 1 and workers 2", "RAY_ADDRESS names no cluster", "leave min_workers out")
     outcome = run("--autoscaler", "True")
-    refused(outcome, "autoscaler is True, but RAY_ADDRESS names no cluster", "leave autoscaler out")
+    refused(outcome, "autoscaler is True, but RAY_ADDRESS names no cluster", "leave it out")
 
 
 @pytest.fixture
