@@ -261,7 +261,7 @@ def parse_preflight(arguments: Sequence[str]) -> Preflight:
 
 def _parse_flags(kind: type[Flags], arguments: Sequence[str], program: str) -> Flags:
     """The settings of a command line without recipes, within their bounds."""
-    settings = tyro.cli(kind, args=list(arguments), prog=program)
+    settings = tyro.cli(kind, args=list(arguments), prog=program, config=(tyro.conf.FlagConversionOff,))
     check_bounds(settings)
     return settings
 

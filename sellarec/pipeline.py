@@ -115,8 +115,8 @@ def _check_settings(this: Run, wanted: tuple[str, ...]) -> None:
             )
         if config.autoscaler:
             raise UserError(
-                "autoscaler is True, but RAY_ADDRESS names no cluster whose autoscaler could be asked for nodes: leave it out, or "
-                "submit the job to a cluster"
+                "autoscaler is True, but RAY_ADDRESS names no cluster whose autoscaler could be asked for nodes: leave it out, "
+                "or submit the job to a cluster"
             )
         if wanted != ("prepare",):
             check_room(config.workers)

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-import signal
+import secrets
 import socket
 import subprocess
 import sys
@@ -16,8 +16,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH", "SELLAREC_"))}
+HEAD_TYPE = "ray.head.default"
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 """Under which that autoscaler knows the head."""
+
+ALL = {
+    **CLEAN, "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
+}  # fmt: skip
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -28,27 +34,28 @@ def address(tmp_path: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    of_types = {name: {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0} for name in ("head", "worker")}
+    of_types = {name: {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0} for name in (HEAD_TYPE, "worker")}
     config = tmp_path / "autoscaler.json"
     config.write_text(
         json.dumps(
             {
                 "cluster_name": "test", "max_workers": 2, "upscaling_speed": 1.0, "idle_timeout_minutes": 5, "docker": {},
-                "provider": {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}", "head_node_id": HEAD},
-                "auth": {}, "head_node_type": "head", "file_mounts": {}, "cluster_synced_files": [],
+                "provider": {
+                    "type": "fake_multinode", "gcs_address": f"127.0.0.1:{port}", "head_node_id": HEAD,
+                    "use_node_id_as_ip": True, "disable_node_updaters": True, "disable_launch_config_check": True,
+                },
+                "auth": {}, "head_node_type": HEAD_TYPE, "file_mounts": {}, "cluster_synced_files": [],
                 "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [],
                 "initialization_commands": [], "setup_commands": [], "head_setup_commands": [],
                 "worker_setup_commands": [], "head_start_ray_commands": [], "worker_start_ray_commands": [],
                 "available_node_types": {
-                    "head": {**of_types["head"], "max_workers": 0}, "worker": {**of_types["worker"], "max_workers": 2},
+                    HEAD_TYPE: {**of_types[HEAD_TYPE], "max_workers": 0}, "worker": {**of_types["worker"], "max_workers": 2},
                 },
             }
         )
     )  # fmt: skip
     environment = {
-        **CLEAN,
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **ALL,
         "RAY_FAKE_CLUSTER": "1",
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
         "RAY_CLOUD_INSTANCE_ID": HEAD,
@@ -56,21 +63,21 @@ def address(tmp_path: Path) -> Iterator[str]:
     ray = Path(sys.executable).with_name("ray")
     command = [
         ray, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=1", "--block",
-        "--include-dashboard=false", f"--autoscaling-config={config}", "--object-store-memory=200000000",
+        "--object-store-memory=200000000", f"--autoscaling-config={config}", "--include-dashboard=false",
+        "--dashboard-agent-listen-port=0",
     ]  # fmt: skip
     with open(tmp_path / "head.log", "w") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
-        while "RAY_ADDRESS" not in (tmp_path / "head.log").read_text():
+        while "To connect to this Ray cluster" not in (tmp_path / "head.log").read_text():
             assert head.poll() is None and time.monotonic() < deadline, (tmp_path / "head.log").read_text()
             time.sleep(0.5)
         yield f"127.0.0.1:{port}"
     finally:
-        started = [head, *psutil.Process(head.pid).children(recursive=True)]  # the nodes that were added too
-        for process in started:
-            process.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(started[1:], timeout=20)
+        started = psutil.Process(head.pid).children(recursive=True)  # of the nodes that were added too
+        head.terminate()
+        _, alive = psutil.wait_procs(started, timeout=20)
         for process in alive:
             process.kill()
         head.wait(60)
@@ -78,7 +85,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 def preflight(address: str, folder: Path, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "jobs" / "preflight.py", "--workspace", folder, "--device", "cpu", *flags]
-    environment = {**CLEAN, "RAY_ADDRESS": address, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    environment = {**ALL, "RAY_ADDRESS": address}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -86,7 +93,7 @@ def test_nodes_that_lack_are_asked_for(address: str, tmp_path: Path) -> None:
     """A run of two workers needs three nodes of a CPU. More than the autoscaler may add it doesn't, so that is waited for in
     vain, as long as was said."""
     found = preflight(address, tmp_path, "--workers", "2")
-    assert found.returncode == 1 and "need 3 CPUs; the cluster has 1" in found.stderr, found.stderr
+    assert found.returncode == 2 and "need 3 CPUs; the cluster has 1" in found.stderr, found.stderr
     found = preflight(address, tmp_path, "--workers", "2", "--autoscaler", "True")
     assert found.returncode == 0, found.stdout + found.stderr
     assert "asks the autoscaler for 3 CPUs, of which 1 are there; waits 600 s at most" in found.stdout
