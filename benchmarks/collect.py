@@ -75,7 +75,8 @@ def table(results: list[dict[str, Any]]) -> str:
         told = found_otherwise(result)
         cell = "".join(f", {name} {show(value)}" for name, value in cell_of(result).items())
         for number, (name, side) in enumerate(result["sides"].items()):
-            case = f"`{result['case']}`{cell}: {result['what']}" if number == 0 else ""
+            what = cell or f": {result['what']}"  # which tells the case's own size
+            case = f"`{result['case']}`{what}" if number == 0 else ""
             if "out of memory" in side:
                 lines.append(f"| {case} | {name} | out of memory | | | | | |")
                 continue

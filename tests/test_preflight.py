@@ -222,12 +222,16 @@ def test_the_job_asks_for_what_a_run_or_a_sweep_would_ask_for(monkeypatch: pytes
     monkeypatch.setattr(
         sellarec.training.cluster,
         "connect",
-        lambda workers, console, place, groups, share, device: asked.append((workers, groups, share, device)),
+        lambda workers, console, place, groups, share, **named: asked.append((workers, groups, share, *named.values())),
     )
     for flags, expected in (
-        ([], (2, 1, 1.0, "auto")),
-        (["--workers", "16", "--min-workers", "4"], (4, 1, 1.0, "auto")),
-        (["--workers", "1", "--concurrent", "8", "--share", "0.5", "--device", "cuda"], (1, 8, 0.5, "cuda")),
+        ([], (2, 1, 1.0, "auto", False, 600.0)),
+        (["--workers", "16", "--min-workers", "4"], (4, 1, 1.0, "auto", False, 600.0)),
+        (
+            ["--workers", "1", "--concurrent", "8", "--share", "0.5", "--device", "cuda"],
+            (1, 8, 0.5, "cuda", False, 600.0),
+        ),
+        (["--autoscaler", "True", "--node-timeout", "90"], (2, 1, 1.0, "auto", True, 90.0)),
     ):
         module.main([*flags, "--workspace", str(tmp_path)])
         assert asked.pop() == expected
