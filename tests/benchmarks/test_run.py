@@ -164,7 +164,7 @@ def test_results_are_collected_into_a_page(tmp_path):
     assert found.returncode == 0, found.stderr
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert text.count("| plain torch |") == 3 and "`infonce`, work.batch 128" in text
+    assert text.count("| plain torch; ") == 3 and "`infonce`, work.batch 128" in text
     assert {path.name for path in (tmp_path / "images").iterdir()} == {
         "benchmarks.svg",
         "benchmarks-infonce-work.batch.svg",
