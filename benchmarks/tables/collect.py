@@ -121,8 +121,8 @@ def traffic() -> str:
 
 
 def recbole() -> str:
-    path = ROOT / "benchmarks/collab/results/recbole.json"
-    found = {(case["case"], case["what"]): case for case in json.loads(path.read_text())["cases"]}
+    paths = [ROOT / f"benchmarks/collab/results/{name}.json" for name in ("recbole", "recbole_lightgcn")]
+    found = {(case["case"], case["what"]): case for path in paths for case in json.loads(path.read_text())["cases"]}
     rows = []
     for (name, what), case in found.items():
         unit = "users" if what == "rank" else "targets"
@@ -130,7 +130,7 @@ def recbole() -> str:
         ratio = spread((case["ratio"], *case["lowest, highest ratio"])) if "ratio" in case else ""
         of_theirs = f"{rounded(found[theirs, what][f'{unit}/s'])}" if ratio else ""
         rows.append((what, name, f"{rounded(case[f'{unit}/s'])} {unit}/s", of_theirs, ratio))
-    return table(("", "side", "speed", "RecBole's", "ratio"), sorted(rows, reverse=True), path)
+    return table(("", "side", "speed", "RecBole's", "ratio"), sorted(rows, reverse=True), *paths)
 
 
 TABLES = {
