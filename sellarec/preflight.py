@@ -531,8 +531,8 @@ def check_resources(
         raise UserError(
             f"preflight: {several}{workers} workers of {cpu:g} CPU{has_gpu} and {worker_memory / GIB:.2f} GiB each (before any "
             f"table or model) and {several}1 CPU to read data need {needed:g} CPUs; the cluster has {cpus:g}, and room for "
-            f"{places} workers: {'; '.join(lines)}: lower {fewer}, add nodes, or have "
-            "the cluster's autoscaler add them for a run or a sweep (--autoscaler True)"
+            f"{places} workers: {'; '.join(lines)}: lower {fewer}, add nodes, or, where "
+            "CPUs or GPUs lack, have the cluster's autoscaler add some for a run or a sweep (--autoscaler True)"
         )
 
 

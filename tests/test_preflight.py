@@ -222,7 +222,9 @@ def test_the_job_asks_for_what_a_run_or_a_sweep_would_ask_for(monkeypatch: pytes
     monkeypatch.setattr(
         sellarec.training.cluster,
         "connect",
-        lambda workers, console, place, groups, share, **named: asked.append((workers, groups, share, *named.values())),
+        lambda workers, console, place, groups, share, **named: asked.append(
+            (workers, groups, share, named["device"], named["autoscaler"], named["node_timeout"])
+        ),
     )
     for flags, expected in (
         ([], (2, 1, 1.0, "auto", False, 600.0)),

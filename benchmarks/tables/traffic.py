@@ -1,6 +1,7 @@
 """Bytes on the wire, collectives and CPU time of a training step: `python benchmarks/tables/traffic.py --out FILE.json`.
 
-Each case trains matrix factorisation (two tables, BCE) with the training loop's own engine, in gloo processes of one thread:
+Each case trains with the training loop's own engine, in gloo processes of one thread; where no model is named it is matrix
+factorisation (two tables, BCE):
 
     row-wise         row-wise Adagrad, rows of both tables over all workers; also with long-tailed ids, of which a batch has
                      repeats, as logs have
@@ -391,7 +392,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--rows", type=int, default=200_000, help="rows of both tables together")
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=12_288, help="rows of the global batch; a multiple of the workers")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=12_288,
+        help="rows of the global batch, but of din and sasrec; a multiple of the workers",
+    )
     parser.add_argument("--steps", type=int, default=10, help="steps of a round")
     parser.add_argument("--rounds", type=int, default=7)
     names = [*CASES, *GRAPHS, *GRAPH_STEPS, *MODELS]

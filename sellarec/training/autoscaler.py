@@ -1,7 +1,6 @@
 """Having an autoscaler add nodes: what is asked for is a placement group, which it sees while that waits for its resources."""
 
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from sellarec.errors import StageFailed
@@ -9,6 +8,9 @@ from sellarec.training.progress import Console
 
 ASK_SECONDS = 10.0
 """How long resources are asked for at a time. An autoscaler looks at what is asked for every 5 s."""
+
+ROUNDING = 1e-6
+"""By how much sums of workers' shares may differ from what nodes have."""
 
 
 def set_aside(bundles: Sequence[Mapping[str, float]], seconds: float) -> bool:
@@ -30,27 +32,29 @@ def wait_for_nodes(bundles: Sequence[Mapping[str, float]], seconds: float, conso
     """
     import ray
 
-    needed = Counter[str]()
+    needed: dict[str, float] = {}
     for bundle in bundles:
-        needed.update(bundle)
+        for name, number in bundle.items():
+            needed[name] = needed.get(name, 0) + number
 
     def lacking() -> list[str]:
         has = ray.cluster_resources()
         return [
             f"{number:g} {name}s, of which {has.get(name, 0):g} are there"
             for name, number in needed.items()
-            if number > has.get(name, 0)
+            if number - has.get(name, 0) > ROUNDING
         ]
 
     start, told = time.monotonic(), False
     while found := lacking():
         waited = time.monotonic() - start
-        if waited > seconds:
+        if told and waited > seconds:
             raise StageFailed(
-                f"the autoscaler was asked for {', '.join(found)}, and has added no others in {seconds:g} s (node_timeout): "
-                "`ray status` tells why"
+                f"for {seconds:g} s (node_timeout) there were no nodes with {', '.join(found)}: has the cluster an autoscaler, "
+                "and may it add them? `ray status` tells what it does"
             )
         if not told:
             console.line(f"  asks the autoscaler for {', '.join(found)}; waits {seconds:g} s at most")
             told = True
-        set_aside(bundles, min(ASK_SECONDS, seconds - waited))
+        if set_aside(bundles, min(ASK_SECONDS, max(1.0, seconds - waited))):
+            return

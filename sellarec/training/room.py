@@ -54,9 +54,9 @@ def find_room(stage: str, group: Group, console: Console, stop: threading.Event 
             console.line(f"{stage:<9} waits {group.node_timeout:g} s at most for room for {needed}")
             told = True
         if group.autoscaler:
-            set_aside(_bundles(group, group.least), min(ASK_SECONDS, group.node_timeout))
-        else:
-            time.sleep(1)
+            left = group.node_timeout - (time.monotonic() - start)
+            set_aside(_bundles(group, group.least), min(ASK_SECONDS, max(1.0, left)))
+        time.sleep(1)
 
 
 def waits_for_others(group: Group, first: bool) -> bool:

@@ -96,7 +96,7 @@ def test_an_autoscaler_is_asked_for_the_fewest_workers(monkeypatch: pytest.Monke
         asking = replace(group(4, least=3), autoscaler=autoscaler)
         assert first_workers("align", asking, Console()) == 3
         assert cluster.asked == [4 * [{"CPU": 1}]] * 3 * autoscaler
-        assert cluster.seconds == (30 if autoscaler else 25)
+        assert cluster.seconds == (31 if autoscaler else 25)
 
 
 def test_what_others_hold_is_left_for_ray_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
