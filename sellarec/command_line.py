@@ -14,7 +14,7 @@ import tyro
 import yaml
 
 from sellarec.checks import check, check_bounds, check_data, check_fewest, check_share, check_width
-from sellarec.config import STAGES, Config, Evaluation, Fuse, Planning, Preflight, Prepare, Sweep, leaves
+from sellarec.config import NODE_TIMEOUT, STAGES, Config, Evaluation, Fuse, Planning, Preflight, Prepare, Sweep, leaves
 from sellarec.errors import UserError
 from sellarec.language.templates import is_file
 
@@ -251,6 +251,11 @@ def parse_preflight(arguments: Sequence[str]) -> Preflight:
     settings = _parse_flags(Preflight, arguments, "preflight.py")
     check_fewest(settings.min_workers, settings.workers)
     check_share(settings.share)
+    if settings.node_timeout != NODE_TIMEOUT and not settings.autoscaler:
+        raise UserError(
+            f"node_timeout is {settings.node_timeout:g}, but no nodes are waited for without autoscaler: leave it out, or give "
+            "--autoscaler True"
+        )
     if settings.min_workers is not None and settings.concurrent > 1:
         raise UserError(
             f"min_workers is {settings.min_workers} and concurrent {settings.concurrent}, but a sweep's trials have `workers` "

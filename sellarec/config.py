@@ -623,10 +623,11 @@ class Config:
     """With `min_workers`: seconds after which workers that are fewer than `workers` become more, where there is room."""
     node_timeout: float = runtime(NODE_TIMEOUT)
     """Seconds for which a stage that has lost workers, or begins on fewer nodes than hold them, waits for room for them, as on a
-    node that takes the place of another; then it fails, and the same command goes on from its newest checkpoint."""
+    node that takes the place of another; then it fails, and the same command goes on from its newest checkpoint. With
+    `autoscaler` also those for which nodes are waited for at the start."""
     autoscaler: bool = runtime(False)
     """Whether a cluster that is joined has an autoscaler: nodes that the run lacks are then asked for and waited for, at its
-    start and where a stage waits for room. Ones for more than `min_workers` are not asked for."""
+    start and where a stage waits for room. It isn't waited for more than hold `min_workers`."""
     storage_timeout: float = runtime(STORAGE_TIMEOUT)
     """Seconds for which writing a checkpoint or an artifact is tried again while storage fails; then the stage fails, and the
     same command goes on from its newest checkpoint."""

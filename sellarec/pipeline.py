@@ -81,7 +81,7 @@ def run(this: Run) -> None:
 def _run(this: Run) -> None:
     config = this.config
     check_trackers(config.trackers)
-    check_given_cluster(this.store.workspace)
+    check_given_cluster(this.store.workspace, config.autoscaler)
     read = _closure(("evaluate",), config, set())
     wanted = config.stages or tuple(stage for stage in STAGES if stage in read)
     this.store.check_writable()
@@ -112,11 +112,6 @@ def _check_settings(this: Run, wanted: tuple[str, ...]) -> None:
             raise UserError(
                 f"min_workers is {config.min_workers} and workers {config.workers}, but RAY_ADDRESS names no cluster, and no "
                 "nodes join or leave this machine: leave min_workers out, or submit the job to a cluster"
-            )
-        if config.autoscaler:
-            raise UserError(
-                "autoscaler is True, but RAY_ADDRESS names no cluster whose autoscaler could be asked for nodes: leave it out, "
-                "or submit the job to a cluster"
             )
         if wanted != ("prepare",):
             check_room(config.workers)

@@ -65,6 +65,13 @@ class Node:
     def __str__(self) -> str:
         return self.ip if self.name == self.ip else f"{self.name} ({self.ip})"
 
+    def places(self, gpus: bool, share: float) -> int:
+        """Workers that it can hold, whatever else runs on it: each takes `share` of a CPU, or with `gpus` a CPU and `share` of a
+        GPU, which lies on one."""
+        if gpus:
+            return min(int(self.cpus), int(self.gpus) * int(1 / share))
+        return int(self.cpus / share)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -517,9 +524,7 @@ def check_resources(
     places, lines, cpu = 0, [], 1.0 if gpus else share
     for node, report in found:
         memory = max(0, report.memory) // shared.count(report.machine)
-        room = min(
-            [int(node.cpus / cpu), memory // worker_memory, *([int(node.gpus) * int(1 / share)] if gpus else [])]
-        )
+        room = min(node.places(gpus, share), memory // worker_memory)
         places += room
         has_gpus = f", {node.gpus:g} GPUs" if gpus else ""
         lines.append(f"{node} {room} ({node.cpus:g} CPUs{has_gpus}, {memory / GIB:.1f} GiB of memory free)")

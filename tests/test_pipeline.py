@@ -136,7 +136,7 @@ def test_a_cluster_is_checked_before_files_are_read(
 
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     for module in (pipeline, tuning_sweep):
-        monkeypatch.setattr(module, "check_given_cluster", lambda workspace: None)
+        monkeypatch.setattr(module, "check_given_cluster", lambda workspace, autoscaler: None)
     monkeypatch.setattr("sellarec.run.connect", join)
     for name in ("run.file_hash", "run.file_hashes", "language.llm.file_hash", "pipeline.open_trackers"):
         monkeypatch.setattr(f"sellarec.{name}", read)

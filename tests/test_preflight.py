@@ -244,6 +244,7 @@ def test_what_the_job_refuses() -> None:
         (["--min-workers", "3"], "min_workers is 3 and workers 2"),
         (["--share", "0"], "share is 0"),
         (["--concurrent", "0"], "concurrent is 0"),
+        (["--node-timeout", "90"], "node_timeout is 90, but no nodes are waited for without autoscaler"),
         (["--min-workers", "1", "--concurrent", "2"], "min_workers is 1 and concurrent 2"),
     ):
         with refused(words):

@@ -11,7 +11,7 @@ from sellarec.artifacts import Place
 from sellarec.config import GROW_EVERY, NODE_TIMEOUT, STORAGE_TIMEOUT, WORKER_TIMEOUT
 from sellarec.errors import StageFailed, UserError
 from sellarec.preflight import Machine, check_address, check_workspace, free_memory, in_words, machines_of, preflight
-from sellarec.training.autoscaler import wait_for_nodes
+from sellarec.training.autoscaler import taken_by_worker, wait_for_nodes
 from sellarec.training.progress import Console
 
 WORKER_MEMORY = 800 << 20
@@ -73,11 +73,6 @@ class Group:
     def taken(self) -> dict[str, float]:
         """What a worker takes of Ray's resources."""
         return taken_by_worker(self.gpus, self.share)
-
-
-def taken_by_worker(gpus: bool, share: float) -> dict[str, float]:
-    """What a worker takes of Ray's resources: `share` of a CPU, or with `gpus` a CPU and `share` of a GPU."""
-    return {"CPU": 1, "GPU": share} if gpus else {"CPU": share}
 
 
 def connect(
@@ -144,7 +139,7 @@ def connect(
             ) from error
     else:
         console.line(f"joining the Ray cluster at {address}")
-        check_given_cluster(workspace)
+        check_given_cluster(workspace, autoscaler)
         try:
             joined = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
@@ -156,16 +151,17 @@ def connect(
         signal.signal(signal.SIGTERM, handler)  # ray.init takes its place
     if joined.dashboard_url:
         console.line(f"  Ray dashboard: http://{joined.dashboard_url}")
-    if not local and autoscaler:
-        gpus = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-        of_group = [*workers * [taken_by_worker(gpus, share)], {"CPU": 1.0}]
-        wait_for_nodes(groups * of_group, node_timeout, console)
-    has_gpus = takes_gpus(ray.cluster_resources().get("GPU", 0), workers, device, groups, share)
-    if has_gpus and share < 1 and workers > 1:
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if share < 1 and workers > 1 and (device == "cuda" or (device == "auto" and gpus > 0)):
         raise UserError(
             f"share is {share:g} and workers {workers}, but NCCL takes no two workers of a group on one GPU: give --workers 1, "
             "or leave share out"
         )
+    if autoscaler:  # with what runs on what is decided before nodes join
+        device = "cuda" if device == "cuda" or (device == "auto" and gpus > 0) else "cpu"
+        wait_for_nodes(workers, groups, device == "cuda", share, node_timeout, console)
+        gpus = ray.cluster_resources().get("GPU", 0)
+    has_gpus = takes_gpus(gpus, workers, device, groups, share)
     machines: tuple[Machine, ...] = ()
     if not local:
         start = time.monotonic()
@@ -192,15 +188,21 @@ def joins_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
-def check_given_cluster(workspace: Place) -> None:
-    """Before anything is read, refuse a cluster that doesn't answer, or a workspace that its nodes can't share.
+def check_given_cluster(workspace: Place, autoscaler: bool) -> None:
+    """Before anything is read, refuse a cluster that doesn't answer, a workspace that its nodes can't share, or
+    `autoscaler` where no cluster is joined.
 
     Raises:
-        UserError: as `check_address` and `check_workspace`.
+        UserError: also as `check_address` and `check_workspace`.
     """
     if joins_cluster():
         check_address(os.environ["RAY_ADDRESS"])
         check_workspace(workspace)
+    elif autoscaler:
+        raise UserError(
+            "autoscaler is True, but RAY_ADDRESS names no cluster whose autoscaler could be asked for nodes: leave it out, or "
+            "submit the job to a cluster"
+        )
 
 
 def gpus_here(device: str) -> int:

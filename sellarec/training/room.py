@@ -12,9 +12,6 @@ from sellarec.training.progress import Console
 ROOM_SECONDS = 3.0
 """How long it may take until the cluster has set room aside that is there."""
 
-MANY = 1 << 20
-"""More workers than there ever are."""
-
 
 def first_workers(stage: str, group: Group, console: Console, stop: threading.Event | None = None) -> int:
     """How many workers a stage starts with: where their number is given, these, once there are nodes that can hold them. Ray
@@ -27,8 +24,8 @@ def first_workers(stage: str, group: Group, console: Console, stop: threading.Ev
 
 
 def find_room(stage: str, group: Group, console: Console, stop: threading.Event | None, is_free: bool = True) -> int:
-    """Wait for room for the group's workers: how many find some. An autoscaler is asked for the
-    least of them.
+    """Wait for room for the group's workers: how many find some. An autoscaler is asked for the least
+    of them.
 
     Args:
         is_free: what other jobs hold is no room.
@@ -86,13 +83,10 @@ def room_now(group: Group, least: int, most: int, beside: int = 0) -> int:
 
 def _places(group: Group) -> int:
     """How many workers the living nodes can hold, whatever else runs on them."""
-    nodes, taken = living_nodes(), group.taken
-    places = sum(
-        min(int(node.cpus / taken["CPU"]), int(node.gpus) * int(1 / taken["GPU"]) if group.gpus else MANY)
-        for node in nodes
-    )
+    nodes = living_nodes()
+    places = sum(node.places(group.gpus, group.share) for node in nodes)
     # one CPU is left to read data
-    return min(places, int((sum(node.cpus for node in nodes) - 1) / taken["CPU"]))
+    return min(places, int((sum(node.cpus for node in nodes) - 1) / group.taken["CPU"]))
 
 
 def _bundles(group: Group, workers: int, reads: bool = True) -> list[dict[str, float]]:

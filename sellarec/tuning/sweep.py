@@ -40,7 +40,7 @@ def sweep(settings: Sweep) -> None:
         StageFailed: a stage before the trials failed, or all trials did.
     """
     config, stage, console = _absolute(settings.base()), settings.stage, Console()
-    check_given_cluster(Place.of(config.workspace))
+    check_given_cluster(Place.of(config.workspace), settings.autoscaler)
     if settings.min_workers is not None:
         raise UserError(
             f"min_workers is {settings.min_workers}, but a sweep's trials have {settings.workers} workers each (workers): leave "

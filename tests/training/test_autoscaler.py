@@ -1,4 +1,4 @@
-"""Nodes that an autoscaler adds because a job asks for them: Ray's own, whose nodes are raylets on this machine."""
+"""Nodes that an autoscaler adds because a job asks for them; Ray's own is real here, its nodes are raylets on this machine."""
 
 import json
 import os
@@ -14,6 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sellarec.preflight import Node
+from sellarec.training import autoscaler
+from sellarec.training.progress import Console
+
 ROOT = Path(__file__).parents[2]
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH", "SELLAREC_"))}
 HEAD_TYPE = "ray.head.default"
@@ -24,8 +28,6 @@ ALL = {
     **CLEAN, "PYTHONPATH": str(ROOT), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0",
 }  # fmt: skip
-
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -90,6 +92,8 @@ def preflight(address: str, folder: Path, *flags: str) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_nodes_that_lack_are_asked_for(address: str, tmp_path: Path) -> None:
     """A run of two workers needs three nodes of a CPU. More than the autoscaler may add it doesn't, so that is waited for in
     vain, as long as was said."""
@@ -97,8 +101,50 @@ def test_nodes_that_lack_are_asked_for(address: str, tmp_path: Path) -> None:
     assert found.returncode == 2 and "need 3 CPUs; the cluster has 1" in found.stderr, found.stderr
     found = preflight(address, tmp_path, "--workers", "2", "--autoscaler", "True")
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "asks the autoscaler for 3 CPUs, of which 1 are there; waits 600 s at most" in found.stdout
+    assert (
+        "asks the autoscaler for nodes that hold 2 workers and 1 CPUs to read data (3 CPUs), where there are 1 CPUs and "
+        in found.stdout
+    )
     assert re.search(r"preflight passed in \d+ s: 3 nodes", found.stdout)
     found = preflight(address, tmp_path, "--workers", "3", "--autoscaler", "True", "--node-timeout", "12")
     assert found.returncode == 1, found.stdout
-    assert "for 12 s (node_timeout) there were no nodes with 4 CPUs, of which 3 are there" in found.stderr, found.stderr
+    assert (
+        "no nodes joined in 12 s (node_timeout) that hold 3 workers and 1 CPUs to read data (4 CPUs), where there are 3 CPUs"
+        in found.stderr
+    ), found.stderr
+
+
+def machines(*of: tuple[float, float]) -> list[Node]:
+    return [Node(f"node-{i}", f"10.0.0.{i}", str(i), cpus, gpus) for i, (cpus, gpus) in enumerate(of)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "groups", "gpus", "share", "lacks", "holds"),
+    [
+        (2, 1, False, 1.0, machines((2, 0)), machines((2, 0), (1, 0))),
+        # shares whose sum is rounded
+        (1, 5, False, 0.2, machines((5, 0)), machines((6, 0))),
+        # two shares of .4 lie on a GPU, so five take three GPUs, though two are as much
+        (1, 5, True, 0.4, machines((10, 2)), machines((10, 3))),
+        # GPUs whose node has too few CPUs for them
+        (2, 1, True, 1.0, machines((1, 2), (8, 0)), machines((1, 2), (8, 0), (1, 1))),
+    ],
+)
+def test_nodes_are_asked_for_until_preflight_would_pass(
+    workers: int, groups: int, gpus: bool, share: float, lacks: list[Node], holds: list[Node],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Asked for is what preflight counts, however a cluster's totals look."""
+    nodes, asked = lacks, []
+
+    def set_aside(bundles: list[dict[str, float]], seconds: float) -> bool:
+        nonlocal nodes
+        asked.append(bundles)
+        nodes = holds if len(asked) == 2 else nodes
+        return False
+
+    monkeypatch.setattr(autoscaler, "living_nodes", lambda: nodes)
+    monkeypatch.setattr(autoscaler, "set_aside", set_aside)
+    autoscaler.wait_for_nodes(workers, groups, gpus, share, 60, Console())
+    taken = {"CPU": 1, "GPU": share} if gpus else {"CPU": share}
+    assert asked == 2 * [groups * [*workers * [taken], {"CPU": 1.0}]]
