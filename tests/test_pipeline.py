@@ -119,7 +119,7 @@ def test_a_name_belongs_to_the_settings_of_a_stage_that_has_left_a_checkpoint(tm
 def test_a_cluster_is_checked_before_files_are_read(
     job: str, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A hash of large files takes minutes."""
+    """A hash of large files takes minutes. Nodes that an autoscaler adds cost more, so those are asked for afterwards."""
     found: list[UserError | Cluster] = [UserError("it is too small"), Cluster(local=False, gpus=False)]
 
     def join(*given: Any, **named: Any) -> Cluster:
@@ -138,22 +138,29 @@ def test_a_cluster_is_checked_before_files_are_read(
     for module in (pipeline, tuning_sweep):
         monkeypatch.setattr(module, "check_given_cluster", lambda workspace, autoscaler: None)
     monkeypatch.setattr("sellarec.run.connect", join)
-    for name in ("run.file_hash", "run.file_hashes", "language.llm.file_hash", "pipeline.open_trackers"):
-        monkeypatch.setattr(f"sellarec.{name}", read)
     for name in ("u.data", "u.item"):
         (tmp_path / name).touch()
     flags = ["ml-100k", "--data", str(tmp_path), "--llm", str(models["llama"]), "--workspace", str(tmp_path / "w")]
 
-    def start() -> None:
+    def start(*more: str) -> None:
         if job == "run":
-            pipeline.run(Run.of(parse(flags)))
+            pipeline.run(Run.of(parse([*flags, *more])))
         else:
-            tuning_sweep.sweep(parse_sweep([*flags, "--stage", "adapt"]))
+            tuning_sweep.sweep(parse_sweep([*flags, *more, "--stage", "adapt"]))
 
-    with pytest.raises(UserError, match="it is too small"):
-        start()
-    with pytest.raises(Read):
-        start()
+    with monkeypatch.context() as patched:
+        for name in ("run.file_hash", "run.file_hashes", "language.llm.file_hash", "pipeline.open_trackers"):
+            patched.setattr(f"sellarec.{name}", read)
+        with pytest.raises(Read):
+            start("--autoscaler", "True")
+        assert len(found) == 2  # nothing was joined
+        with pytest.raises(UserError, match="it is too small"):
+            start()
+        with pytest.raises(Read):
+            start()
+    found.append(UserError("no nodes came"))
+    with pytest.raises(UserError, match="no nodes came"):
+        start("--autoscaler", "True")
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,9 @@ def sweep(settings: Sweep) -> None:
     this = Run.of(config)
     this.store.check_writable()
     this.groups, this.share = settings.concurrent, settings.share
-    # checked for all trials, before files are read, of which a hash takes minutes where they are large
-    if joins_cluster():
+    # checked for all trials, before files are read, of which a hash takes minutes where they are large; an autoscaler's nodes
+    # are asked for later, by `run`
+    if joins_cluster() and not settings.autoscaler:
         this.connect()
     reads = check_space(space, config, stage, partial(_marks, this, stage))
     this.config = config
