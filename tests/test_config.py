@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import sellarec.config
+from sellarec import command_line
 from sellarec.checks import check
 from sellarec.command_line import built_in_recipes, parse, parse_evaluation, read_recipe
 from sellarec.config import COLLAB_MODELS, STAGES, Align, Collab, Config, Fuse, Tables, leaves, result_settings, to_yaml
@@ -78,6 +79,12 @@ def test_short_flags_mean_the_long_ones():
     assert (config.workers, config.seed, config.workspace, config.name) == (3, 5, "w", "n")
     assert config.stages == ("prepare", "collab")
     assert parse(["--stages=collab,align"]).stages == ("collab", "align")
+
+
+def test_settings_take_the_values_of_built_in_recipes():
+    """Which a command line doesn't check again."""
+    for name in built_in_recipes():
+        command_line._check_values(name, read_recipe(name)[1])
 
 
 def test_recipes_of_data_leave_the_method_alone():

@@ -1,5 +1,6 @@
 """The tables of results that jobs/reproduce.py makes."""
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT / "jobs"))
 import reproduce  # noqa: E402
 
 
+@functools.cache
 def configs_of(name: str) -> dict[str, Config]:
     """The config of each of a table's variants, for one seed."""
     table = reproduce.TABLES[name]
@@ -55,7 +57,7 @@ def test_every_published_figure_stands_beside_a_row_of_the_table(name: str) -> N
 def test_the_tables_of_sella_rec_have_every_subset_of_tokens_and_the_other_ways_to_tell_of_users_and_items(
     name: str,
 ) -> None:
-    configs = configs_of(name)
+    configs = dict(configs_of(name))
     main = configs.pop(reproduce.MAIN)
     subsets = {
         config.fuse.tokens

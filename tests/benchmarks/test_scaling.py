@@ -6,6 +6,7 @@ import pytest
 from scripts import command
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_checkpoints_are_restored_as_they_were_written(tmp_path):
     """By 1 and 2 workers, those of 2 by 1 too; the script itself compares rows and state."""

@@ -226,6 +226,7 @@ def test_a_layer_that_is_computed_again_draws_the_same_dropout(gloo, models, tit
         np.testing.assert_array_equal(checkpointed["weights"][name], value, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_dropout_is_the_same_in_distribution_on_any_number_of_workers(gloo, models, titles):
     """Masks differ, but losses and gradients have the mean and the variance that one process gives them; were masks alike on all
