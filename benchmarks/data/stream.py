@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from prepare_curve import PACKAGES, prepare_generated
 
 from sellarec.artifacts import Place
 from sellarec.collab.negatives import Negatives
+from sellarec.collab.rows import Rows
 from sellarec.data.log import Log, item_counts, read_log
 from sellarec.language.prompts import Prompts
 from sellarec.training.cluster import connect
@@ -59,7 +59,7 @@ def cases(log: Log) -> dict[str, tuple[tuple[str, ...], Prepare | None]]:
             AutoTokenizer.from_pretrained(folder), titles, Prompt(template="compact"), "item", 256, "text"
         )
     negatives = Negatives("uniform", item_counts(log), 8, seed=0)
-    drawn = partial(negatives.prepare, keep_history=False)
+    drawn = Rows(0, log.items(["seen"])["seen"].to_numpy(), negatives=negatives).prepare
     return dict(zip(CASES, ((PLAIN, None), (HISTORY, None), (HISTORY, drawn), (HISTORY, prompts.prepare)), strict=True))
 
 
@@ -116,7 +116,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--quick", action="store_true", help="no figures: 20,000 rows, 1 and 2 workers, one round")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rows, arguments.workers, arguments.rounds = 20_000, [1, 2], 1
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -124,8 +127,9 @@ def main() -> None:
         ray.shutdown()  # preparation's, which has room for one worker
         connect(max(arguments.workers), Console(), Place.of(folder), device="cpu")
         log = read_log(scratch / "log")
+        of_log = cases(log)
         for name in arguments.cases:
-            columns, prepare = cases(log)[name]
+            columns, prepare = of_log[name]
             sides = ("ours", "Ray Data") if prepare is None else ("ours",)
             for workers in arguments.workers:
                 speeds: dict[str, list[float]] = {side: [] for side in sides}

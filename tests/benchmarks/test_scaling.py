@@ -53,3 +53,18 @@ def test_what_a_lost_worker_costs(tmp_path):
         parts = [one[name] for name in ("noticing", "starting", "restoring", "first step", "steps again")]
         assert min(parts) >= 0 and sum(parts) == pytest.approx(one["all"])
         assert one["steps made again"] >= 10
+
+
+@pytest.mark.distributed
+@pytest.mark.ray
+@pytest.mark.slow
+def test_rows_reach_workers(tmp_path):
+    """The script itself counts that they are all of the log's."""
+    found = command("data/stream", "--quick", "--out", tmp_path / "out.json")
+    assert found.returncode == 0, found.stderr
+    runs = json.loads((tmp_path / "out.json").read_text())["runs"]
+    sides = {case: {run["side"] for run in runs if run["case"] == case} for case in {run["case"] for run in runs}}
+    assert sides == {
+        "plain": {"ours", "Ray Data"}, "histories": {"ours", "Ray Data"}, "8 negatives": {"ours"}, "prompts": {"ours"}
+    }  # fmt: skip
+    assert {run["workers"] for run in runs} == {1, 2} and all(speed > 0 for run in runs for speed in run["rows/s"])
