@@ -92,7 +92,9 @@ def measure(
 
     paths = [str(path) for path in log.split_paths("train")]
     order = Order(tuple(row_groups(paths)), BATCH, seed=0)
-    datasets: dict[str, Any] = {"train": ray.data.read_parquet(paths, columns=list(columns))} if side != "ours" else {}
+    datasets: dict[str, Any] = (
+        {"train": ray.data.read_parquet(paths).select_columns(list(columns))} if side != "ours" else {}
+    )
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         TorchTrainer(
             consume,
