@@ -88,7 +88,7 @@ def _run(this: Run) -> None:
     _check_sharding(this, wanted)
     try:
         # checked before files are read, of which a hash takes minutes where they are large; but nodes that an autoscaler adds
-        # cost, and are asked for when files are known to be good
+        # cost: they are asked for when files are known to be good, and only where a stage is ahead
         if joins_cluster() and this.cluster is None and not config.autoscaler:
             this.connect()
         _check_settings(this, wanted)
@@ -128,7 +128,7 @@ def _run_stages(this: Run, wanted: tuple[str, ...]) -> None:
     _check_inputs(this, [stage for stage in STAGES if stage in needed], wanted, recorded)
     ahead = [stage for stage in wanted if not _stands(this, stage, f"{stage}-{this.marks[stage]}")]
     is_told = _tell_cost(this, ahead)
-    if joins_cluster() and this.cluster is None:
+    if ahead and joins_cluster() and this.cluster is None:
         this.connect()
     everything = {name: value for name, value, _ in leaves(config)}
     workspace, name = this.store.workspace, str(config.name)

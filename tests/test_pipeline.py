@@ -163,6 +163,21 @@ def test_a_cluster_is_checked_before_files_are_read(
         start("--autoscaler", "True")
 
 
+def test_no_nodes_are_asked_for_where_no_stage_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def join(*given: Any, **named: Any) -> Cluster:
+        raise UserError("no nodes came")
+
+    world = ["--data.world.users", "50", "--data.world.items", "40", "--data.world.interactions", "800"]
+    flags = ["demo", *world, "--stages", "prepare", "--workspace", str(tmp_path)]
+    pipeline.run(Run.of(parse(flags)))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(pipeline, "check_given_cluster", lambda workspace, autoscaler: None)
+    monkeypatch.setattr("sellarec.run.connect", join)
+    pipeline.run(Run.of(parse([*flags, "--autoscaler", "True"])))
+    with pytest.raises(UserError, match="no nodes came"):
+        pipeline.run(Run.of(parse([*flags, "--autoscaler", "True", "--data.split-seed", "9", "--name", "other"])))
+
+
 @pytest.mark.parametrize(
     ("expected", "told_before"), [((90, 10, 10, 9, 9), "prepare"), (None, "adapt")], ids=["known rows", "unknown rows"]
 )

@@ -101,7 +101,8 @@ def connect(
     """
     # Reports wait for the controller's next poll, 2 s by default.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
-    # Nodes that are about to be taken away are looked for by the driver (launch.py); Ray has an actor for it, in each group.
+    # Nodes that are about to be taken away are looked for by the driver (launch.py): Ray's own actor for it would only make
+    # each launch longer.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
